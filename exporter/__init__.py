@@ -1,0 +1,1 @@
+"""Checkpoint → torch model → fewer KV heads → canonical ONNX → bundle → engine."""

@@ -1,0 +1,146 @@
+"""The bundle: one flat folder that export writes and every later stage reads.
+
+`Bundle.open` checks everything a reader relies on, so a `Bundle` in hand is whole. Paths inside the manifest are plain file
+names: a bundle cannot point outside its own folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exporter import contract
+from exporter.config import CACHE_FORMS, DTYPES, CacheForm, ModelConfig
+from exporter.errors import BundleError, UserError, one_of
+
+SCHEMA = 1
+MANIFEST = "headpool.json"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One graph of a bundle with all that is needed to run it."""
+
+    name: str  # "g4", or "g4.grouped" where the bundle holds several patterns
+    graph: str  # file name of the ONNX graph
+    config: ModelConfig
+    pattern: str  # repeat, grouped, attention, gqa
+    cache: CacheForm
+    dtype: str
+    logits: contract.Logits
+    weights: tuple[str, ...]  # safetensors files its graph reads
+    weight_bytes: int  # bytes of weights one decode step reads (a tied embedding once, untied embedding rows not at all)
+    conversion: dict[str, Any] | None = None  # method, seed and KV heads before, where KV heads were changed
+
+    @property
+    def groups(self) -> int | tuple[int, ...]:
+        """KV heads: one number where all layers agree."""
+        kv_heads = self.config.kv_heads
+        return kv_heads[0] if len(set(kv_heads)) == 1 else kv_heads
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.config.kv_bytes_per_token(self.dtype)
+
+    def inputs(self) -> list[contract.Binding]:
+        return contract.inputs(self.config, self.cache, self.dtype)
+
+    def outputs(self) -> list[contract.Binding]:
+        return contract.outputs(self.config, self.cache, self.dtype, self.logits)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "graph": self.graph,
+            "pattern": self.pattern,
+            "cache": self.cache,
+            "dtype": self.dtype,
+            "logits": self.logits,
+            "weights": list(self.weights),
+            "weight_bytes": self.weight_bytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "conversion": self.conversion,
+            "config": self.config.to_json(),
+            "inputs": [binding.to_json() for binding in self.inputs()],
+            "outputs": [binding.to_json() for binding in self.outputs()],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Variant:
+        variant = cls(
+            name=data["name"],
+            graph=data["graph"],
+            config=ModelConfig.from_json(data["config"]),
+            pattern=data["pattern"],
+            cache=data["cache"],
+            dtype=data["dtype"],
+            logits=data["logits"],
+            weights=tuple(data["weights"]),
+            weight_bytes=data["weight_bytes"],
+            conversion=data.get("conversion"),
+        )
+        if variant.cache not in CACHE_FORMS:
+            raise BundleError(one_of("cache", variant.cache, CACHE_FORMS))
+        if variant.dtype not in DTYPES:
+            raise BundleError(one_of("dtype", variant.dtype, DTYPES))
+        for name, bindings in (("inputs", variant.inputs()), ("outputs", variant.outputs())):
+            if data[name] != [binding.to_json() for binding in bindings]:
+                raise BundleError(f"variant {variant.name!r}: its {name} are not the contract's for this config")
+        return variant
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle."""
+
+    path: Path
+    variants: tuple[Variant, ...]
+    source: dict[str, Any] = field(default_factory=dict)  # name and sha256 of the checkpoint
+    tools: dict[str, str] = field(default_factory=dict)  # versions of what made it
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read and check `path`/headpool.json. Raises BundleError."""
+        path = Path(path)
+        manifest = path / MANIFEST
+        try:
+            data = json.loads(manifest.read_text("utf-8"))
+        except FileNotFoundError:
+            raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; make one with 'headpool export'") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BundleError(f"{manifest} cannot be read: {error}") from None
+        try:
+            if data["schema"] != SCHEMA:
+                raise BundleError(f"{manifest} has schema {data['schema']}, this headpool reads schema {SCHEMA}; export it again")
+            variants = tuple(Variant.from_json(item) for item in data["variants"])
+            bundle = cls(path, variants, data.get("source", {}), data.get("tools", {}))
+        except BundleError:
+            raise
+        except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise BundleError(f"{manifest} is damaged: {type(error).__name__}: {error}") from None
+        if not variants:
+            raise BundleError(f"{manifest} holds no variant")
+        for name in sorted({name for variant in variants for name in (variant.graph, *variant.weights)}):
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+                raise BundleError(f"{manifest} names {name!r}, which is not a file name in its own folder")
+            if not (path / name).is_file():
+                raise BundleError(f"{path} lacks {name}, which its {MANIFEST} names")
+        return bundle
+
+    def to_json(self) -> dict[str, Any]:
+        variants = [variant.to_json() for variant in self.variants]
+        return {"schema": SCHEMA, "source": self.source, "tools": self.tools, "variants": variants}
+
+    def variant(self, name: str | None = None) -> Variant:
+        """The variant called `name`; without a name, the only or first one."""
+        if name is None:
+            return self.variants[0]
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise BundleError(one_of(f"{self.path}: variant", name, [variant.name for variant in self.variants]))
+
+    def graph_path(self, variant: Variant) -> Path:
+        return self.path / variant.graph

@@ -1,0 +1,76 @@
+"""The one source of binding names, dtypes, shapes and aliases of a decoder graph.
+
+Both cache forms name their caches `past_key_values.N.key|value` (input) and `present.N.key|value` (output).
+
+concat  inputs input_ids [B,T], attention_mask [B,P+T], position_ids [B,T], caches [B,G,P,D]; present is [B,G,P+T,D].
+static  inputs input_ids [B,T], position_ids [B,T], caches [B,G,S,D]; present [B,G,S,D] is the same memory as past. New
+        keys and values go to rows position_ids[:,0] … position_ids[:,0]+T−1; a query sees the rows up to its own position.
+Output  logits [B,1,V] for the last position, or [B,T,V].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from exporter.config import CacheForm, ModelConfig
+
+Role = Literal["tokens", "mask", "positions", "logits", "cache"]
+Logits = Literal["last", "all"]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One graph input or output. `shape` mixes numbers and the symbols batch, sequence, past, total, capacity.
+
+    `alias` names the input whose memory a static `present` output shares.
+    """
+
+    name: str
+    dtype: str  # int64 or fp32, fp16, bf16
+    shape: tuple[int | str, ...]
+    role: Role
+    layer: int | None = None
+    alias: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape), "role": self.role}
+        if self.layer is not None:
+            data["layer"] = self.layer
+        if self.alias is not None:
+            data["alias"] = self.alias
+        return data
+
+
+def past_names(layer: int) -> tuple[str, str]:
+    return f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
+
+
+def present_names(layer: int) -> tuple[str, str]:
+    return f"present.{layer}.key", f"present.{layer}.value"
+
+
+def inputs(config: ModelConfig, cache: CacheForm, dtype: str) -> list[Binding]:
+    """Graph inputs in order."""
+    ids = Binding("input_ids", "int64", ("batch", "sequence"), "tokens")
+    mask = Binding("attention_mask", "int64", ("batch", "total"), "mask")
+    positions = Binding("position_ids", "int64", ("batch", "sequence"), "positions")
+    length = "past" if cache == "concat" else "capacity"
+    caches = [
+        Binding(name, dtype, ("batch", kv_heads, length, size), "cache", layer)
+        for layer, kv_heads in enumerate(config.kv_heads)
+        for name, size in zip(past_names(layer), (config.head_dim, config.value_dim), strict=True)
+    ]
+    return [ids, *([mask] if cache == "concat" else []), positions, *caches]
+
+
+def outputs(config: ModelConfig, cache: CacheForm, dtype: str, logits: Logits = "last") -> list[Binding]:
+    """Graph outputs in order."""
+    length = "total" if cache == "concat" else "capacity"
+    rows: int | str = 1 if logits == "last" else "sequence"
+    caches = [
+        Binding(name, dtype, ("batch", kv_heads, length, size), "cache", layer, past if cache == "static" else None)
+        for layer, kv_heads in enumerate(config.kv_heads)
+        for name, past, size in zip(present_names(layer), past_names(layer), (config.head_dim, config.value_dim), strict=True)
+    ]
+    return [Binding("logits", dtype, ("batch", rows, config.vocab_size), "logits"), *caches]

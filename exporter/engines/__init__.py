@@ -1,0 +1,1 @@
+"""One file a backend, all behind the interface of base.py."""

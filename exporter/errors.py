@@ -1,0 +1,5 @@
+"""The user-error family, under the name the rest of `exporter` and `profiles` imports (see graphs/errors.py)."""
+
+from graphs.errors import BundleError, CheckpointError, EngineError, GraphError, UserError, one_of
+
+__all__ = ["BundleError", "CheckpointError", "EngineError", "GraphError", "UserError", "one_of"]

@@ -1,0 +1,1 @@
+"""ONNX only: the canonical node, its lowerings, verification. Never imports torch."""

@@ -1,0 +1,1 @@
+"""Latency only: timing, sweeps, floors, statistics, reports."""
