@@ -113,7 +113,8 @@ class Bundle:
             raise BundleError(f"{manifest} cannot be read: {error}") from None
         try:
             if data["schema"] != SCHEMA:
-                raise BundleError(f"{manifest} has schema {data['schema']}, this headpool reads schema {SCHEMA}; export it again")
+                found = data["schema"]
+                raise BundleError(f"{manifest} has schema {found}, this headpool reads schema {SCHEMA}; export it again")
             variants = tuple(Variant.from_json(item) for item in data["variants"])
             bundle = cls(path, variants, data.get("source", {}), data.get("tools", {}))
         except BundleError:

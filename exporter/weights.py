@@ -69,7 +69,7 @@ class FileTensor(LazyTensor):
     def _read_into(self, flat: torch.Tensor, offset: int) -> None:
         if flat.numel() == 0:
             return
-        view = memoryview(flat.view(torch.uint8).numpy())
+        view = memoryview(flat.view(torch.uint8).numpy().data)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(offset)
             done = 0

@@ -81,7 +81,7 @@ class Session(abc.ABC):
                 raise EngineError(f"prompt {row} has no tokens")
             self.check_tokens(prompt)
             if (need := int(self.lengths[row]) + len(prompt)) > self.capacity:
-                raise EngineError(f"prompt {row} needs {need} cache rows, the session's capacity is {self.capacity}; raise --capacity")
+                raise EngineError(f"prompt {row} needs {need} cache rows, the capacity is {self.capacity}; raise --capacity")
 
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Refuse ids outside the vocabulary (a gather would read past the embedding)."""
