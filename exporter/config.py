@@ -1,7 +1,8 @@
 """ModelConfig: what a decoder is, frozen and validated once. No torch, no files: a JSON round trip and nothing else.
 
-Shape letters used in the whole project: B batch, T new tokens, S cache capacity, P past tokens, N layers,
-H query heads, G KV heads (of one layer), R = H / G query heads a group, D head size of Q and K, Dv head size of V, d hidden size, V vocabulary size.
+Shape letters used in the whole project: B batch, T new tokens, S cache capacity, P past tokens, N layers, H query heads,
+G KV heads (of one layer), R = H / G query heads a group, D head size of Q and K, Dv head size of V, d hidden size,
+V vocabulary size.
 """
 
 from __future__ import annotations

@@ -1,0 +1,96 @@
+"""`headpool::grouped_attention` as a torch operator: the eager reference of the canonical ONNX node and its translation.
+
+Eager torch, the tests and the exported graph share this one definition; what it computes is written in graphs/canonical.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnxscript
+import torch
+from torch import Tensor
+
+from graphs import canonical
+
+
+@torch.library.custom_op("headpool::grouped_attention", mutates_args=())
+def grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grouped-query attention (Ainslie et al. 2023, section 2.2) over a static or a concat cache; see graphs/canonical.py.
+
+    Computes in float32 whatever the dtype. query [B,T,H·D] → output [B,T,H·Dv] and the two present caches.
+    """
+    B, T, _ = query.shape
+    H, G = num_heads, kv_num_heads
+    query_BGRTD = query.view(B, T, G, H // G, -1).permute(0, 2, 3, 1, 4)
+    key_BGTD = key.view(B, T, G, -1).transpose(1, 2)
+    value_BGTD = value.view(B, T, G, -1).transpose(1, 2)
+    if position_ids is not None:
+        rows_BT = position_ids[:, :1] + torch.arange(T, device=query.device)
+        present_key = _scatter_rows(past_key, key_BGTD, rows_BT)
+        present_value = _scatter_rows(past_value, value_BGTD, rows_BT)
+        seen_BTS = torch.arange(past_key.shape[2], device=query.device) <= position_ids[:, :, None]
+    else:
+        assert attention_mask is not None
+        present_key = torch.cat([past_key, key_BGTD], dim=2)
+        present_value = torch.cat([past_value, value_BGTD], dim=2)
+        total = present_key.shape[2]
+        last_T1 = torch.arange(total - T, total, device=query.device)[:, None]
+        seen_BTS = (torch.arange(total, device=query.device) <= last_T1) & (attention_mask != 0)[:, None, :]
+    scores = torch.einsum("bgrtd,bgsd->bgrts", query_BGRTD.float(), present_key.float()) * scale
+    scores = scores.masked_fill(~seen_BTS[:, None, None], torch.finfo(torch.float32).min / 2)
+    output = torch.einsum("bgrts,bgsd->btgrd", scores.softmax(-1), present_value.float())
+    return output.reshape(B, T, -1).to(query.dtype), present_key, present_value
+
+
+def _scatter_rows(past_BGSD: Tensor, new_BGTD: Tensor, rows_BT: Tensor) -> Tensor:
+    present = past_BGSD.clone()
+    batch = torch.arange(past_BGSD.shape[0], device=past_BGSD.device)[:, None]
+    present[batch, :, rows_BT] = new_BGTD.transpose(1, 2)
+    return present
+
+
+@grouped_attention.register_fake
+def _shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, _ = query.shape
+    output = query.new_empty(B, T, num_heads * past_value.shape[3])
+    if position_ids is not None:
+        return output, torch.empty_like(past_key), torch.empty_like(past_value)
+    length = past_key.shape[2] + T
+    key_shape = (*past_key.shape[:2], length, past_key.shape[3])
+    value_shape = (*past_value.shape[:2], length, past_value.shape[3])
+    return output, past_key.new_empty(key_shape), past_value.new_empty(value_shape)
+
+
+def onnx_translation() -> dict[Any, Any]:
+    """What torch.onnx.export needs to write the operator as the canonical node."""
+    opset = onnxscript.values.Opset(canonical.DOMAIN, canonical.VERSION)
+    node = onnxscript.values.Op(opset, canonical.OP_TYPE, canonical.register())
+
+    def translate(*tensors_and_sizes: Any) -> Any:
+        *tensors, num_heads, kv_num_heads, scale = tensors_and_sizes
+        return node(*tensors, num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale)
+
+    return {torch.ops.headpool.grouped_attention.default: translate}

@@ -1,0 +1,118 @@
+"""`headpool::GroupedAttention`: the one custom node of the canonical graph, and its ONNX schema.
+
+Inputs   query [B,T,H·D], key [B,T,G·D], value [B,T,G·Dv] (after RoPE), past_key [B,G,S,D], past_value [B,G,S,Dv], then
+         exactly one of
+           position_ids   int64 [B,T]: the *static* cache form. Row b writes its T new keys and values to cache rows
+                          position_ids[b,0] … position_ids[b,0]+T−1; query t of row b sees cache rows ≤ position_ids[b,t].
+           attention_mask int64 [B,P+T]: the *concat* form, past is [B,G,P,D]. New rows are appended; query t of row b sees
+                          row j when j ≤ P + t and attention_mask[b,j] is 1.
+Outputs  output [B,T,H·Dv]; present_key, present_value: [B,G,S,·] (static), [B,G,P+T,·] (concat).
+Attributes  num_heads H, kv_num_heads G (divides H), scale: output = softmax(scale · QKᵀ + mask) V, query head h reading
+         KV head h // (H/G).
+
+Query rows that see nothing (left padding) give finite, unspecified values.
+"""
+
+from __future__ import annotations
+
+import onnx.defs
+import onnx_ir as ir
+
+from graphs.errors import GraphError
+
+DOMAIN = "headpool"
+VERSION = 1
+OP_TYPE = "GroupedAttention"
+INPUTS = ("query", "key", "value", "past_key", "past_value", "position_ids", "attention_mask")
+OUTPUTS = ("output", "present_key", "present_value")
+
+
+def _schema() -> onnx.defs.OpSchema:
+    schema = onnx.defs.OpSchema
+    parameter = schema.FormalParameter
+    optional = schema.FormalParameterOption.Optional
+    inputs = [parameter(name, "T") for name in INPUTS[:5]]
+    inputs += [parameter(name, "tensor(int64)", param_option=optional) for name in INPUTS[5:]]
+    kind = schema.AttrType
+    attributes = [("num_heads", kind.INT), ("kv_num_heads", kind.INT), ("scale", kind.FLOAT)]
+    return schema(
+        OP_TYPE,
+        DOMAIN,
+        VERSION,
+        doc=__doc__ or "",
+        inputs=inputs,
+        outputs=[parameter(name, "T") for name in OUTPUTS],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activations and cache")],
+        attributes=[schema.Attribute(name, type_, "", required=True) for name, type_ in attributes],
+    )
+
+
+def register() -> onnx.defs.OpSchema:
+    """The node's schema, known to onnx (checker, onnxscript) from the first call on."""
+    if onnx.defs.has(OP_TYPE, DOMAIN):
+        return onnx.defs.get_schema(OP_TYPE, VERSION, DOMAIN)
+    onnx.defs.register_schema(_schema())
+    return onnx.defs.get_schema(OP_TYPE, VERSION, DOMAIN)
+
+
+class GroupedAttention:
+    """A canonical node taken apart and checked. Raises GraphError with the reason when the node is not well formed."""
+
+    def __init__(self, node: ir.Node) -> None:
+        name = node.name or "(unnamed)"
+        if (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
+            raise GraphError(f"node {name} is {node.domain}::{node.op_type}, not {DOMAIN}::{OP_TYPE}")
+        if len(node.outputs) != len(OUTPUTS):
+            raise GraphError(f"node {name} has {len(node.outputs)} outputs, {OP_TYPE} has {', '.join(OUTPUTS)}")
+        given = [*node.inputs, *([None] * (len(INPUTS) - len(node.inputs)))]
+        if missing := [label for label, value in zip(INPUTS[:5], given, strict=False) if value is None]:
+            raise GraphError(f"node {name} lacks its input {', '.join(missing)}")
+        self.node = node
+        self.name = name
+        self.query, self.key, self.value, self.past_key, self.past_value = (v for v in given[:5] if v is not None)
+        self.position_ids, self.attention_mask = given[5], given[6]
+        if (self.position_ids is None) == (self.attention_mask is None):
+            raise GraphError(f"node {name} must have either position_ids (static cache) or attention_mask (concat cache)")
+        self.num_heads = _attribute(node, "num_heads")
+        self.kv_num_heads = _attribute(node, "kv_num_heads")
+        scale = node.attributes.get("scale")
+        if scale is None or not scale.as_float() > 0:
+            raise GraphError(f"node {name} needs a scale above 0")
+        self.scale = scale.as_float()
+        if self.num_heads % self.kv_num_heads:
+            raise GraphError(f"node {name}: {self.kv_num_heads} KV heads do not divide {self.num_heads} query heads")
+        self.dtype = _cache_dtype(self.past_key, name)
+        self.head_dim = _head_size(self.past_key, name)
+        self.value_dim = _head_size(self.past_value, name)
+
+    @property
+    def static(self) -> bool:
+        return self.position_ids is not None
+
+    @property
+    def group(self) -> int:
+        """R: query heads that share one KV head."""
+        return self.num_heads // self.kv_num_heads
+
+
+def _attribute(node: ir.Node, name: str) -> int:
+    attribute = node.attributes.get(name)
+    if attribute is None or attribute.as_int() <= 0:
+        raise GraphError(f"node {node.name} needs {name} above 0")
+    return attribute.as_int()
+
+
+def _cache_dtype(cache: ir.Value, name: str) -> ir.DataType:
+    if cache.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        raise GraphError(f"node {name} has a cache of {cache.dtype}, not FLOAT, FLOAT16 or BFLOAT16")
+    return cache.dtype
+
+
+def _head_size(cache: ir.Value, name: str) -> int:
+    if cache.shape is None or len(cache.shape) != 4 or not isinstance(cache.shape[3], int):
+        raise GraphError(f"node {name}: its cache {cache.name} needs the shape [B, G, S, D] with D a number, has {cache.shape}")
+    return cache.shape[3]
+
+
+def is_canonical(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) == (DOMAIN, OP_TYPE)

@@ -1,0 +1,51 @@
+"""Lower the canonical graph: every `headpool::GroupedAttention` becomes one pattern of graphs/patterns.
+
+Preconditions: every canonical node is well formed and the pattern's check passes for all, before anything is changed.
+Postconditions: no canonical node is left; inputs, outputs and weights have the names, types and shapes they had.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphs.canonical import GroupedAttention, is_canonical
+from graphs.emit import Emitter
+from graphs.errors import GraphError, one_of
+from graphs.patterns import PATTERNS, gqa
+from graphs.stamp import tidy
+
+
+def lower(canonical: ir.Model, pattern: str) -> ir.Model:
+    """A lowered copy; `canonical` stays as it is. Raises GraphError naming the node and the reason."""
+    if pattern not in PATTERNS:
+        raise GraphError(one_of("pattern", pattern, PATTERNS))
+    rules = PATTERNS[pattern]
+    model = canonical.clone()
+    nodes = [GroupedAttention(node) for node in model.graph if is_canonical(node)]
+    if not nodes:
+        raise GraphError("the graph has no headpool::GroupedAttention node; lower takes the canonical graph")
+    for node in nodes:
+        if (reason := rules.check(node)) is not None:
+            raise GraphError(f"pattern {pattern} does not fit node {node.name}: {reason}")
+
+    emit = Emitter(model.graph)
+    for node in nodes:
+        emit.at(node.node)
+        _replace(model.graph, node.node, rules.rewrite(node, emit))
+    if rules is gqa:
+        model.graph.opset_imports[gqa.DOMAIN] = 1
+    tidy(model)
+    assert not any(is_canonical(node) for node in model.graph)
+    return model
+
+
+def _replace(graph: ir.Graph, node: ir.Node, values: tuple[ir.Value, ...]) -> None:
+    """Give `node`'s outputs to `values`, under their names, types and shapes where the graph shows them."""
+    outputs = list(graph.outputs)
+    for old, new in zip(node.outputs, values, strict=True):
+        new.type, new.shape = old.type, old.shape
+        if old in outputs:
+            new.name, old.name = old.name, None
+            graph.outputs[outputs.index(old)] = new
+        old.replace_all_uses_with(new)
+    graph.remove(node, safe=True)

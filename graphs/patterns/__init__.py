@@ -1,0 +1,11 @@
+"""One lowering of `headpool::GroupedAttention` a file. Each has
+
+    check(node) -> str | None          the reason why it does not apply to this node, or None
+    rewrite(node, emit) -> (output, present_key, present_value)
+
+and the table below names them all.
+"""
+
+from graphs.patterns import attention, gqa, grouped, repeat
+
+PATTERNS = {"repeat": repeat, "grouped": grouped, "attention": attention, "gqa": gqa}

@@ -1,0 +1,27 @@
+"""`attention`: ONNX `Attention` (opset 24) with an explicit mask and the cache kept outside it.
+
+TensorRT parses this to its fused attention layer, and TensorScatter to its KV-cache layer, but only so: one output, no
+past/present inputs, no `is_causal` (it becomes upper-left, wrong for decode), no `nonpad_kv_seqlen` (ignored).
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphs.canonical import GroupedAttention
+from graphs.emit import Emitter
+from graphs.patterns import common
+
+
+def check(node: GroupedAttention) -> str | None:
+    if node.head_dim != node.value_dim:
+        return f"its K and V heads have {node.head_dim} and {node.value_dim} channels; fused attention wants them equal"
+    return None
+
+
+def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, ir.Value]:
+    present_key, present_value = common.update_cache(emit, node)
+    query_BHTD = common.split_heads(emit, "query", node.query, node.num_heads)
+    mask = common.mask(emit, node)
+    output_BHTD = emit.op("Attention", "Attention", query_BHTD, present_key, present_value, mask, scale=node.scale)
+    return common.merge_heads(emit, output_BHTD), present_key, present_value

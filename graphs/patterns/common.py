@@ -1,0 +1,85 @@
+"""What the patterns share: heads apart, the cache update in both forms, and the additive mask (made once a graph)."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphs.canonical import GroupedAttention
+from graphs.emit import Emitter
+
+
+def split_heads(emit: Emitter, name: str, x_BTE: ir.Value, heads: int) -> ir.Value:
+    """[B,T,heads·D] → [B,heads,T,D]."""
+    apart = emit.op(f"{name}/Reshape", "Reshape", x_BTE, emit.constant([0, 0, heads, -1]))
+    return emit.op(f"{name}/Transpose", "Transpose", apart, perm=[0, 2, 1, 3])
+
+
+def merge_heads(emit: Emitter, x_BHTD: ir.Value) -> ir.Value:
+    """[B,H,T,D] → [B,T,H·D]."""
+    together = emit.op("output/Transpose", "Transpose", x_BHTD, perm=[0, 2, 1, 3])
+    return emit.op("output/Reshape", "Reshape", together, emit.constant([0, 0, -1]))
+
+
+def update_cache(emit: Emitter, node: GroupedAttention) -> tuple[ir.Value, ir.Value]:
+    """present_key, present_value: TensorScatter into the static cache, Concat onto the other."""
+    present = []
+    for name, past, new in (("key", node.past_key, node.key), ("value", node.past_value, node.value)):
+        new_BGTD = split_heads(emit, f"cache/{name}", new, node.kv_num_heads)
+        if node.position_ids is not None:
+            rows = _write_rows(emit, node.position_ids)
+            written = emit.op(f"cache/{name}/TensorScatter", "TensorScatter", past, new_BGTD, rows, axis=-2, mode="linear")
+            present.append(written)
+        else:
+            present.append(emit.op(f"cache/{name}/Concat", "Concat", past, new_BGTD, axis=2))
+    return present[0], present[1]
+
+
+def _write_rows(emit: Emitter, position_ids: ir.Value) -> ir.Value:
+    """int64 [B]: the cache row of each sequence's first new token."""
+    if "write_rows" not in emit.shared:
+        first = emit.constant(0)
+        emit.shared["write_rows"] = emit.op("cache/write_rows/Gather", "Gather", position_ids, first, axis=1)
+    return emit.shared["write_rows"]
+
+
+def mask(emit: Emitter, node: GroupedAttention) -> ir.Value:
+    """[B,1,T,S] in the cache's dtype: 0 where query t sees cache row s, a finite lowest value where not."""
+    key = ("mask", node.dtype)
+    if key not in emit.shared:
+        seen = _seen_static(emit, node) if node.position_ids is not None else _seen_concat(emit, node)
+        zero = emit.constant(0.0, node.dtype)
+        emit.shared[key] = emit.op("mask/Where", "Where", seen, zero, emit.lowest(node.dtype))
+    return emit.shared[key]
+
+
+def _seen_static(emit: Emitter, node: GroupedAttention) -> ir.Value:
+    assert node.position_ids is not None
+    zero, one = emit.constant(0), emit.constant(1)
+    shape = emit.op("mask/capacity/Shape", "Shape", node.past_key, start=2, end=3)
+    capacity = emit.op("mask/capacity/Squeeze", "Squeeze", shape)
+    rows_S = emit.op("mask/Range", "Range", zero, capacity, one)
+    positions_B1T1 = emit.op("mask/Unsqueeze", "Unsqueeze", node.position_ids, emit.constant([1, 3]))
+    return emit.op("mask/LessOrEqual", "LessOrEqual", rows_S, positions_B1T1)
+
+
+def _seen_concat(emit: Emitter, node: GroupedAttention) -> ir.Value:
+    assert node.attention_mask is not None
+    zero, one = emit.constant(0), emit.constant(1)
+    total = total_length(emit, node.attention_mask)
+    new = emit.op("mask/new/Squeeze", "Squeeze", emit.op("mask/new/Shape", "Shape", node.query, start=1, end=2))
+    columns = emit.op("mask/columns/Range", "Range", zero, total, one)
+    past = emit.op("mask/past/Sub", "Sub", total, new)
+    rows = emit.op("mask/rows/Range", "Range", past, total, one)
+    rows_T1 = emit.op("mask/rows/Unsqueeze", "Unsqueeze", rows, emit.constant([1]))
+    causal_TS = emit.op("mask/LessOrEqual", "LessOrEqual", columns, rows_T1)
+    kept = emit.op("mask/Cast", "Cast", node.attention_mask, to=ir.DataType.BOOL)
+    kept_B11S = emit.op("mask/Unsqueeze", "Unsqueeze", kept, emit.constant([1, 2]))
+    return emit.op("mask/And", "And", causal_TS, kept_B11S)
+
+
+def total_length(emit: Emitter, attention_mask: ir.Value) -> ir.Value:
+    """int64 scalar: P + T."""
+    if "total" not in emit.shared:
+        shape = emit.op("mask/total/Shape", "Shape", attention_mask, start=1, end=2)
+        emit.shared["total"] = emit.op("mask/total/Squeeze", "Squeeze", shape)
+    return emit.shared["total"]
