@@ -116,3 +116,29 @@ def _head_size(cache: ir.Value, name: str) -> int:
 
 def is_canonical(node: ir.Node) -> bool:
     return (node.domain, node.op_type) == (DOMAIN, OP_TYPE)
+
+
+def standalone(
+    num_heads: int, kv_heads: int, head_dim: int, static: bool = True, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Model:
+    """A model of one canonical node and nothing else: to time a pattern, or to ask a runtime whether it has its kernels."""
+    data, int64 = ir.TensorType(dtype), ir.TensorType(ir.DataType.INT64)
+    shapes: dict[str, list[int | str]] = {
+        "query": ["B", "T", num_heads * head_dim],
+        "key": ["B", "T", kv_heads * head_dim],
+        "value": ["B", "T", kv_heads * head_dim],
+        "past_key": ["B", kv_heads, "S", head_dim],
+        "past_value": ["B", kv_heads, "S", head_dim],
+    }
+    tokens = ("position_ids", ["B", "T"]) if static else ("attention_mask", ["B", "total"])
+    inputs = [ir.Value(name=name, shape=ir.Shape(shape), type=data) for name, shape in shapes.items()]
+    inputs.append(ir.Value(name=tokens[0], shape=ir.Shape(tokens[1]), type=int64))
+    attributes = {"num_heads": num_heads, "kv_num_heads": kv_heads, "scale": head_dim**-0.5}
+    where = [*inputs[:5], inputs[5]] if static else [*inputs[:5], None, inputs[5]]
+    node = ir.node(OP_TYPE, where, attributes, domain=DOMAIN, num_outputs=3, name="/GroupedAttention")
+    rows = "S" if static else "total"
+    for value, name in zip(node.outputs, OUTPUTS, strict=True):
+        value.name, value.type = name, data
+        value.shape = ir.Shape(["B", kv_heads, rows, head_dim] if name != "output" else ["B", "T", num_heads * head_dim])
+    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 24, DOMAIN: VERSION}, name="attention")
+    return ir.Model(graph, ir_version=11, producer_name="headpool")

@@ -1,0 +1,97 @@
+"""Options that several commands share, so that a word means one thing everywhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+# Written out here because the modules that define them import torch or onnx; a test holds them equal.
+METHODS = ("mean", "first", "random")
+PATTERNS = ("repeat", "grouped", "attention", "gqa")
+CACHES = ("concat", "static")
+DTYPES = ("fp32", "fp16", "bf16")
+BACKENDS = ("onnxruntime", "onnxruntime-cuda")
+
+
+class IntList(click.ParamType):
+    """Whole numbers above zero, separated by commas."""
+
+    name = "N,N,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 8,4,1", param, ctx)
+        if any(number <= 0 for number in numbers):
+            self.fail(f"{value!r} holds a number that is not above zero", param, ctx)
+        return numbers
+
+
+class ChoiceList(click.ParamType):
+    """Words out of a closed set, separated by commas."""
+
+    name = "NAME,NAME,…"
+
+    def __init__(self, choices: tuple[str, ...]) -> None:
+        self.choices = choices
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = tuple(str(value).split(","))
+        for word in words:
+            if word not in self.choices:
+                self.fail(f"{word!r} is not one of {', '.join(self.choices)}", param, ctx)
+        return words
+
+
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+as_json: Option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
+groups: Option = click.option(
+    "--groups", type=IntList(), help="Numbers of KV heads G of GQA-G: 1 is MQA, the query heads' number is MHA."
+)
+method: Option = click.option(
+    "--method", type=click.Choice(METHODS), default="mean", show_default=True, help="How the heads of a group become one."
+)
+seed: Option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness.")
+patterns: Option = click.option(
+    "--pattern",
+    "--patterns",
+    "patterns",
+    type=ChoiceList(PATTERNS),
+    default="grouped",
+    show_default=True,
+    help=f"What the attention becomes: {', '.join(PATTERNS)}.",
+)
+cache: Option = click.option(
+    "--cache", type=click.Choice(CACHES), help="Cache form.  [default: concat for repeat, static for the others]"
+)
+dtype: Option = click.option(
+    "--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of weights, activations and cache."
+)
+backend: Option = click.option(
+    "--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True, help="Runtime to use."
+)
+threads: Option = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of one operator.  [default: one a physical core]"
+)
+storage: Option = click.option(
+    "--weights",
+    "storage",
+    type=click.Choice(("copy", "link")),
+    default="copy",
+    show_default=True,
+    help="link: hard-link the checkpoint's own files where their bytes serve as they are.",
+)
+
+
+def all_of(*options: Option) -> Option:
+    """Several options as one decorator, in the order they are named."""
+    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)

@@ -1,0 +1,32 @@
+"""The convert stage: a checkpoint in, a Hugging Face checkpoint with other KV heads out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from exporter.checkpoint import open_checkpoint, write_checkpoint
+from exporter.config import ModelConfig, check_groups
+from exporter.convert.heads import Method, convert_weights
+from exporter.files import refuse_existing
+
+
+def convert_checkpoint(
+    path: Path,
+    out: Path,
+    kv_heads: int,
+    method: Method = "mean",
+    seed: int = 0,
+    on_bytes: Callable[[int], None] | None = None,
+) -> tuple[ModelConfig, ModelConfig]:
+    """Write `path` to the folder `out` with `kv_heads` KV heads in every layer; the configs before and after.
+
+    The input is only read. `out` must not exist and is whole or absent. Raises CheckpointError and UserError.
+    """
+    checkpoint = open_checkpoint(path)
+    check_groups(checkpoint.config.num_heads, kv_heads)
+    refuse_existing(out)
+    config, weights = convert_weights(checkpoint.config, checkpoint.weights, kv_heads, method, seed)
+    write_checkpoint(dataclasses.replace(checkpoint, config=config, weights=weights), out, on_bytes=on_bytes)
+    return checkpoint.config, config

@@ -1,0 +1,117 @@
+"""What this machine can build and run, and why not the rest: tried, not guessed.
+
+ONNX Runtime is asked for each pattern by opening a session on one attention node; the other packages by looking them up.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+import psutil
+
+from graphs.canonical import standalone
+from graphs.lower import lower
+from graphs.patterns import PATTERNS
+
+DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+
+def diagnose() -> dict[str, Any]:
+    """{"machine": …, "checks": [{"what", "ok", "detail"}]}; every check is tried, none raises."""
+    checks = [
+        _check("checkpoints, conversion, export", _torch),
+        _check("ONNX Runtime on the CPU", _onnxruntime),
+        *_patterns(),
+        _check("ONNX Runtime on CUDA", lambda: _provider("CUDAExecutionProvider", "onnxruntime-gpu", "gpu")),
+        _check("onnxruntime-genai", lambda: _package(("onnxruntime-genai", "onnxruntime-genai-cuda"), "genai")),
+        _check("optimum-onnx", lambda: _package(("optimum-onnx",), "optimum")),
+    ]
+    machine = {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+    return {"machine": machine, "checks": checks}
+
+
+def render(report: dict[str, Any]) -> list[str]:
+    machine = report["machine"]
+    head = (
+        f"{machine['system']}, Python {machine['python']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB"
+    )
+    width = max(len(check["what"]) for check in report["checks"])
+    return [head, *(f"  {'yes' if c['ok'] else 'no ':3}  {c['what']:<{width}}  {c['detail']}" for c in report["checks"])]
+
+
+def _check(what: str, probe: Callable[[], str]) -> dict[str, Any]:
+    try:
+        return {"what": what, "ok": True, "detail": probe()}
+    except Exception as error:  # the reason is the answer
+        return {"what": what, "ok": False, "detail": " ".join(str(error).split())[:200]}
+
+
+def _torch() -> str:
+    version = importlib.metadata.version("torch")
+    import torch
+
+    return f"torch {version}, {'CUDA ' + torch.cuda.get_device_name() if torch.cuda.is_available() else 'no CUDA device'}"
+
+
+def _onnxruntime() -> str:
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}, providers {', '.join(onnxruntime.get_available_providers())}"
+
+
+def _provider(name: str, package: str, extra: str) -> str:
+    import onnxruntime
+
+    if name not in onnxruntime.get_available_providers():
+        raise RuntimeError(f"this onnxruntime has no {name}; install the extra headpool[{extra}] ({package})")
+    _open(standalone(4, 2, 64, dtype=ir.DataType.FLOAT16), "gqa", name)
+    return name
+
+
+def _package(names: tuple[str, ...], extra: str) -> str:
+    for name in names:
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise RuntimeError(f"{names[0]} is not installed; install the extra headpool[{extra}]")
+
+
+def _patterns() -> list[dict[str, Any]]:
+    """For each pattern, the cache forms and dtypes that ONNX Runtime's CPU provider opens a session on."""
+    checks = []
+    for pattern in PATTERNS:
+        works, fails = [], []
+        for dtype, data_type in DTYPES.items():
+            for static in (True, False):
+                label = f"{dtype} {'static' if static else 'concat'}"
+                try:
+                    _open(standalone(4, 2, 64, static, data_type), pattern, "CPUExecutionProvider")
+                    works.append(label)
+                except Exception as error:
+                    fails.append(f"{label} ({str(error).split(':')[-1].strip()[:60]})")
+        detail = ", ".join(works) + (f"; not {', '.join(fails)}" if fails else "")
+        checks.append({"what": f"pattern {pattern} on the CPU", "ok": bool(works), "detail": detail})
+    return checks
+
+
+def _open(model: ir.Model, pattern: str, provider: str) -> None:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(lower(model, pattern)).SerializeToString(), options, providers=[provider]
+    )
+    if provider not in session.get_providers():
+        raise RuntimeError(f"{provider} could not be loaded; onnxruntime fell back to {session.get_providers()[0]}")

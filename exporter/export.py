@@ -1,0 +1,189 @@
+"""The export stage: a checkpoint becomes a bundle with one graph for each KV-head count and pattern.
+
+    checkpoint → (fewer KV heads) → canonical graph → lowered graphs, weights streamed once, manifest
+
+Weights never meet the tracer: graphs name them, and the layout writes or links their bytes beside the graphs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from exporter import contract
+from exporter.bundle import MANIFEST, Bundle, Variant
+from exporter.checkpoint import Checkpoint, scan
+from exporter.config import CACHE_FORMS, DTYPES, CacheForm, ModelConfig, check_groups
+from exporter.convert import conversion_record, convert_weights
+from exporter.convert.heads import METHODS, Method
+from exporter.errors import CheckpointError, UserError, one_of
+from exporter.files import new_folder, refuse_existing
+from exporter.genai import genai_config
+from exporter.layout import STORAGES, Layout, Storage
+from exporter.trace import EMBEDDING, HEAD, canonical_graph
+from exporter.weights import TORCH_DTYPES, Weights
+from graphs.lower import lower
+from graphs.patterns import PATTERNS
+from graphs.verify import check_model
+
+# The cache form a pattern is normally used with: `repeat` is what others export, the rest run in place.
+DEFAULT_CACHE: dict[str, CacheForm] = {"repeat": "concat", "grouped": "static", "attention": "static", "gqa": "static"}
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to make. `groups` None keeps the checkpoint's KV heads; `cache` None takes each pattern's own form."""
+
+    groups: tuple[int, ...] | None = None
+    method: Method = "mean"
+    seed: int = 0
+    patterns: tuple[str, ...] = ("grouped",)
+    cache: CacheForm | None = None
+    dtype: str = "fp32"
+    logits: contract.Logits = "last"
+    storage: Storage = "copy"
+
+    def __post_init__(self) -> None:
+        choices: list[tuple[str, Any, Any]] = [("pattern", pattern, PATTERNS) for pattern in self.patterns]
+        choices += [("dtype", self.dtype, DTYPES), ("logits", self.logits, ("last", "all"))]
+        choices += [("method", self.method, METHODS), ("weights", self.storage, STORAGES)]
+        choices += [("cache", self.cache, CACHE_FORMS)] if self.cache is not None else []
+        for what, value, allowed in choices:
+            if value not in allowed:
+                raise UserError(one_of(what, value, allowed))
+        for what, values in (("pattern", self.patterns), ("group count", self.groups or (0,))):
+            if not values or len(set(values)) != len(values):
+                raise UserError(f"{what}s {', '.join(map(str, values))}: name each once, and at least one")
+
+
+def export(checkpoint: Checkpoint, out: Path, options: ExportOptions, progress: Progress | None = None) -> Bundle:
+    """Write the bundle `out` (which must not exist) and open it. Nothing is left behind when anything fails."""
+    report = progress or (lambda *_: None)
+    config = checkpoint.config
+    for count in options.groups or ():
+        check_groups(config.num_heads, count)
+    refuse_existing(out)
+    with new_folder(out) as folder, ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(scan, checkpoint.files)  # reads the files while the graphs are traced
+        models: dict[str, tuple[ModelConfig, Weights]] = {}
+        for count in options.groups or (None,):
+            kv_heads = config.kv_heads if count is None else count
+            converted = convert_weights(config, checkpoint.weights, kv_heads, options.method, options.seed)
+            models[_label(converted[0])] = converted
+        layout = _lay_out(folder, models, options, report)
+        variants = _write_graphs(folder, config, models, layout, options, report)
+        report("hashing the checkpoint", 0, 1)
+        source = {"name": checkpoint.name, "files": hashing.result()}
+        report("hashing the checkpoint", 1, 1)
+        bundle = Bundle(out, tuple(variants), source, tool_versions())
+        _write_side_files(folder, checkpoint, variants[0])
+        _write_json(folder / MANIFEST, bundle.to_json())
+    return Bundle.open(out)
+
+
+def _label(config: ModelConfig) -> str:
+    """ "g4"; where layers differ, "g" and the counts' mean is no name, so the sum: "gsum90"."""
+    distinct = set(config.kv_heads)
+    return f"g{config.kv_heads[0]}" if len(distinct) == 1 else f"gsum{sum(config.kv_heads)}"
+
+
+def _lay_out(folder: Path, models: dict[str, tuple[ModelConfig, Weights]], options: ExportOptions, report: Progress) -> Layout:
+    dtype = TORCH_DTYPES[options.dtype]
+    distinct = {id(tensor): tensor for _, weights in models.values() for tensor in weights.values()}
+    total = sum(tensor.nbytes // tensor.dtype.itemsize * dtype.itemsize for tensor in distinct.values())
+    done = 0
+
+    def wrote(count: int) -> None:
+        nonlocal done
+        done += count
+        report("writing weights", done, total)
+
+    layout = Layout(folder, dtype, options.storage, wrote)
+    layout.write({label: weights for label, (_, weights) in models.items()})
+    return layout
+
+
+def _write_graphs(
+    folder: Path,
+    original: ModelConfig,
+    models: dict[str, tuple[ModelConfig, Weights]],
+    layout: Layout,
+    options: ExportOptions,
+    report: Progress,
+) -> list[Variant]:
+    variants: list[Variant] = []
+    total = len(models) * len(options.patterns)
+    for label, (config, weights) in models.items():
+        canonical: dict[CacheForm, ir.Model] = {}
+        for pattern in options.patterns:
+            report("tracing and lowering graphs", len(variants), total)
+            cache = options.cache or DEFAULT_CACHE[pattern]
+            if cache not in canonical:
+                canonical[cache] = canonical_graph(config, cache, options.dtype, options.logits)
+            name = label if len(options.patterns) == 1 else f"{label}.{pattern}"
+            graph = "model.onnx" if total == 1 else f"model.{name}.onnx"
+            model = lower(canonical[cache], pattern)
+            _attach(model, weights, layout, folder)
+            ir.save(model, folder / graph)
+            check_model(folder / graph)
+            files = tuple(sorted({layout.place(tensor).file for tensor in weights.values()}))
+            record = conversion_record(original, config, options.method, options.seed)
+            size = _weight_bytes(config, weights, layout)
+            variants.append(Variant(name, graph, config, pattern, cache, options.dtype, options.logits, files, size, record))
+    report("tracing and lowering graphs", total, total)
+    return variants
+
+
+def _attach(model: ir.Model, weights: Weights, layout: Layout, folder: Path) -> None:
+    """Point every weight of the graph at its bytes."""
+    named = {name: value for name, value in model.graph.initializers.items() if value.const_value is None}
+    assert set(named) <= set(weights), sorted(set(named) - set(weights))
+    for name, value in named.items():
+        place = layout.place(weights[name])
+        assert value.dtype is not None
+        assert value.shape is not None
+        assert tuple(value.shape.numpy()) == weights[name].shape, (name, value.shape, weights[name].shape)
+        value.const_value = ir.ExternalTensor(
+            place.file, place.offset, place.nbytes, value.dtype, shape=value.shape, name=name, base_dir=folder
+        )
+
+
+def _weight_bytes(config: ModelConfig, weights: Weights, layout: Layout) -> int:
+    """What one decode step reads: everything, but of an embedding that is not the head only one row a sequence."""
+    unread = {HEAD} if config.tied else {EMBEDDING}
+    return sum(layout.place(tensor).nbytes for name, tensor in weights.items() if name not in unread)
+
+
+def _write_side_files(folder: Path, checkpoint: Checkpoint, variant: Variant) -> None:
+    """config.json, genai_config.json and the tokenizer's files, as Hugging Face and onnxruntime-genai read them."""
+    for name, content in checkpoint.side_files.items():
+        (folder / name).write_bytes(content)
+    hf_config = dict(checkpoint.hf_config)
+    if len(set(variant.config.kv_heads)) == 1:
+        hf_config["num_key_value_heads"] = variant.config.kv_heads[0]
+        _write_json(folder / "genai_config.json", genai_config(variant))
+    _write_json(folder / "config.json", hf_config)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of headpool and of what wrote the graphs."""
+    names = ("headpool", "torch", "onnx", "onnx-ir", "onnxscript")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def require_weights(checkpoint: Checkpoint) -> None:
+    """Refuse a CONFIG where trained weights matter."""
+    if not checkpoint.files:
+        raise CheckpointError(f"{checkpoint.name} is a config without weights; this command needs a checkpoint")

@@ -1,0 +1,91 @@
+"""A tiny decoder as torch model and as lowered graph with its weights inside, for parity tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+
+from exporter import contract
+from exporter.config import ModelConfig, RopeConfig
+from exporter.models.decoder import Decoder, canonical_to_module
+from exporter.trace import canonical_graph
+from graphs.lower import lower
+
+NUMPY = {"fp32": np.float32, "fp16": np.float16}
+TORCH = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def tiny_config(kv_heads=(2, 2), num_heads=8, **changes) -> ModelConfig:
+    values = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "num_layers": len(kv_heads),
+        "num_heads": num_heads,
+        "kv_heads": tuple(kv_heads),
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "max_positions": 128,
+        "rope": RopeConfig(theta=100.0),
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+def random_decoder(config: ModelConfig, dtype: str = "fp32", std: float = 0.3, seed: int = 0) -> Decoder:
+    """Large random weights: small ones hide a missing RoPE or mask."""
+    torch.manual_seed(seed)
+    model = Decoder(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(torch.rand_like(parameter) + (0 if config.norm_offset else 0.5))
+            else:
+                parameter.normal_(0, std)
+    return model.to(TORCH[dtype]).eval().requires_grad_(False) if dtype == "fp32" else _cast(model, dtype)
+
+
+def _cast(model: Decoder, dtype: str) -> Decoder:
+    cast = Decoder(model.config, TORCH[dtype])
+    cast.load_state_dict({name: value.to(TORCH[dtype]) for name, value in model.state_dict().items()})
+    return cast.eval().requires_grad_(False)
+
+
+def with_weights(model: ir.Model, decoder: Decoder) -> bytes:
+    state = decoder.state_dict()
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = ir.tensor(state[canonical_to_module(name)].numpy(), name=name)
+    return ir.to_proto(model).SerializeToString()
+
+
+_canonical: dict = {}
+
+
+def session(decoder: Decoder, pattern: str, cache: str, dtype: str = "fp32", logits: str = "all", optimise=True):
+    key = (decoder.config, cache, dtype, logits)
+    if key not in _canonical:
+        _canonical[key] = canonical_graph(decoder.config, cache, dtype, logits)
+    graph = with_weights(lower(_canonical[key], pattern), decoder)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def run(sess, config: ModelConfig, ids, positions, caches, mask=None):
+    """Logits and the flat list of caches after; caches are copied in, so nothing is in place here."""
+    feeds = {"input_ids": ids, "position_ids": positions}
+    if mask is not None:
+        feeds["attention_mask"] = mask
+    names = [name for layer in range(config.num_layers) for name in contract.past_names(layer)]
+    feeds |= dict(zip(names, caches, strict=True))
+    logits, *present = sess.run(None, feeds)
+    return logits.astype(np.float32), present
+
+
+def empty(config: ModelConfig, batch: int, length: int, dtype: str = "fp32"):
+    sizes = (config.head_dim, config.value_dim)
+    return [np.zeros((batch, g, length, size), NUMPY[dtype]) for g in config.kv_heads for size in sizes]
