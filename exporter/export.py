@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from exporter import contract
 from exporter.bundle import MANIFEST, Bundle, Variant
-from exporter.checkpoint import Checkpoint, scan
+from exporter.checkpoint import Checkpoint, check_finite, scan
 from exporter.config import CACHE_FORMS, DTYPES, CacheForm, ModelConfig, check_groups
 from exporter.convert import conversion_record, convert_weights
 from exporter.convert.heads import METHODS, Method
@@ -71,17 +71,18 @@ def export(checkpoint: Checkpoint, out: Path, options: ExportOptions, progress: 
     for count in options.groups or ():
         check_groups(config.num_heads, count)
     refuse_existing(out)
-    with new_folder(out) as folder, ThreadPoolExecutor(1) as pool:
-        hashing = pool.submit(scan, checkpoint.files)  # reads the files while the graphs are traced
+    with new_folder(out) as folder, ThreadPoolExecutor(2) as pool:
+        hashing = pool.submit(scan, checkpoint.files)  # the files are read while the graphs are traced
         models: dict[str, tuple[ModelConfig, Weights]] = {}
-        for count in options.groups or (None,):
-            kv_heads = config.kv_heads if count is None else count
+        for kv_heads in options.groups or (config.kv_heads,):
             converted = convert_weights(config, checkpoint.weights, kv_heads, options.method, options.seed)
             models[_label(converted[0])] = converted
         layout = _lay_out(folder, models, options, report)
+        checking = pool.submit(_check_linked, layout)
         variants = _write_graphs(folder, config, models, layout, options, report)
         report("hashing the checkpoint", 0, 1)
-        source = {"name": checkpoint.name, "files": hashing.result()}
+        source = {"name": checkpoint.name, "sha256": hashing.result()}
+        checking.result()
         report("hashing the checkpoint", 1, 1)
         bundle = Bundle(out, tuple(variants), source, tool_versions())
         _write_side_files(folder, checkpoint, variants[0])
@@ -109,6 +110,12 @@ def _lay_out(folder: Path, models: dict[str, tuple[ModelConfig, Weights]], optio
     layout = Layout(folder, dtype, options.storage, wrote)
     layout.write({label: weights for label, (_, weights) in models.items()})
     return layout
+
+
+def _check_linked(layout: Layout) -> None:
+    """NaN and infinite weights: those that are copied are checked on the way, those that are linked are read for it."""
+    for tensor in layout.linked:
+        check_finite(tensor)
 
 
 def _write_graphs(

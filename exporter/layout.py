@@ -39,6 +39,7 @@ class Layout:
     def __init__(self, folder: Path, dtype: torch.dtype, storage: Storage, on_bytes: Callable[[int], None]) -> None:
         self.folder, self.dtype, self.storage, self.on_bytes = folder, dtype, storage, on_bytes
         self.places: dict[int, Place] = {}  # by id of the LazyTensor: sharing is by object
+        self.linked: list[FileTensor] = []
         self._links: dict[Path, str] = {}
         self._kept: list[LazyTensor] = []  # keeps the ids alive
 
@@ -67,6 +68,7 @@ class Layout:
         if self.storage != "link" or not isinstance(tensor, FileTensor) or tensor.dtype != self.dtype:
             return False
         self._keep(tensor, Place(self._linked_file(tensor.path), tensor.offset, tensor.nbytes))
+        self.linked.append(tensor)
         return True
 
     def _linked_file(self, path: Path) -> str:

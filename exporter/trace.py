@@ -8,6 +8,8 @@ every weight by its canonical parameter name and holds none of their bytes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,20 +43,18 @@ def canonical_graph(config: ModelConfig, cache: CacheForm, dtype: str, logits: c
     inputs = {binding.name: _value(binding) for binding in contract.inputs(config, cache, dtype)}
     stamper = Stamper(inputs.values(), opset=OPSET, domains={canonical.DOMAIN: canonical.VERSION})
     ids, positions, mask = inputs["input_ids"], inputs["position_ids"], inputs.get("attention_mask")
-    trace = _Tracer(cache, TORCH_DTYPES[dtype], config)
+    plain = _one_layer(config, config.num_heads)
 
-    x, *angles = stamper.stamp(trace.prologue(), "model", [ids, positions])
-    layers: dict[int, ir.Model] = {}
+    x, *angles = stamper.stamp(_prologue(plain, dtype), "model", [ids, positions])
     present: list[ir.Value] = []
     for index, kv_heads in enumerate(config.kv_heads):
-        if kv_heads not in layers:
-            layers[kv_heads] = trace.layer(kv_heads)
+        layer = _layer(_one_layer(config, kv_heads), cache, dtype)
         past = [inputs[name] for name in contract.past_names(index)]
         shared = [positions, *([mask] if mask is not None else [])]
-        x, *caches = stamper.stamp(layers[kv_heads], f"model.layers.{index}", [x, *angles, *shared, *past])
+        x, *caches = stamper.stamp(layer, f"model.layers.{index}", [x, *angles, *shared, *past])
         present += caches
     weight = stamper.initializer(EMBEDDING if config.tied else HEAD, IR_DTYPES[dtype], (config.vocab_size, config.hidden_size))
-    (scores,) = stamper.stamp(trace.epilogue(logits), "model", [x, positions, weight])
+    (scores,) = stamper.stamp(_epilogue(plain, dtype, logits), "model", [x, positions, weight])
     if config.rope.kind != "none":
         stamper.initializers["model.rotary.inv_freq"].const_value = ir.tensor(frequencies(config)[0].numpy())
 
@@ -70,59 +70,67 @@ def _value(binding: contract.Binding) -> ir.Value:
     return ir.Value(name=binding.name, shape=ir.Shape(binding.shape), type=ir.TensorType(IR_DTYPES[binding.dtype]))
 
 
-class _Tracer:
-    """torch.export → torch.onnx.export of one part, under fake tensors."""
+# Sizes that stand for dynamic dimensions; distinct and not 0 or 1, which torch.export would bake in.
+B, T, P = 2, 3, 17
 
-    def __init__(self, cache: CacheForm, dtype: torch.dtype, config: ModelConfig) -> None:
-        self.cache, self.dtype, self.config = cache, dtype, config
-        # Sizes that stand for dynamic dimensions; distinct and not 0 or 1, which torch.export would bake in.
-        self.B, self.T, self.P = 2, 3, 17
 
-    def prologue(self) -> ir.Model:
-        ids = (self.B, self.T)
-        return self._trace(lambda: Prologue(self.config, self.dtype), [(ids, torch.long, (0, 1)), (ids, torch.long, (0, 1))])
+def _one_layer(config: ModelConfig, kv_heads: int) -> ModelConfig:
+    """The config of a part: equal for all models and group counts that share it, so that it is traced once a process."""
+    return dataclasses.replace(config, num_layers=1, kv_heads=(kv_heads,))
 
-    def layer(self, kv_heads: int) -> ir.Model:
-        c, B, T, P = self.config, self.B, self.T, self.P
-        angle = ((B, T, c.rotary_dim // 2), self.dtype, (0, 1)) if c.rope.kind != "none" else None
-        mask = ((B, P + T), torch.long, (0, 1)) if self.cache == "concat" else None
-        caches = [((B, kv_heads, P, size), self.dtype, (0, 2)) for size in (c.head_dim, c.value_dim)]
-        x = ((B * T, c.hidden_size), self.dtype, (0,))
-        positions = ((B, T), torch.long, (0, 1))
-        return self._trace(lambda: Layer(c, kv_heads), [x, angle, angle, positions, mask, *caches])
 
-    def epilogue(self, logits: contract.Logits) -> ir.Model:
-        c, B, T = self.config, self.B, self.T
-        x = ((B * T, c.hidden_size), self.dtype, (0,))
-        weight = ((c.vocab_size, c.hidden_size), self.dtype, ())
-        part = [x, ((B, T), torch.long, (0, 1)), weight]
-        return self._trace(lambda: Epilogue(c, last_only=logits == "last"), part)
+@functools.lru_cache(maxsize=64)
+def _prologue(config: ModelConfig, dtype: str) -> ir.Model:
+    ids = ((B, T), torch.long, (0, 1))
+    return _trace(lambda: Prologue(config, TORCH_DTYPES[dtype]), dtype, [ids, ids])
 
-    def _trace(self, build: Callable[[], nn.Module], inputs: Sequence[Spec | None]) -> ir.Model:
-        """None stands for an input the part does without."""
-        with FakeTensorMode(), quiet():
-            module = self._build(build)
-            args = tuple(None if spec is None else torch.zeros(spec[0], dtype=spec[1]) for spec in inputs)
-            shapes = tuple(None if spec is None else dict.fromkeys(spec[2], torch.export.Dim.DYNAMIC) for spec in inputs)
-            program = torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
-            onnx_program = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                optimize=False,
-                custom_translation_table=onnx_translation(),
-                verbose=False,
-            )
-        assert onnx_program is not None
-        return onnx_program.model
 
-    def _build(self, build: Callable[[], nn.Module]) -> nn.Module:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)  # Module.to does not work on fake parameters
-        try:
-            return build()
-        finally:
-            torch.set_default_dtype(before)
+@functools.lru_cache(maxsize=64)
+def _layer(config: ModelConfig, cache: CacheForm, dtype: str) -> ir.Model:
+    c, kind, kv_heads = config, TORCH_DTYPES[dtype], config.kv_heads[0]
+    angle = ((B, T, c.rotary_dim // 2), kind, (0, 1)) if c.rope.kind != "none" else None
+    mask = ((B, P + T), torch.long, (0, 1)) if cache == "concat" else None
+    caches = [((B, kv_heads, P, size), kind, (0, 2)) for size in (c.head_dim, c.value_dim)]
+    x = ((B * T, c.hidden_size), kind, (0,))
+    positions = ((B, T), torch.long, (0, 1))
+    return _trace(lambda: Layer(c, kv_heads), dtype, [x, angle, angle, positions, mask, *caches])
+
+
+@functools.lru_cache(maxsize=64)
+def _epilogue(config: ModelConfig, dtype: str, logits: contract.Logits) -> ir.Model:
+    kind = TORCH_DTYPES[dtype]
+    x = ((B * T, config.hidden_size), kind, (0,))
+    weight = ((config.vocab_size, config.hidden_size), kind, ())
+    part = [x, ((B, T), torch.long, (0, 1)), weight]
+    return _trace(lambda: Epilogue(config, last_only=logits == "last"), dtype, part)
+
+
+def _trace(build: Callable[[], nn.Module], dtype: str, inputs: Sequence[Spec | None]) -> ir.Model:
+    """torch.export → torch.onnx.export of one part, under fake tensors. None stands for an input the part does without."""
+    with FakeTensorMode(), quiet():
+        module = _build(build, TORCH_DTYPES[dtype])
+        args = tuple(None if spec is None else torch.zeros(spec[0], dtype=spec[1]) for spec in inputs)
+        shapes = tuple(None if spec is None else dict.fromkeys(spec[2], torch.export.Dim.DYNAMIC) for spec in inputs)
+        program = torch.export.export(module.eval(), args, dynamic_shapes=shapes, strict=False)
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            custom_translation_table=onnx_translation(),
+            verbose=False,
+        )
+    assert onnx_program is not None
+    return onnx_program.model
+
+
+def _build(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # Module.to does not work on fake parameters
+    try:
+        return build()
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

@@ -12,16 +12,14 @@ from graphs.errors import GraphError
 
 
 def check_model(path: Path) -> None:
-    """onnx.checker on the graph file `path` without its weights' bytes. Raises GraphError with the checker's first line.
+    """onnx.checker on the graph file `path` without reading its weights. Raises GraphError with the checker's first line.
 
-    The external data's places and sizes are checked here, because the checker would load all of it: each tensor must lie
-    inside its file and have the bytes that its shape and dtype say.
+    External weights are shown to the checker as inputs of their dtype and shape: it refuses files with several hard links.
+    Where they lie is checked here instead: inside a file of the bundle, with the bytes that shape and dtype say.
     """
     canonical.register()
-    model = onnx.load(path, load_external_data=False)
     try:
-        onnx.checker.check_model(model, full_check=False)
-        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+        onnx.checker.check_model(_weights_as_inputs(onnx.load(path, load_external_data=False)), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise GraphError(f"{path.name} is not valid ONNX: {str(error).strip().splitlines()[0]}") from error
     for name, value in ir.load(path).graph.initializers.items():
@@ -30,6 +28,18 @@ def check_model(path: Path) -> None:
             raise GraphError(f"{path.name}: weight {name} has no value")
         if isinstance(tensor, ir.ExternalTensor):
             _check_external(path, name, tensor)
+
+
+def _weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    kept = []
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            kept.append(tensor)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
 
 
 def _check_external(path: Path, name: str, tensor: ir.ExternalTensor) -> None:

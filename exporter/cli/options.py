@@ -20,6 +20,7 @@ class IntList(click.ParamType):
     """Whole numbers above zero, separated by commas."""
 
     name = "N,N,…"
+    least = 1
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
@@ -28,9 +29,15 @@ class IntList(click.ParamType):
             numbers = tuple(int(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is not a list of whole numbers such as 8,4,1", param, ctx)
-        if any(number <= 0 for number in numbers):
-            self.fail(f"{value!r} holds a number that is not above zero", param, ctx)
+        if min(numbers) < self.least:
+            self.fail(f"{value!r} holds {min(numbers)}; the numbers start at {self.least}", param, ctx)
         return numbers
+
+
+class IdList(IntList):
+    """Token ids: whole numbers from zero, separated by commas."""
+
+    least = 0
 
 
 class ChoiceList(click.ParamType):

@@ -18,7 +18,7 @@ def convert_checkpoint(
     kv_heads: int,
     method: Method = "mean",
     seed: int = 0,
-    on_bytes: Callable[[int], None] | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
 ) -> tuple[ModelConfig, ModelConfig]:
     """Write `path` to the folder `out` with `kv_heads` KV heads in every layer; the configs before and after.
 

@@ -1,0 +1,140 @@
+"""The checkpoint families: one entry each for what its config.json and tensor names do differently from Llama's.
+
+`names` is the family's name map, read in both directions: a module of the checkpoint → the canonical modules whose rows it
+holds, in order. A module that is not listed has the same name on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from exporter.checkpoint.expected import expected_shapes
+from exporter.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """What transformers' config and model classes of one `model_type` do. A bias is on, off, or named by a config key."""
+
+    model_type: str
+    architecture: str
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what the config class fills in where config.json is silent
+    eps_key: str = "rms_norm_eps"
+    norm: str = "rms"
+    norm_offset: bool = False
+    scaled_embeddings: bool = False
+    gated: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    ffn_bias: bool | str = False
+    window: Literal["none", "all", "layers"] = "none"  # which layers obey sliding_window
+    rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    partial_rotary: bool = False
+
+
+_COMMON: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+
+LLAMA = Family(
+    "llama",
+    "LlamaForCausalLM",
+    defaults={**_COMMON, "max_position_embeddings": 2048},
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    ffn_bias="mlp_bias",
+)
+MISTRAL = Family(
+    "mistral",
+    "MistralForCausalLM",
+    defaults={**_COMMON, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    window="all",
+)
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    defaults={**_COMMON, "max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    qkv_bias=True,
+    window="layers",
+)
+QWEN3 = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    defaults={**QWEN2.defaults, "head_dim": 128},
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    qk_norm=True,
+    window="layers",
+)
+GEMMA = Family(
+    "gemma",
+    "GemmaForCausalLM",
+    defaults={
+        "hidden_act": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+    },
+    norm_offset=True,
+    scaled_embeddings=True,
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+)
+PHI3 = Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    names={
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    },
+    defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    window="all",
+    rope_kinds=("default",),  # transformers reads Phi-3's "yarn" and "su" as longrope
+    partial_rotary=True,
+)
+STARCODER2 = Family(
+    "starcoder2",
+    "Starcoder2ForCausalLM",
+    names={"mlp.c_fc": ("mlp.up_proj",), "mlp.c_proj": ("mlp.down_proj",)},
+    defaults={
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 4096,
+        "num_key_value_heads": 2,
+        "use_bias": True,
+    },
+    eps_key="norm_epsilon",
+    norm="layer",
+    gated=False,
+    qkv_bias="use_bias",
+    o_bias="use_bias",
+    ffn_bias="use_bias",
+    window="all",
+)
+
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, PHI3, STARCODER2)}
+
+
+def layout(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Tensor name in `config.family`'s checkpoints → the canonical tensors whose rows it holds, in order."""
+    holder = {
+        part: (module, index) for module, parts in FAMILIES[config.family].names.items() for index, part in enumerate(parts)
+    }
+    held: dict[str, dict[int, str]] = {}
+    for name in expected_shapes(config):
+        stem, kind = name.rsplit(".", 1)
+        head, module = _split_layer(stem)
+        outer, index = holder.get(module, (module, 0))
+        held.setdefault(f"{head}{outer}.{kind}", {})[index] = name
+    return {name: tuple(parts[index] for index in sorted(parts)) for name, parts in held.items()}
+
+
+def _split_layer(stem: str) -> tuple[str, str]:
+    """model.layers.3.mlp.up_proj → (model.layers.3., mlp.up_proj); a module outside the layers stays whole."""
+    pieces = stem.split(".", 3)
+    return (".".join(pieces[:3]) + ".", pieces[3]) if pieces[:2] == ["model", "layers"] else ("", stem)

@@ -1,0 +1,215 @@
+"""Hugging Face config.json ↔ ModelConfig. What headpool does not implement is refused by name, with the key and its value."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.checkpoint.families import FAMILIES, Family
+from exporter.checkpoint.rope_config import finite, parse_rope, rope_keys
+from exporter.config import ModelConfig
+from exporter.errors import CheckpointError, UserError, one_of
+
+# hidden_act → (ungated FFN, gated FFN, tanh approximation of GELU)
+ACTIVATIONS = {
+    "silu": ("swish", "swiglu", False),
+    "swish": ("swish", "swiglu", False),
+    "gelu": ("gelu", "geglu", False),
+    "gelu_pytorch_tanh": ("gelu", "geglu", True),
+    "gelu_new": ("gelu", "geglu", True),
+    "relu": ("relu", "reglu", False),
+    "sigmoid": (None, "glu", False),
+    "linear": (None, "bilinear", False),
+}
+# Larger numbers are damage, and would only be found after much time and memory.
+LIMITS = {"num_hidden_layers": 4096, "num_attention_heads": 65536}
+REFUSED_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "use_bidirectional_attention", "per_layer_config")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError."""
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return data
+
+
+def parse_config(
+    hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None, where: object = "config.json"
+) -> ModelConfig:
+    """The model a config.json describes. `generation` is generation_config.json, whose token ids come first.
+
+    Reads the keys of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters). Raises CheckpointError for every
+    feature that is not implemented.
+    """
+    try:
+        return _Reader(hf).config(generation or {})
+    except UserError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+class _Reader:
+    """config.json with the family's defaults behind it."""
+
+    def __init__(self, hf: Mapping[str, Any]) -> None:
+        model_type = hf.get("model_type")
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            raise UserError(one_of("model_type", model_type, FAMILIES))
+        self.family: Family = FAMILIES[model_type]
+        self.hf = {**self.family.defaults, **hf}
+
+    def config(self, generation: Mapping[str, Any]) -> ModelConfig:
+        self.refuse_features()
+        family, hf = self.family, self.hf
+        layers, heads, hidden = (self.size(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+        if hf.get("head_dim") is None and hidden % heads:
+            raise UserError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
+        head_dim = hidden // heads if hf.get("head_dim") is None else self.size("head_dim")
+        kv_heads = heads if hf.get("num_key_value_heads") is None else self.size("num_key_value_heads")
+        ffn, gelu_tanh = self.activation()
+        max_positions = self.size("max_position_embeddings")
+        self.refuse_window(max_positions, layers)
+        ids = {
+            key: generation.get(key) if generation.get(key) is not None else hf.get(key)
+            for key in ("bos_token_id", "eos_token_id")
+        }
+        bos = _token_ids("bos_token_id", ids["bos_token_id"])
+        return ModelConfig(
+            vocab_size=self.size("vocab_size"),
+            hidden_size=hidden,
+            num_layers=layers,
+            num_heads=heads,
+            kv_heads=(kv_heads,) * layers,
+            head_dim=head_dim,
+            intermediate_size=self.size("intermediate_size"),
+            max_positions=max_positions,
+            ffn=ffn,
+            gelu_tanh=gelu_tanh,
+            norm=family.norm,
+            norm_eps=self.number(family.eps_key),
+            norm_offset=family.norm_offset,
+            embed_scale=math.sqrt(hidden) if family.scaled_embeddings else 1.0,
+            rope=parse_rope(hf, family, max_positions),
+            qkv_bias=self.flag(family.qkv_bias),
+            o_bias=self.flag(family.o_bias),
+            ffn_bias=self.flag(family.ffn_bias),
+            qk_norm=family.qk_norm,
+            tied=self.flag("tie_word_embeddings"),
+            family=family.model_type,
+            bos_token_id=bos[0] if bos else None,
+            eos_token_ids=_token_ids("eos_token_id", ids["eos_token_id"]),
+        )
+
+    def size(self, key: str) -> int:
+        value = self.hf.get(key)
+        limit = LIMITS.get(key, 2**31 - 1)
+        if key not in self.hf:
+            raise UserError(f"lacks {key}")
+        if type(value) is not int or not 1 <= value <= limit:
+            raise UserError(f"{key} {value!r} is not a whole number from 1 to {limit}")
+        return value
+
+    def number(self, key: str) -> float:
+        value = finite(self.hf.get(key))
+        if value is None:
+            raise UserError(f"{key} {self.hf.get(key)!r} is not a finite number")
+        return value
+
+    def flag(self, key: bool | str) -> bool:
+        value = key if isinstance(key, bool) else self.hf.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise UserError(f"{key} {value!r} is neither true nor false")
+        return bool(value)
+
+    def activation(self) -> tuple[str, bool]:
+        name = self.hf.get("hidden_act")
+        if self.family.model_type == "gemma" and name == "gelu":
+            name = "gelu_pytorch_tanh"  # what Gemma's first configs meant (transformers pull request 29402)
+        other = self.hf.get("hidden_activation")
+        if other is not None and other != name:
+            raise UserError(f"hidden_activation {other!r} contradicts hidden_act {name!r}")
+        gated = self.family.gated
+        choices = {key: kinds[gated] for key, kinds in ACTIVATIONS.items() if kinds[gated]}
+        if not isinstance(name, str) or name not in choices:
+            raise UserError(one_of("hidden_act", name, choices))
+        return str(choices[name]), ACTIVATIONS[name][2]
+
+    def refuse_features(self) -> None:
+        if quantization := self.hf.get("quantization_config"):
+            method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
+            raise UserError(f"quantization_config {method!r} is not supported; use the checkpoint's F32, F16 or BF16 weights")
+        for key in REFUSED_KEYS:
+            if self.hf.get(key):
+                raise UserError(f"{key} {self.hf[key]!r} is not supported; headpool exports dense causal decoders")
+
+    def refuse_window(self, max_positions: int, layers: int) -> None:
+        """Sliding windows that some layer obeys and that are shorter than the context."""
+        key, window = "sliding_window", self.hf.get("sliding_window")
+        if self.family.window == "none":
+            return
+        if self.family.window == "layers":
+            window = window if self.flag("use_sliding_window") else None
+            types = self.hf.get("layer_types")
+            if types is None:
+                first = self.size("max_window_layers") if "max_window_layers" in self.hf else 28
+                types = [
+                    "sliding_attention" if window is not None and layer >= first else "full_attention"
+                    for layer in range(layers)
+                ]
+            if not isinstance(types, list) or not set(types) <= {"full_attention", "sliding_attention"}:
+                raise UserError(f"layer_types {types!r} is not a list of full_attention and sliding_attention")
+            if "sliding_attention" not in types:
+                return
+            if window is None:
+                raise UserError("layer_types has sliding_attention, but use_sliding_window is off")
+        if window is None:
+            return
+        if type(window) is not int or window < 1:
+            raise UserError(f"{key} {window!r} is not a whole number ≥ 1")
+        if window < max_positions:
+            raise UserError(
+                f"{key} {window} is shorter than max_position_embeddings {max_positions}, and sliding windows are not "
+                f"supported; set max_position_embeddings to {window} in config.json to use the model up to there"
+            )
+
+
+def _token_ids(key: str, value: object) -> tuple[int, ...]:
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(number) is int and number >= 0 for number in values):
+        raise UserError(f"{key} {value!r} is neither a token id nor a list of them")
+    return tuple(values)
+
+
+def hf_config_for(config: ModelConfig, hf: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """`hf` brought up to date with `config`: KV heads, dtype, and RoPE in the keys of both transformers 4 and 5.
+
+    Raises CheckpointError where the KV heads differ from layer to layer (config.json has one number for all), or where the
+    result would not describe `config`.
+    """
+    if len(set(config.kv_heads)) > 1:
+        raise CheckpointError(
+            f"KV heads {list(config.kv_heads)} differ from layer to layer, and config.json's num_key_value_heads is one "
+            "number; choose one number of groups for all layers"
+        )
+    new = dict(hf)
+    name = str(dtype).removeprefix("torch.")
+    new.pop("torch_dtype" if "dtype" in new else "dtype", None)
+    new["dtype" if "dtype" in new else "torch_dtype"] = name
+    new.update(rope_keys(hf), num_key_value_heads=config.kv_heads[0], architectures=[FAMILIES[config.family].architecture])
+    # The token ids may have come from generation_config.json.
+    again = replace(parse_config(new), bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
+    if again != config:
+        differs = [key for key, value in config.to_json().items() if again.to_json()[key] != value]
+        raise CheckpointError(f"a {config.family} config.json cannot say this model's {', '.join(differs)}")
+    return new

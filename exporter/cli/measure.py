@@ -1,0 +1,205 @@
+"""`headpool profile`, `sweep`, `compare` and `report`: what needs the `profiles` room, imported when a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from exporter.cli import options
+from exporter.cli.console import finish, progress_bar
+from exporter.errors import UserError
+
+KINDS = ("decode", "prefill", "ttft")
+measuring = options.all_of(
+    click.option("--contexts", type=options.IntList(), default="128,1024", show_default=True, help="Tokens in the cache."),
+    click.option("--batch", "batches", type=options.IntList(), default="1", show_default=True, help="Sequences at once."),
+    click.option("--kinds", type=options.ChoiceList(KINDS), default=",".join(KINDS), show_default=True, help="What to time."),
+    click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Decode steps a cell."),
+    click.option("--prefill-samples", type=click.IntRange(min=1), default=3, show_default=True, help="Prefills a cell."),
+    click.option("--seconds", type=float, help="Bound on each cell's share of the sampling time."),
+    click.option("--breakdown", type=options.IntList(), help="Contexts at which to show where the time goes."),
+)
+
+
+@click.command("profile")
+@click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), default="latency.json", show_default=True, help="Results file.")
+@click.option("--variants", help="Which graphs, by name, separated by commas.  [default: all]")
+@measuring
+@options.all_of(options.backend, options.threads, options.seed, options.as_json)
+def profile_command(
+    bundles: tuple[Path, ...],
+    out: Path,
+    variants: str | None,
+    breakdown: tuple[int, ...] | None,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+    **plan: Any,
+) -> None:
+    """Per-token latency, prefill and time to first token of every graph of BUNDLES, interleaved in one run.
+
+    \b
+    Examples:
+      headpool profile bundle --contexts 128,1024,4096
+      headpool profile mha gqa8 --out both.json --batch 1,4 --kinds decode
+    """
+    from exporter.files import refuse_existing
+    from profiles.bundles import profile_bundle
+    from profiles.measure import Plan
+
+    refuse_existing(out)
+    with progress_bar() as progress:
+        results = profile_bundle(
+            bundles,
+            Plan(**plan),
+            variants=variants.split(",") if variants else None,
+            backend=backend,
+            threads=threads,
+            breakdown=breakdown or (),
+            progress=lambda done, total, what: progress("measuring latency", done, total),
+        )
+    results.save(out)
+    _show(results, as_json, {"out": str(out)})
+
+
+@click.command("sweep")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@options.all_of(options.groups, options.method, options.patterns, options.cache, options.dtype, options.storage)
+@click.option("--quality-tokens", type=click.IntRange(min=0), default=2048, show_default=True, help="Tokens of text; 0: none.")
+@measuring
+@options.all_of(options.backend, options.threads, options.seed, options.as_json)
+def sweep_command(
+    checkpoint: Path,
+    out: Path,
+    groups: tuple[int, ...] | None,
+    method: Any,
+    patterns: tuple[str, ...],
+    cache: Any,
+    dtype: str,
+    storage: Any,
+    quality_tokens: int,
+    breakdown: tuple[int, ...] | None,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+    **plan: Any,
+) -> None:
+    """Convert CHECKPOINT (or a config.json) to each KV-head count, export, measure, and report: OUT/report.html.
+
+    Without --groups, every count that divides the query heads.
+
+    \b
+    Examples:
+      headpool sweep model.gguf out --groups 9,3,1 --patterns grouped,gqa,repeat --contexts 128,1024,4096
+      headpool sweep config.json out --groups 16,4,1 --dtype fp16 --breakdown 1024
+    """
+    from exporter.checkpoint import open_source
+    from exporter.config import group_counts
+    from exporter.export import ExportOptions
+    from profiles.measure import Plan
+    from profiles.sweep import SweepOptions, sweep
+
+    source = open_source(checkpoint, plan["seed"])
+    counts = groups or tuple(group_counts(source.config.num_heads))
+    if unknown := sorted(set(breakdown or ()) - set(plan["contexts"])):
+        raise UserError(f"--breakdown {unknown[0]} is not one of the contexts {', '.join(map(str, plan['contexts']))}")
+    chosen = ExportOptions(counts, method, plan["seed"], patterns, cache, dtype, "last", storage)
+    settings = SweepOptions(chosen, Plan(**plan), breakdown or (), backend, threads, quality_tokens)
+    with progress_bar() as progress:
+        results = sweep(source, out, settings, progress)
+    _show(results, as_json, {"out": str(out), "report": str(out / "report.html"), "results": str(out / "results.json")})
+
+
+@click.command("compare")
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--fail-above", type=float, help="Exit with 1 when any cell of B is surely slower than this times A's.")
+@options.as_json
+@click.pass_context
+def compare_command(ctx: click.Context, a: Path, b: Path, fail_above: float | None, as_json: bool) -> int:
+    """Two results files, cell by cell: the ratio B/A of medians with its 95 % bootstrap interval.
+
+    \b
+    Examples:
+      headpool compare before.json after.json
+      headpool compare before.json after.json --fail-above 1.05
+    """
+    from rich.console import Console
+
+    from profiles.compare import compare, comparison_table
+    from profiles.results import Results
+
+    comparison = compare(Results.load(a), Results.load(b))
+    failures = comparison.failures(fail_above) if fail_above is not None else []
+    for warning in comparison.warnings:
+        click.echo(f"headpool: {warning}", err=True)
+    if as_json:
+        pairs = [
+            {
+                "groups": pair.a.subject.groups,
+                "pattern": pair.a.subject.pattern,
+                "kind": pair.a.kind,
+                "batch": pair.a.batch,
+                "context": pair.a.context,
+                "ratio": pair.ratio,
+                "low": pair.low,
+                "high": pair.high,
+                "failed": pair in failures,
+            }
+            for pair in comparison.pairs
+        ]
+        finish(True, {"pairs": pairs, "only_a": comparison.only_a, "only_b": comparison.only_b}, [])
+    else:
+        Console().print(comparison_table(comparison, fail_above))
+    return 1 if failures else 0
+
+
+@click.command("report")
+@click.argument("results", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), default="report.html", show_default=True)
+@options.as_json
+def report_command(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """One self-contained HTML page from RESULTS (files of profile or sweep). It opens offline.
+
+    \b
+    Examples:
+      headpool report latency.json
+      headpool report cpu.json gpu.json --out both.html
+    """
+    from profiles.report import write_report
+    from profiles.results import Results
+
+    write_report([Results.load(path) for path in results], out)
+    finish(as_json, {"out": str(out)}, str(out))
+
+
+def _show(results: Any, as_json: bool, data: dict[str, Any]) -> None:
+    """The table for a person, with the files' names under it; with --json the medians, since the file holds the samples."""
+    from rich.console import Console
+
+    from profiles.stats import summary
+    from profiles.table import results_table
+
+    if not as_json:
+        Console().print(results_table(results))
+        finish(False, {}, [f"{name}: {path}" for name, path in data.items()])
+        return
+    cells = [
+        {
+            "variant": cell.subject.variant,
+            "groups": cell.subject.groups,
+            "pattern": cell.subject.pattern,
+            "kind": cell.kind,
+            "batch": cell.batch,
+            "context": cell.context,
+            "p50_seconds": summary(cell.samples).p50,
+            "floor_seconds": cell.floor,
+            "kv_bytes_per_token": cell.subject.kv_bytes_per_token,
+        }
+        for cell in results.cells
+    ]
+    finish(True, {**data, "cells": cells}, [])

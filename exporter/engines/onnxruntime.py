@@ -1,0 +1,93 @@
+"""Opening a variant in ONNX Runtime: providers, options, load errors as one line. ort_static.py, ort_concat.py then run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnxruntime
+import psutil
+
+from exporter.bundle import Bundle, Variant
+from exporter.engines.base import Session, SessionInfo
+from exporter.engines.ort_concat import ConcatSession
+from exporter.engines.ort_session import DEVICES
+from exporter.engines.ort_static import StaticSession
+from exporter.errors import EngineError, one_of
+
+CPU = "CPUExecutionProvider"
+OPTIMISATIONS = {
+    "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+
+def open_session(
+    bundle: Bundle,
+    variant: Variant,
+    *,
+    batch: int,
+    capacity: int,
+    threads: int | None = None,
+    profile_to: str | Path | None = None,
+    provider: str = CPU,
+    optimisation: str = "all",
+    chunk: int = 512,
+) -> Session:
+    """`chunk` is the most tokens a sequence that one prefill call takes, which bounds the memory of the scores."""
+    if optimisation not in OPTIMISATIONS:
+        raise EngineError(one_of("optimisation", optimisation, OPTIMISATIONS))
+    if provider not in DEVICES:
+        raise EngineError(one_of("provider", provider, DEVICES))
+    if chunk < 1:
+        raise EngineError(f"chunk {chunk} is not a whole number from 1")
+    if provider not in (available := onnxruntime.get_available_providers()):
+        raise EngineError(
+            f"onnxruntime {onnxruntime.__version__} here has no {provider} (it has {', '.join(available)}): "
+            "pip uninstall onnxruntime; pip install onnxruntime-gpu"
+        )
+    if profile_to is not None and not Path(profile_to).absolute().parent.is_dir():
+        raise EngineError(f"profile prefix {profile_to} is in a folder that does not exist; make the folder first")
+    threads = threads or physical_cores()
+    runtime = _load(bundle.graph_path(variant), variant, threads, profile_to, provider, optimisation)
+    info = SessionInfo(
+        backend="onnxruntime" if provider == CPU else "onnxruntime-cuda",
+        provider=provider,
+        versions={"onnxruntime": onnxruntime.__version__},
+        options={"threads": threads, "optimisation": optimisation, "chunk": chunk},
+    )
+    kind = StaticSession if variant.cache == "static" else ConcatSession
+    return kind(runtime, variant, batch, capacity, info)
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyper-threads not counted: both threads of a core share the units that attention needs."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+
+
+def _load(
+    graph: Path, variant: Variant, threads: int, profile_to: str | Path | None, provider: str, optimisation: str
+) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = OPTIMISATIONS[optimisation]
+    options.log_severity_level = 3  # errors; they come as exceptions besides
+    options.enable_mem_pattern = variant.cache == "static"  # concat has new shapes each step, and each would be planned
+    if profile_to is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_to)
+    try:
+        runtime = onnxruntime.InferenceSession(graph, options, providers=[provider])
+    except Exception as error:  # the runtime raises classes of its own that have no public base
+        reason = " ".join(str(error).split())
+        raise EngineError(
+            f"onnxruntime {onnxruntime.__version__} cannot run {graph} (pattern {variant.pattern}, {variant.dtype}) "
+            f"on {provider}: {reason[:400]}"
+        ) from None
+    if (running := runtime.get_providers()[0]) != provider:
+        raise EngineError(f"onnxruntime could not start {provider} and fell back to {running}; check the driver and CUDA")
+    return runtime

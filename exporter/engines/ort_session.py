@@ -1,0 +1,149 @@
+"""What the two cache forms of an ONNX Runtime session share: I/O bindings, the order of calls, counts and logits.
+
+Decoding reuses one binding whose token, position and logits buffers stay where they are; prefill makes one a call.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+
+from exporter.bundle import Variant
+from exporter.engines.base import Session, SessionInfo, check_score
+from exporter.engines.feeding import Feed
+
+DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
+ELEMENT_TYPES = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
+# numpy has no bfloat16 of its own; buffers hold its bits as float16 and are bound by address with the right element type.
+STORAGE = {"fp32": np.float32, "fp16": np.float16, "bf16": np.float16}
+
+
+class _Indices:
+    """An int64 input: `array` on the host, which `push` makes the runtime see."""
+
+    def __init__(self, shape: tuple[int, ...], device: str) -> None:
+        self.array = np.zeros(shape, np.int64)
+        self.value = onnxruntime.OrtValue.ortvalue_from_numpy(self.array, device, 0)
+        self.device = device
+
+    def push(self) -> None:
+        if self.device != "cpu":  # on the host the value lies on the array itself
+            self.value.update_inplace(self.array)
+
+
+class Call:
+    """One I/O binding with its token, position and logits buffers for [B, T]; T = 1 is kept for every decode step."""
+
+    def __init__(self, session: OrtSession, T: int) -> None:
+        self.binding = session.runtime.io_binding()
+        self.ids, self.positions = (_Indices((session.batch, T), session.device) for _ in range(2))
+        self.binding.bind_ortvalue_input("input_ids", self.ids.value)
+        self.binding.bind_ortvalue_input("position_ids", self.positions.value)
+        rows = 1 if session.variant.logits == "last" else T
+        dtype = session.variant.dtype
+        self.logits = np.zeros((session.batch, rows, session.config.vocab_size), STORAGE[dtype])
+        self.bfloat = dtype == "bf16"
+        address = self.logits.ctypes.data
+        self.binding.bind_output("logits", "cpu", 0, ELEMENT_TYPES[dtype], self.logits.shape, address)
+
+    def run(self, runtime: Any) -> None:
+        self.ids.push()
+        self.positions.push()
+        runtime.run_with_iobinding(self.binding)
+
+    def scores(self) -> np.ndarray:
+        """Logits as float32; for an fp32 graph the very buffer, no copy."""
+        logits = self.logits.view(ml_dtypes.bfloat16) if self.bfloat else self.logits
+        return logits.astype(np.float32, copy=False)
+
+
+class OrtSession(Session):
+    """What both cache forms share: the order of calls, the counts and the logits."""
+
+    def __init__(self, runtime: Any, variant: Variant, batch: int, capacity: int, info: SessionInfo) -> None:
+        super().__init__(variant.config, batch, capacity, info)
+        self.runtime, self.variant, self.device = runtime, variant, DEVICES[info.provider]
+        self.chunk: int = info.options["chunk"]
+        self.profile: Path | None = None  # where the runtime wrote its profile, after close()
+        self._step = Call(self, 1)
+
+    def prefill(self, prompts: list[np.ndarray]) -> np.ndarray:
+        self.check_prompts(prompts)
+        if self._one_by_one(max(map(len, prompts))):
+            return self._prefill_rows(prompts)
+        for feed in self._plan(prompts):
+            logits = self._feed(feed)
+        return logits[:, -1]
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        self.check_decode(tokens)
+        step = self._step
+        step.ids.array[:, 0] = tokens
+        step.positions.array[:, 0] = self.lengths
+        self._run(step, None)
+        self.lengths += 1
+        return step.scores()[:, 0]
+
+    def score(self, tokens: np.ndarray, skip: int = 0) -> Iterator[np.ndarray]:
+        if self.variant.logits != "all" or self._one_by_one(tokens.shape[-1]):
+            yield from super().score(tokens, skip)
+            return
+        check_score(tokens, skip)
+        self.check_prompts(list(tokens))
+        seen = 0
+        for feed in self._plan(list(tokens)):
+            logits = self._feed(feed)
+            if seen + logits.shape[1] > skip:
+                yield logits[:, max(skip - seen, 0) :]
+            seen += logits.shape[1]
+
+    def close(self) -> None:
+        if self.runtime is None:
+            return
+        if self.runtime.get_session_options().enable_profiling:
+            self.profile = Path(self.runtime.end_profiling())
+        self._release()
+        del self._step
+        self.runtime = None
+
+    def _feed(self, feed: Feed) -> np.ndarray:
+        """Run one call of a prefill; float32 logits [B, 1 or T, V]."""
+        call = self._step if feed.ids.shape[1] == 1 else Call(self, feed.ids.shape[1])
+        call.ids.array[:], call.positions.array[:] = feed.ids, feed.positions
+        self._run(call, feed.mask)
+        self.lengths += feed.counts
+        return call.scores()
+
+    def _one_by_one(self, longest: int) -> bool:
+        """Whether prompts must be fed a sequence at a time.
+
+        com.microsoft.GroupQueryAttention takes several tokens of several sequences only while the cache is empty.
+        """
+        fresh = longest <= self.chunk and not self.lengths.any()
+        return self.variant.pattern == "gqa" and self.batch > 1 and not fresh
+
+    def _kv_token_bytes(self) -> int:
+        return self.variant.kv_bytes_per_token
+
+    @abc.abstractmethod
+    def _plan(self, prompts: list[np.ndarray]) -> Iterator[Feed]:
+        """The calls that feed `prompts`; all rows' last tokens are in the last column of the last one."""
+
+    @abc.abstractmethod
+    def _run(self, call: Call, mask: np.ndarray | None) -> None:
+        """Run `call`, whose tokens and positions are set; `mask` [B, T] of its new columns (concat), None: all ones."""
+
+    @abc.abstractmethod
+    def _prefill_rows(self, prompts: list[np.ndarray]) -> np.ndarray:
+        """`prefill` with a session of batch 1 for each sequence, over its part of the cache."""
+
+    @abc.abstractmethod
+    def _release(self) -> None:
+        """Drop the caches."""

@@ -1,0 +1,143 @@
+"""The static cache form: caches live in buffers of ours, bound as input and as output, so a step writes its rows in place.
+
+The runtime's attention reads all S rows there are, so S follows the context in small steps (`_next_rows`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from exporter import contract
+from exporter.bundle import Variant
+from exporter.engines.base import SessionInfo
+from exporter.engines.feeding import Feed, right_padded
+from exporter.engines.ort_session import ELEMENT_TYPES, STORAGE, Call, OrtSession
+from exporter.errors import EngineError
+
+
+def _next_rows(need: int, rows: int, capacity: int, ahead: int = 0) -> int:
+    """S that holds `need` rows, from `rows` on: a multiple of 64, or the capacity.
+
+    In decoding S grows by 1/16, so that at most that is read for nothing and at most 16 rows are copied a token, a small part
+    of what a step reads. A prefill that goes on to `ahead` rows doubles S until then: its early chunks do not read all of it.
+    """
+    if ahead > need:
+        doubled = max(need, 2 * rows)
+        need = ahead if ahead <= doubled + 64 else doubled
+    elif rows:
+        need = max(need, rows + max(64, rows // 16))
+    return min(capacity, -(-need // 64) * 64)
+
+
+class Buffer:
+    """Zeroed memory on the host or on a device, bound by address.
+
+    Zeros matter: a masked cache row is multiplied by probability 0, and 0 times the NaN that fresh memory may hold is NaN.
+    On the host they cost no memory until a row is written.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, device: str) -> None:
+        self.shape, self.element, self.device = shape, ELEMENT_TYPES[dtype], device
+        self.host: np.ndarray | None = np.zeros(shape, STORAGE[dtype])
+        self.value: Any = None
+        if device != "cpu":
+            self.value, self.host = onnxruntime.OrtValue.ortvalue_from_numpy(self.host, device, 0), None
+        self.itemsize = np.dtype(STORAGE[dtype]).itemsize
+        self.address = self.host.ctypes.data if self.host is not None else self.value.data_ptr()
+
+    def row(self, index: int) -> Buffer:
+        """The part of one sequence, the same memory; `self` has to outlive it."""
+        part = copy.copy(self)
+        part.shape = (1, *self.shape[1:])
+        part.address += index * math.prod(part.shape) * self.itemsize
+        return part
+
+    def to_host(self) -> np.ndarray:
+        return self.host if self.host is not None else self.value.numpy()
+
+    def load(self, rows: np.ndarray) -> None:
+        """Fill the first rows (third axis) with `rows`."""
+        if self.host is not None:
+            self.host[:, :, : rows.shape[2]] = rows
+            return
+        whole = np.zeros(self.shape, rows.dtype)
+        whole[:, :, : rows.shape[2]] = rows
+        self.value.update_inplace(whole)
+
+    def bind(self, binding: Any, source: str, target: str) -> None:
+        binding.bind_input(source, self.device, 0, self.element, self.shape, self.address)
+        binding.bind_output(target, self.device, 0, self.element, self.shape, self.address)
+
+
+class StaticSession(OrtSession):
+    """Caches [B, G, S, D] of our own, written in place; S grows up to `capacity`."""
+
+    def __init__(self, runtime: Any, variant: Variant, batch: int, capacity: int, info: SessionInfo) -> None:
+        super().__init__(runtime, variant, batch, capacity, info)
+        self.rows = 0  # S
+        self._caches: dict[tuple[str, str], Buffer] = {}
+        self._bound_rows = 0  # S of the buffers that the decode step's binding knows
+        self._ahead = 0  # rows that the prefill now running will need, and one for the first decoded token
+
+    def rewind(self, length: int) -> None:
+        self.check_rewind(length)
+        self.lengths[:] = length  # the rows after it are overwritten before they are seen
+
+    def _plan(self, prompts: list[np.ndarray]) -> Iterator[Feed]:
+        self._ahead = 1 + int(max(n + len(prompt) for n, prompt in zip(self.lengths, prompts, strict=True)))
+        return right_padded(prompts, self.lengths, self.capacity, self.chunk)
+
+    def _run(self, call: Call, mask: np.ndarray | None) -> None:
+        self._reserve(int(call.positions.array[:, -1].max()) + 1)
+        if call is not self._step or self._bound_rows != self.rows:
+            for (past, present), buffer in self._caches.items():
+                buffer.bind(call.binding, past, present)
+            if call is self._step:
+                self._bound_rows = self.rows
+        call.run(self.runtime)
+
+    def _reserve(self, need: int) -> None:
+        if need <= self.rows:
+            return
+        rows, used = _next_rows(need, self.rows, self.capacity, self._ahead), int(self.lengths.max())
+        old, self._bound_rows = self._caches, 0
+        names = [pair for layer in range(self.config.num_layers) for pair in _alias_pairs(layer)]
+        sizes = [(g, size) for g in self.config.kv_heads for size in (self.config.head_dim, self.config.value_dim)]
+        shapes = [(self.batch, kv_heads, rows, size) for kv_heads, size in sizes]
+        try:  # all at first, so that nothing has changed when memory is short
+            new = {name: Buffer(shape, self.variant.dtype, self.device) for name, shape in zip(names, shapes, strict=True)}
+        except MemoryError:
+            size = self.batch * rows * self.variant.kv_bytes_per_token
+            raise EngineError(f"no memory for a cache of {size / 2**20:.0f} MiB; lower --capacity or --batch") from None
+        for name, buffer in new.items():
+            if used:
+                buffer.load(old[name].to_host()[:, :, :used])
+                del old[name]  # frees each one as it is copied
+        self._caches, self.rows = new, rows
+
+    def _prefill_rows(self, prompts: list[np.ndarray]) -> np.ndarray:
+        ends = self.lengths + [len(prompt) for prompt in prompts]
+        self._ahead = 0
+        self._reserve(min(int(ends.max()) + 1, self.capacity))
+        logits = []
+        for index, prompt in enumerate(prompts):
+            row = StaticSession(self.runtime, self.variant, 1, self.capacity, self.info)
+            row._caches = {names: buffer.row(index) for names, buffer in self._caches.items()}
+            row.rows, row.lengths = self.rows, self.lengths[index : index + 1].copy()
+            logits.append(row.prefill([prompt]))
+        self.lengths[:] = ends
+        return np.concatenate(logits)
+
+    def _release(self) -> None:
+        self._caches.clear()
+
+
+def _alias_pairs(layer: int) -> list[tuple[str, str]]:
+    """(past, present) of K and of V."""
+    return list(zip(contract.past_names(layer), contract.present_names(layer), strict=True))

@@ -1,0 +1,137 @@
+"""What `run` and `eval` do between a path and a session: prompts, tokenizers, and one generation with its figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from exporter.bundle import MANIFEST, Bundle, Variant
+from exporter.checkpoint import open_checkpoint
+from exporter.engines import open_session
+from exporter.engines.base import Session
+from exporter.errors import EngineError, UserError
+from exporter.generate import ENDED, Sampler, generate
+from exporter.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of each prompt, and the tokenizer to write the answer with (None: ids are answered with ids)."""
+
+    ids: list[np.ndarray]
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def from_ids(cls, ids: tuple[int, ...], variant: Variant) -> Prompts:
+        if max(ids) >= variant.config.vocab_size:
+            raise EngineError(f"token id {max(ids)} is outside the vocabulary of {variant.config.vocab_size}")
+        return cls([np.array(ids, np.int64)], None)
+
+    @classmethod
+    def from_texts(cls, bundle: Bundle, variant: Variant, texts: list[str], chat: bool) -> Prompts:
+        tokenizer = Tokenizer.open(bundle.path)
+        if chat:
+            texts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
+        ids = [tokenizer.encode(text, special=not chat) for text in texts]
+        bos = variant.config.bos_token_id
+        for row, prompt in enumerate(ids):
+            if not len(prompt) and bos is None:
+                raise UserError(f"prompt {row} is empty, and the model has no token to begin with")
+        return cls([prompt if len(prompt) else np.array([bos], np.int64) for prompt in ids], tokenizer)
+
+
+class Generation:
+    """One batch of prompts answered. A context manager; `stream` gives the first sequence's text as it comes."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        variant: Variant,
+        prompts: Prompts,
+        sampler: Sampler,
+        max_new_tokens: int,
+        capacity: int | None,
+        backend: str,
+        threads: int | None,
+    ) -> None:
+        longest = max(len(prompt) for prompt in prompts.ids)
+        need = longest + max_new_tokens
+        limit = variant.config.max_positions
+        if longest > limit:
+            raise EngineError(f"a prompt of {longest} tokens is longer than the model's context of {limit}")
+        rows = min(need, limit) if capacity is None else capacity
+        self.prompts, self.sampler, self.variant = prompts, sampler, variant
+        self.count = min(max_new_tokens, limit - longest + 1) if capacity is None else max_new_tokens
+        self.session = open_session(bundle, variant, backend=backend, batch=len(prompts.ids), capacity=rows, threads=threads)
+        self.new: list[list[int]] = [[] for _ in prompts.ids]
+        self.seconds: list[float] = []  # of each token, the first after prefill
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.session.close()
+
+    def stream(self) -> Iterator[str]:
+        """Pieces of the first sequence's text (or its ids) as soon as they are known."""
+        stops = self.variant.config.eos_token_ids
+        text = self.prompts.tokenizer.stream() if self.prompts.tokenizer else None
+        started = time.perf_counter()
+        for tokens in generate(self.session, self.prompts.ids, self.count, self.sampler, stops):
+            self.seconds.append(time.perf_counter() - started)
+            for row, token in enumerate(tokens):
+                if token != ENDED:
+                    self.new[row].append(int(token))
+            if tokens[0] != ENDED and tokens[0] not in stops:
+                yield text.push(int(tokens[0])) if text else f"{tokens[0]} "
+            started = time.perf_counter()
+        if text:
+            yield text.finish()
+
+    @property
+    def texts(self) -> list[str]:
+        tokenizer = self.prompts.tokenizer
+        return [tokenizer.decode(np.array(ids)) if tokenizer else " ".join(map(str, ids)) for ids in self.new]
+
+    def report(self) -> dict[str, Any]:
+        first, rest = self.seconds[0], self.seconds[1:]
+        return {
+            "variant": self.variant.name,
+            "prompt_tokens": [len(prompt) for prompt in self.prompts.ids],
+            "tokens": self.new,
+            "texts": self.texts if self.prompts.tokenizer else None,
+            "time_to_first_token_seconds": first,
+            "seconds_per_token_p50": float(np.median(rest)) if rest else None,
+            "kv_bytes": self.session.kv_bytes(),
+        }
+
+    def summary(self) -> str:
+        figures = self.report()
+        each = figures["seconds_per_token_p50"]
+        speed = f", then {each * 1e3:.1f} ms a token ({len(self.new) / each:.1f} tokens/s)" if each else ""
+        return f"first token after {figures['time_to_first_token_seconds'] * 1e3:.0f} ms{speed}; {self.variant.name}"
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
+    """Of a bundle, a checkpoint folder, or a GGUF file."""
+    if path.is_dir():
+        return Tokenizer.open(path)
+    return Tokenizer.from_files(open_checkpoint(path).side_files, str(path))
+
+
+def open_any(path: Path, variant: str | None, capacity: int, backend: str, threads: int | None) -> Session:
+    """A session of batch 1: over a bundle's graph, or over a checkpoint in eager torch."""
+    if (path / MANIFEST).is_file():
+        bundle = Bundle.open(path)
+        return open_session(bundle, bundle.variant(variant), backend=backend, capacity=capacity, threads=threads)
+    if variant is not None:
+        raise UserError(f"{path} is a checkpoint; --variant names a graph of a bundle")
+    from exporter.engines.torch_eager import open_torch
+
+    return open_torch(open_checkpoint(path), capacity=capacity)

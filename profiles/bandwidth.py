@@ -1,0 +1,65 @@
+"""How fast this machine reads memory, and the floor that sets under a decode step.
+
+A decode step of a batch reads every weight once and every key and value of the context once; no implementation that keeps
+them in memory can be faster than those bytes over the read bandwidth. The floor takes the best bandwidth seen in the run
+and so errs towards a larger ratio. A model smaller than the last-level cache may stay in it and get below the floor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+
+from exporter.errors import UserError
+from profiles.machine import l3_bytes, physical_cores
+from profiles.results import Bandwidth, Cell
+
+GIB = 1 << 30
+SMALLEST = 64 << 20
+
+
+class BandwidthProbe:
+    """Reads one array with `threads` threads (default: one a physical core), each its own part, whenever it is called.
+
+    The array has twice the bytes of the last-level cache and at least 1 GiB, so that it cannot stay in the cache, but no
+    more than a quarter of the free memory. `array_bytes` overrides that (and tests do). Keep the probe to one run: it holds
+    the array. Raises UserError when there is no memory for a useful array.
+    """
+
+    def __init__(self, threads: int | None = None, array_bytes: int | None = None, repeats: int = 3) -> None:
+        self.threads = threads or physical_cores()
+        self.repeats = repeats
+        self.samples: list[float] = []
+        wanted = array_bytes or min(max(GIB, 2 * l3_bytes()), psutil.virtual_memory().available // 4)
+        if wanted < SMALLEST and not array_bytes:
+            raise UserError(f"{wanted >> 20} MB is all a bandwidth measurement may take of the free memory; free some")
+        self._parts = np.array_split(np.ones(wanted // 8, dtype=np.int64), self.threads)  # ones: zeros would be one shared page
+        self.array_bytes = sum(part.nbytes for part in self._parts)
+
+    def __call__(self, clock: Callable[[], float] = time.perf_counter) -> float:
+        """Bytes a second, best of `repeats`; every one of them is kept in `samples`."""
+        taken = []
+        with ThreadPoolExecutor(self.threads) as pool:
+            for _ in range(self.repeats):
+                start = clock()
+                list(pool.map(np.add.reduce, self._parts))  # NumPy lets go of the interpreter lock while it adds
+                taken.append(self.array_bytes / (clock() - start))
+        self.samples += taken
+        return max(taken)
+
+    def result(self) -> Bandwidth:
+        return Bandwidth(self.threads, self.array_bytes, tuple(self.samples))
+
+
+def floor_seconds(cell: Cell, bytes_per_second: float) -> float | None:
+    """The least time one decode step can take: (weights + KV bytes of the context) / bandwidth.
+
+    None for prefill and ttft, which arithmetic bounds and not memory, and on a device that does not read this memory.
+    """
+    if cell.kind != "decode" or not cell.provider.lower().startswith("cpu"):
+        return None
+    return (cell.subject.weight_bytes + cell.kv_bytes) / bytes_per_second or None

@@ -1,0 +1,72 @@
+"""Where the time of a decode step goes, from ONNX Runtime's own profile (session option enable_profiling).
+
+The profile is a JSON list of events in microseconds: one `model_run` a call, one `<node>_kernel_time` a node within it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import EngineError
+from profiles.results import BREAKDOWN_CLASSES
+
+# fmt: off
+MATMULS = frozenset((
+    "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MoE", "QMoE",
+))
+ATTENTION = frozenset(("GroupQueryAttention", "Attention", "MultiHeadAttention", "GroupedAttention", "TensorScatter"))
+# fmt: on
+
+# The first row that fits a node decides: its class, what its hierarchical name must hold, its operator types (None: any).
+RULES: tuple[tuple[str, re.Pattern[str], frozenset[str] | None], ...] = (
+    ("matmul", re.compile(r"_proj(/|$)|/mlp/|lm_head"), MATMULS),
+    ("attention", re.compile(r"/(self_attn|cross_attn|attn|attention)/"), None),
+    ("attention", re.compile(""), ATTENTION),
+    ("matmul", re.compile(""), MATMULS),
+    ("other", re.compile(""), None),
+)
+
+
+def classify(name: str, op_type: str) -> str:
+    """The class of one node.
+
+    matmul: products with weights. attention: all else inside a layer's attention (positions, cache, scores, softmax, weighted
+    sum). other: norms, activations, residuals, the embedding.
+    """
+    return next(kind for kind, pattern, ops in RULES if pattern.search(name) and (ops is None or op_type in ops))
+
+
+def read_breakdown(path: Path, runs: int) -> dict[str, float]:
+    """Seconds by class of one call, averaged over the last `runs` calls of the profile at `path`.
+
+    "runtime" is what the calls took beyond their kernels: scheduling, allocation, copies. Raises EngineError when the file is
+    not such a profile or holds fewer calls.
+    """
+    try:
+        events = [_event(item) for item in json.loads(path.read_text("utf-8")) if item.get("ph") == "X"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"{path} is not an ONNX Runtime profile: {type(error).__name__}: {error}") from None
+    calls = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: e["start"])[-runs:]
+    if len(calls) < runs:
+        raise EngineError(f"{path} holds {len(calls)} calls, {runs} are needed")
+    start, stop = calls[0]["start"], calls[-1]["start"] + calls[-1]["seconds"]
+    kernels = [e for e in events if e["name"].endswith("_kernel_time") and start <= e["start"] <= stop]
+    return _sum(kernels, sum(call["seconds"] for call in calls), runs)
+
+
+def _sum(kernels: Iterable[Mapping[str, Any]], seconds: float, runs: int) -> dict[str, float]:
+    totals = dict.fromkeys(BREAKDOWN_CLASSES, 0.0)
+    for kernel in kernels:
+        totals[classify(kernel["name"].removesuffix("_kernel_time"), kernel["op"])] += kernel["seconds"]
+    totals["runtime"] = max(0.0, seconds - sum(totals.values()))
+    return {kind: total / runs for kind, total in totals.items()}
+
+
+def _event(item: dict[str, Any]) -> dict[str, Any]:
+    op = item.get("args", {}).get("op_name", "")
+    return {"name": item["name"], "op": op, "start": item["ts"] * 1e-6, "seconds": item["dur"] * 1e-6}

@@ -1,0 +1,138 @@
+"""Profile bundles: open every chosen variant through exporter.engines, measure, and put the results together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import platform
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from exporter.bundle import MANIFEST, Bundle, Variant
+from exporter.engines import open_session
+from exporter.errors import BundleError, EngineError, one_of
+from profiles.bandwidth import BandwidthProbe, floor_seconds
+from profiles.breakdown import read_breakdown
+from profiles.machine import fingerprint
+from profiles.measure import OpenSession, Plan, Progress, measure, random_tokens
+from profiles.results import Cell, Results, Subject
+
+BREAKDOWN_STEPS = 16
+BREAKDOWN_WARMUP = 4
+
+
+def profile_bundle(
+    bundles: Sequence[str | Path],
+    plan: Plan,
+    *,
+    variants: Sequence[str] | None = None,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    breakdown: Sequence[int] = (),
+    progress: Progress = lambda done, total, what: None,
+) -> Results:
+    """Measure `variants` (default: all) of `bundles` in turns, with the memory bandwidth in between.
+
+    `threads` of one operator and of the bandwidth reading; None: one a physical core. `breakdown` names the contexts of
+    the plan at which the runtime profiles itself afterwards (its own run: profiling slows a step); ONNX Runtime only.
+    Raises BundleError, EngineError and UserError.
+    """
+    machine = fingerprint()
+    chosen = _chosen([Bundle.open(path) for path in bundles], variants)
+    subjects: list[tuple[Subject, OpenSession]] = []
+    for bundle, variant in chosen:
+        session = functools.partial(open_session, bundle, variant, backend=backend, threads=threads)
+        subjects.append((subject_of(bundle, variant), session))
+    probe = BandwidthProbe(threads)
+    probe()
+    cells = measure(subjects, plan, probe=probe, progress=progress)
+    probe()
+    bandwidth = probe.result()
+    cells = [dataclasses.replace(cell, floor=floor_seconds(cell, bandwidth.best)) for cell in cells]
+    openers = {(subject.bundle_hash, subject.variant): opener for subject, opener in subjects}
+    for index, cell in enumerate(cells):
+        if cell.context in breakdown:
+            opener = openers[cell.subject.bundle_hash, cell.subject.variant]
+            cells[index] = _with_breakdown(cell, opener, plan.seed)
+    return Results(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine,
+        versions=_versions(),
+        settings={**dataclasses.asdict(plan), "backend": backend, "threads": threads},
+        cells=tuple(cells),
+        bandwidth=bandwidth,
+    )
+
+
+def subject_of(bundle: Bundle, variant: Variant) -> Subject:
+    """What a figure names of a variant."""
+    return Subject(
+        model=str(bundle.source.get("name") or bundle.path.name),
+        bundle=bundle.path.resolve().name,
+        bundle_hash=bundle_hash(bundle, variant),
+        variant=variant.name,
+        groups=variant.groups,
+        heads=variant.config.num_heads,
+        pattern=variant.pattern,
+        cache=variant.cache,
+        dtype=variant.dtype,
+        weight_bytes=variant.weight_bytes,
+        kv_bytes_per_token=variant.kv_bytes_per_token,
+        conversion=variant.conversion,
+    )
+
+
+def bundle_hash(bundle: Bundle, variant: Variant) -> str:
+    """sha256 over the manifest, the variant's graph, and the name and size of each of its weight files.
+
+    Not over the weights themselves: the manifest holds their checkpoint's hash, and latency does not depend on their values.
+    """
+    digest = hashlib.sha256((bundle.path / MANIFEST).read_bytes())
+    digest.update(bundle.graph_path(variant).read_bytes())
+    for name in variant.weights:
+        digest.update(f"\0{name}\0{(bundle.path / name).stat().st_size}".encode())
+    return digest.hexdigest()
+
+
+def _chosen(bundles: list[Bundle], names: Sequence[str] | None) -> list[tuple[Bundle, Variant]]:
+    every = [(bundle, variant) for bundle in bundles for variant in bundle.variants]
+    if names is None:
+        return every
+    known = {variant.name for _, variant in every}
+    for name in names:
+        if name not in known:
+            raise BundleError(one_of("variant", name, sorted(known)))
+    return [(bundle, variant) for bundle, variant in every if variant.name in names]
+
+
+def _with_breakdown(cell: Cell, opener: OpenSession, seed: int) -> Cell:
+    """The decode cell with where the time goes, from a profiled run in a session of its own; other cells as they are."""
+    if cell.kind != "decode" or not cell.backend.startswith("onnxruntime"):
+        return cell
+    with tempfile.TemporaryDirectory() as folder:
+        with opener(batch=cell.batch, capacity=cell.capacity, profile_to=Path(folder) / "profile") as session:
+            prompts, tokens = random_tokens(session, cell.context, seed)
+            session.prefill(prompts)
+            for _ in range(BREAKDOWN_WARMUP + BREAKDOWN_STEPS):
+                session.decode(tokens)
+                session.rewind(cell.context)
+        files = list(Path(folder).glob("profile*"))
+        if len(files) != 1:
+            raise EngineError(
+                f"backend {cell.backend} wrote {len(files)} profiles of variant {cell.subject.variant!r}, not one"
+            )
+        return dataclasses.replace(cell, breakdown=read_breakdown(files[0], BREAKDOWN_STEPS))
+
+
+def _versions() -> dict[str, str]:
+    try:
+        headpool = importlib.metadata.version("headpool")
+    except importlib.metadata.PackageNotFoundError:
+        headpool = "not installed"
+    return {"headpool": headpool, "python": platform.python_version(), "numpy": np.__version__}

@@ -1,0 +1,111 @@
+"""What the report's figures and words are made from: every cell with its statistics, its series and its place on the axes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from profiles import stats
+from profiles.results import Cell, Results, Subject
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell. `series` names what the figure draws as one line: the pattern, and whatever else differs between cells."""
+
+    run: int
+    cell: Cell
+    times: stats.Summary
+    series: str
+
+    @property
+    def subject(self) -> Subject:
+        return self.cell.subject
+
+    @property
+    def groups(self) -> str:
+        return self.cell.subject.groups_label
+
+    @property
+    def quality(self) -> dict[str, float]:
+        return self.cell.quality or {}
+
+    @property
+    def breakdown(self) -> dict[str, float]:
+        return self.cell.breakdown or {}
+
+    @property
+    def ratio(self) -> float | None:
+        """p50 over the floor."""
+        return self.times.p50 / self.cell.floor if self.cell.floor else None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.cell.batch, self.cell.context
+
+
+DIMENSIONS: tuple[Callable[[int, Cell], str], ...] = (
+    lambda run, cell: cell.subject.cache,
+    lambda run, cell: cell.subject.dtype,
+    lambda run, cell: cell.backend,
+    lambda run, cell: cell.provider.removesuffix("ExecutionProvider"),
+    lambda run, cell: cell.subject.model,
+)
+LAST_RESORTS: tuple[Callable[[int, Cell], str], ...] = (
+    lambda run, cell: f"run {run + 1}",
+    lambda run, cell: cell.subject.variant,
+    lambda run, cell: cell.subject.bundle,
+)
+
+
+def rows_of(results: Sequence[Results]) -> list[Row]:
+    """All cells of all runs, ordered by kind, batch, context, series and KV heads (most first)."""
+    pairs = [(run, cell) for run, result in enumerate(results) for cell in result.cells]
+    chosen = [name for name in DIMENSIONS if len({name(*pair) for pair in pairs}) > 1]
+    for extra in (None, *LAST_RESORTS):
+        chosen += [extra] if extra else []
+        labels = [" · ".join([cell.subject.pattern, *(name(run, cell) for name in chosen)]) for run, cell in pairs]
+        if max(Counter(map(_identity, pairs, labels)).values(), default=0) < 2:
+            break
+    rows = [Row(run, cell, stats.summary(cell.samples), label) for (run, cell), label in zip(pairs, labels, strict=True)]
+    return sorted(rows, key=lambda row: (row.cell.kind, *row.place, row.series, -row.subject.mean_groups))
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by key, keys in the order they first appear."""
+    parts: dict[K, list[T]] = {}
+    for item in items:
+        parts.setdefault(key(item), []).append(item)
+    return parts
+
+
+def group_labels(rows: Iterable[Row]) -> list[str]:
+    """The KV-head labels on an axis, fewest first."""
+    means = {row.groups: row.subject.mean_groups for row in rows}
+    return sorted(means, key=lambda label: (means[label], label))
+
+
+def place_label(place: tuple[int, int], rows: Iterable[Row]) -> str:
+    """ "4,096 tokens of context", and the batch where batches differ."""
+    batch, context = place
+    several = len({row.cell.batch for row in rows}) > 1
+    return f"{context:,} tokens of context" + (f", batch {batch}" if several else "")
+
+
+def _identity(pair: tuple[int, Cell], label: str) -> tuple[object, ...]:
+    cell = pair[1]
+    return label, cell.subject.groups_label, cell.batch, cell.context, cell.kind
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: "92.2 kB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"

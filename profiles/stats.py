@@ -1,0 +1,73 @@
+"""Percentiles, bootstrap intervals and slopes. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Samples = Sequence[float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Percentiles of samples, in the samples' unit."""
+
+    p10: float
+    p50: float
+    p90: float
+    p99: float
+    count: int
+
+
+def summary(samples: Samples) -> Summary:
+    """Percentiles by linear interpolation between order statistics (NumPy's and R's default, type 7)."""
+    p10, p50, p90, p99 = (float(value) for value in np.percentile(np.asarray(samples, dtype=float), [10, 50, 90, 99]))
+    return Summary(p10, p50, p90, p99, len(samples))
+
+
+def median(samples: Samples) -> float:
+    return float(np.median(np.asarray(samples, dtype=float)))
+
+
+def medians(samples: Samples, resamples: int, rng: np.random.Generator, block: int = 1) -> np.ndarray:
+    """Medians [resamples] of bootstrap resamples.
+
+    Samples taken in one burst share what the machine did at that moment, so whole runs of `block` neighbours are drawn
+    (moving-block bootstrap, Künsch 1989); with block 1 it is Efron's bootstrap.
+    """
+    values = np.asarray(samples, dtype=float)
+    block = min(block, len(values))
+    count = -(-len(values) // block)
+    starts = rng.integers(0, len(values) - block + 1, size=(resamples, count))
+    index = (starts[:, :, None] + np.arange(block)).reshape(resamples, -1)[:, : len(values)]
+    return np.median(values[index], axis=1)
+
+
+def median_interval(
+    samples: Samples, level: float = 0.95, resamples: int = 4000, seed: int = 0, block: int = 1
+) -> tuple[float, float]:
+    """Percentile-bootstrap confidence interval of the median."""
+    return _interval(medians(samples, resamples, np.random.default_rng(seed), block), level)
+
+
+def ratio_interval(
+    above: Samples, below: Samples, level: float = 0.95, resamples: int = 4000, seed: int = 0, block: int = 1
+) -> tuple[float, float]:
+    """Percentile-bootstrap confidence interval of median(above) / median(below), the two resampled independently."""
+    rng = np.random.default_rng(seed)
+    return _interval(medians(above, resamples, rng, block) / medians(below, resamples, rng, block), level)
+
+
+def slope(contexts: Sequence[float], seconds: Sequence[float]) -> float | None:
+    """Milliseconds that each further 1,000 tokens of context cost, by least squares; None with fewer than two contexts."""
+    if len(set(contexts)) < 2:
+        return None
+    return float(np.polyfit(np.asarray(contexts, dtype=float), np.asarray(seconds, dtype=float), 1)[0]) * 1e6
+
+
+def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+    tail = 50 * (1 - level)
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)

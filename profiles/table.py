@@ -1,0 +1,92 @@
+"""The results as tables on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from profiles import stats
+from profiles.results import Cell, Results
+
+OPTIONAL = ("model", "backend", "cache", "dtype", "kind", "batch")  # columns only where they differ; else part of the title
+
+
+def results_table(results: Results) -> Table:
+    """One row a cell. "speed-up" is against the largest G of the same pattern, cache, dtype, batch, context and kind."""
+    baselines = baseline_cells(results.cells)
+    title, varying = constants(results.cells)
+    table = Table(title=Text(title), caption=_caption(results), box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("KV heads", justify="right")
+    for name in ("pattern", *varying):
+        table.add_column(name)
+    for name in ("context", "p50 ms", "p90 ms", "× floor", "KV B/token", "speed-up"):
+        table.add_column(name, justify="right")
+    for cell in sorted(results.cells, key=_order):
+        times, baseline = stats.summary(cell.samples), baselines[peers(cell)]
+        row = [
+            cell.subject.groups_label,
+            cell.subject.pattern,
+            *(optional(cell)[name] for name in varying),
+            f"{cell.context:,}",
+            milliseconds(times.p50),
+            milliseconds(times.p90),
+            f"{times.p50 / cell.floor:.2f}" if cell.floor else "",
+            f"{cell.subject.kv_bytes_per_token:,}",
+            "1" if baseline is cell else f"{stats.median(baseline.samples) / times.p50:.2f}",
+        ]
+        table.add_row(*map(Text, row))
+    return table
+
+
+def optional(cell: Cell) -> dict[str, str]:
+    """The values of the OPTIONAL columns."""
+    subject = cell.subject
+    values = (subject.model, cell.backend, subject.cache, subject.dtype, cell.kind, str(cell.batch))
+    return dict(zip(OPTIONAL, values, strict=True))
+
+
+def constants(cells: Iterable[Cell]) -> tuple[str, tuple[str, ...]]:
+    """A title of what all cells share, and the names of what differs."""
+    rows = [optional(cell) for cell in cells]
+    varying = tuple(name for name in OPTIONAL if len({row[name] for row in rows}) > 1)
+    shared = [
+        f"batch {rows[0][name]}" if name == "batch" else rows[0][name] for name in OPTIONAL if rows and name not in varying
+    ]
+    return " · ".join(shared), varying
+
+
+def peers(cell: Cell) -> tuple[object, ...]:
+    """Everything but the KV heads: cells that agree in it are compared across KV heads."""
+    return cell.subject.pattern, cell.provider, cell.context, *optional(cell).values()
+
+
+def baseline_cells(cells: Iterable[Cell]) -> dict[tuple[object, ...], Cell]:
+    """The cell with the most KV heads among each one's peers."""
+    baselines: dict[tuple[object, ...], Cell] = {}
+    for cell in cells:
+        best = baselines.get(peers(cell))
+        if best is None or cell.subject.mean_groups > best.subject.mean_groups:
+            baselines[peers(cell)] = cell
+    return baselines
+
+
+def milliseconds(seconds: float) -> str:
+    """Three or more significant digits: "0.512", "12.3", "1,234"."""
+    value = seconds * 1e3
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _order(cell: Cell) -> tuple[object, ...]:
+    subject = cell.subject
+    where = (subject.model, cell.backend, cell.kind, cell.batch, cell.context)
+    return *where, subject.pattern, subject.cache, subject.dtype, -subject.mean_groups
+
+
+def _caption(results: Results) -> str:
+    speed_up = "speed-up: against the most KV heads, all else equal"
+    if results.bandwidth is None:
+        return speed_up
+    return f"floor: weights + KV at {results.bandwidth.best / 1e9:.1f} GB/s, the best read bandwidth of this run; {speed_up}"

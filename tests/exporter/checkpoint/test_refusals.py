@@ -1,0 +1,349 @@
+"""What a user may get wrong, and the one line that says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from exporter.checkpoint import open_checkpoint, open_source, write_checkpoint
+from exporter.checkpoint.families import FAMILIES
+from exporter.checkpoint.hf_config import parse_config
+from exporter.errors import CheckpointError
+from exporter.weights import ComputedTensor
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 67,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 128,
+}
+ACTIVATIONS = "silu, swish, gelu, gelu_pytorch_tanh, gelu_new, relu, sigmoid, linear"
+WINDOW = (
+    "sliding_window 64 is shorter than max_position_embeddings 128, and sliding windows are not supported; "
+    "set max_position_embeddings to 64 in config.json to use the model up to there"
+)
+SLIDING = ["full_attention", "sliding_attention"]
+REFUSED = [
+    ({"model_type": "mixtral"}, f"model_type 'mixtral' is not one of {', '.join(FAMILIES)}"),
+    ({"model_type": ["llama"]}, f"model_type ['llama'] is not one of {', '.join(FAMILIES)}"),
+    ({"hidden_act": "quick_gelu"}, f"hidden_act 'quick_gelu' is not one of {ACTIVATIONS}"),
+    (
+        {"model_type": "starcoder2", "hidden_act": "sigmoid"},
+        "hidden_act 'sigmoid' is not one of silu, swish, gelu, gelu_pytorch_tanh, gelu_new, relu",
+    ),
+    (
+        {"model_type": "gemma", "hidden_activation": "relu"},
+        "hidden_activation 'relu' contradicts hidden_act 'gelu_pytorch_tanh'",
+    ),
+    (
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "RoPE scaling 'dynamic' is not one of default, linear, llama3, yarn",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
+        "RoPE scaling 'longrope' is not one of default, linear, llama3, yarn",
+    ),
+    ({"model_type": "phi3", "rope_scaling": {"type": "yarn"}}, "RoPE scaling 'yarn' is not one of default"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "RoPE scaling linear needs factor"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "RoPE scaling llama3 needs low_freq_factor"),
+    ({"rope_scaling": {"mrope_section": [1]}}, "RoPE parameters mrope_section are not supported"),
+    ({"rope_scaling": "yarn"}, "RoPE parameters 'yarn' are not a JSON object"),
+    ({"rope_theta": "many"}, "RoPE rope_theta 'many' is not a finite number"),
+    ({"rope_theta": -1.0}, "rope theta -1.0 is not positive"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not part of llama"),
+    ({"model_type": "mistral", "sliding_window": 64}, WINDOW),
+    ({"model_type": "phi3", "sliding_window": 64}, WINDOW),
+    ({"model_type": "starcoder2", "sliding_window": 64}, WINDOW),
+    ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, WINDOW),
+    ({"model_type": "qwen3", "sliding_window": 64, "use_sliding_window": True, "layer_types": SLIDING}, WINDOW),
+    (
+        {"model_type": "qwen3", "sliding_window": 64, "layer_types": SLIDING},
+        "layer_types has sliding_attention, but use_sliding_window is off",
+    ),
+    (
+        {"model_type": "qwen2", "layer_types": ["linear_attention"]},
+        "layer_types ['linear_attention'] is not a list of full_attention and sliding_attention",
+    ),
+    (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "quantization_config 'gptq' is not supported; use the checkpoint's F32, F16 or BF16 weights",
+    ),
+    ({"num_local_experts": 8}, "num_local_experts 8 is not supported; headpool exports dense causal decoders"),
+    (
+        {"model_type": "gemma", "use_bidirectional_attention": True},
+        "use_bidirectional_attention True is not supported; headpool exports dense causal decoders",
+    ),
+    ({"num_key_value_heads": 4}, "layer 0: 4 KV heads do not divide 6 query heads; choose from 6, 3, 2, 1"),
+    ({"num_key_value_heads": [2, 3]}, "num_key_value_heads [2, 3] is not a whole number from 1 to 2147483647"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not a whole number from 1 to 4096"),
+    ({"hidden_size": "48"}, "hidden_size '48' is not a whole number from 1 to 2147483647"),
+    ({"hidden_size": 50}, "hidden_size 50 is not a multiple of num_attention_heads 6, and there is no head_dim"),
+    ({"head_dim": 9}, "rope rotates 9 of 9 channels; RoPE needs an even number"),
+    ({"rms_norm_eps": None}, "rms_norm_eps None is not a finite number"),
+    ({"rms_norm_eps": 10**400}, f"rms_norm_eps {10**400} is not a finite number"),
+    ({"attention_bias": "yes"}, "attention_bias 'yes' is neither true nor false"),
+    ({"eos_token_id": "</s>"}, "eos_token_id '</s>' is neither a token id nor a list of them"),
+]
+ACCEPTED = [
+    {"model_type": "mistral", "sliding_window": 128},
+    {"model_type": "mistral", "sliding_window": None},
+    {"model_type": "mistral"},  # transformers puts in 4096
+    {"model_type": "qwen2", "sliding_window": 64},  # use_sliding_window is off
+    {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2},
+    {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"},
+    {"sliding_window": 64},  # llama has none
+    {"partial_rotary_factor": 1.0},
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), REFUSED, ids=lambda value: str(value)[:60])
+def test_refused_by_name(changes, text):
+    heads = {} if changes.get("model_type", "llama") in ("llama", "phi3") else {"num_key_value_heads": 2, "head_dim": 8}
+    with pytest.raises(CheckpointError) as error:
+        parse_config({**LLAMA, **heads, **changes}, where="here")
+    assert str(error.value) == f"here: {text}"
+
+
+@pytest.mark.parametrize("changes", ACCEPTED, ids=str)
+def test_harmless_settings_are_accepted(changes):
+    parse_config({**LLAMA, "num_key_value_heads": 2, "head_dim": 8, **changes})
+
+
+def test_old_gemma_activation_is_the_tanh_one():
+    config = parse_config({**LLAMA, "model_type": "gemma", "num_key_value_heads": 2, "hidden_act": "gelu"})
+    assert (config.ffn, config.gelu_tanh, config.head_dim, config.tied) == ("geglu", True, 256, True)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"])
+def test_a_missing_size(key):
+    with pytest.raises(CheckpointError) as error:
+        parse_config({name: value for name, value in LLAMA.items() if name != key})
+    assert str(error.value) == f"config.json: lacks {key}"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.floats(-5, 5e5) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rope_type", "factor", "type", "x"]), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                *(*LLAMA, "head_dim", "num_key_value_heads", "rope_scaling", "rope_parameters", "rope_theta", "sliding_window"),
+                *("layer_types", "hidden_act", "rms_norm_eps", "eos_token_id", "tie_word_embeddings", "quantization_config"),
+            ]
+        ),
+        JSON,
+        max_size=4,
+    ),
+    st.sampled_from(sorted(FAMILIES)),
+)
+def test_any_config_is_parsed_or_refused_in_one_line(changes, model_type):
+    try:
+        parse_config({**LLAMA, "model_type": model_type, "num_key_value_heads": 2, **changes})
+    except CheckpointError as error:
+        assert "\n" not in str(error)  # noqa: PT017  it need not be refused
+
+
+def refusal(path, open_it=open_checkpoint):
+    with pytest.raises(CheckpointError) as error:
+        open_it(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_tensors_that_do_not_fit_are_reported_together(saved):
+    folder = saved("llama")
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    del state["model.norm.weight"], state["model.layers.1.mlp.up_proj.weight"]
+    state["model.layers.0.self_attn.k_proj.weight"] = torch.ones(9, 48)
+    state["visual.patch.weight"] = torch.ones(1)
+    save_file(state, path)
+    assert refusal(folder) == (
+        f"{folder}: tensors do not fit its config: 2 missing (model.layers.1.mlp.up_proj.weight, model.norm.weight); "
+        "1 not part of llama (visual.patch.weight); "
+        "1 of the wrong shape (model.layers.0.self_attn.k_proj.weight is [9, 48], its config says [16, 48])"
+    )
+
+
+def test_long_lists_are_cut(saved, edit):
+    folder = edit(saved("llama"), num_hidden_layers=4)
+    text = refusal(folder)
+    assert text.startswith(f"{folder}: tensors do not fit its config: 18 missing (model.layers.2.input_layernorm.weight, ")
+    assert text.endswith("and 13 more)")
+
+
+@pytest.mark.parametrize("name", ["phi3", "gemma"])
+def test_a_config_that_contradicts_its_weights(name, saved, edit):
+    text = refusal(edit(saved(name), num_key_value_heads=3))
+    assert "of the wrong shape" in text
+    tensor = {
+        "phi3": "qkv_proj.weight is [80, 48], its config says [96, 48]",
+        "gemma": "k_proj.weight is [32, 48], its config says [48, 48]",
+    }
+    assert tensor[name] in text
+
+
+def test_other_dtypes(saved):
+    folder = saved("llama")
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["model.norm.weight"] = state["model.norm.weight"].double()
+    save_file(state, path)
+    assert refusal(folder) == f"{path}: tensor 'model.norm.weight' is F64; headpool reads F32, F16, BF16"
+
+
+def test_missing_shards(saved):
+    folder = saved("llama", max_shard_size="20KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    for path in shards[1:3]:
+        path.unlink()
+    names = ", ".join(path.name for path in shards[1:3])
+    assert refusal(folder) == f"{folder} lacks 2 of {len(shards)} shards: {names}; download them again"
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "a\0"])
+def test_an_index_that_points_outside(name, saved):
+    folder = saved("llama", max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    assert refusal(folder) == f"{index} names {name}, which is not a file name in its own folder"
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'])
+def test_an_index_without_a_map(text, saved):
+    folder = saved("llama", max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(text)
+    assert refusal(folder) == f"{index} has no weight_map of tensor names to file names"
+
+
+def test_a_tensor_in_two_shards(saved):
+    folder = saved("llama", max_shard_size="20KB")
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file({**load_file(second), name: torch.ones(1)}, second)
+    assert refusal(folder) == f"tensor {name!r} stands in both {first} and {second.name}"
+
+
+def test_folders_and_files_that_are_no_checkpoints(saved, tmp_path):
+    forms = "a Hugging Face folder (config.json and safetensors) or a .gguf file"
+    assert refusal(tmp_path / "no") == f"{tmp_path}/no does not exist; give {forms}"
+    assert refusal(tmp_path / "no.json", open_source) == f"{tmp_path}/no.json does not exist; give {forms}"
+    assert refusal(tmp_path) == f"{tmp_path} has no config.json; give a Hugging Face folder, or a .gguf file by its own name"
+    (tmp_path / "a.txt").touch()
+    assert refusal(tmp_path / "a.txt") == f"{tmp_path}/a.txt is not a checkpoint; give {forms}"
+    folder = saved("llama")
+    assert refusal(folder / "model.safetensors") == (
+        f"{folder}/model.safetensors is a weight file; give the folder that holds it and its config.json"
+    )
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder) == f"{folder} has no model.safetensors and no model.safetensors.index.json"
+    (folder / "pytorch_model.bin").touch()
+    assert refusal(folder) == (
+        f"{folder} has its weights in pytorch_model.bin only, which can run code when it is read; save it as safetensors "
+        "with transformers' save_pretrained"
+    )
+    (folder / "config.json").write_text("[1]")
+    assert refusal(folder) == f"{folder}/config.json is not a JSON object"
+    (folder / "config.json").write_bytes(b'{"a": \xff}')
+    assert refusal(folder).startswith(f"{folder}/config.json is not JSON: ")
+    (folder / "config.json").write_text("[" * 100_000)
+    assert refusal(folder).startswith(f"{folder}/config.json is not JSON: ")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(where=st.floats(0, 1), change=st.integers(1, 255), cut=st.booleans())
+def test_a_damaged_weight_file(where, change, cut, models, tmp_path):
+    """A flipped byte of the header or a cut file: refused in one line, or still read to its end."""
+    folder = tmp_path / "damaged"
+    if not folder.exists():
+        models("phi3").save_pretrained(folder)
+        (folder / "whole").write_bytes((folder / "model.safetensors").read_bytes())
+    data = bytearray((folder / "whole").read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    place = int(where * (header - 1))
+    if cut:
+        data = data[: int(where * (len(data) - 1))]
+    else:
+        data[place] ^= change
+    (folder / "model.safetensors").write_bytes(data)
+    try:
+        checkpoint = open_checkpoint(folder)
+    except CheckpointError as error:
+        assert "\n" not in str(error)  # noqa: PT017  it need not be refused
+    else:
+        assert not cut
+        for tensor in checkpoint.weights.values():
+            tensor.read()
+
+
+def test_kv_heads_that_differ_between_layers_cannot_be_written(saved, tmp_path):
+    source = open_checkpoint(saved("llama"))
+    config = source.config.with_kv_heads((2, 1))
+    weights = dict(source.weights)
+    for letter in "kv":
+        name = f"model.layers.1.self_attn.{letter}_proj.weight"
+        weights[name] = ComputedTensor(name, torch.float32, (8, 48), lambda: torch.ones(8, 48))
+    with pytest.raises(CheckpointError) as error:
+        write_checkpoint(dataclasses.replace(source, config=config, weights=weights), tmp_path / "out")
+    assert str(error.value) == (
+        "KV heads [2, 1] differ from layer to layer, and config.json's num_key_value_heads is one number; "
+        "choose one number of groups for all layers"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_writing_what_the_family_cannot_say(saved, tmp_path):
+    source = open_checkpoint(saved("llama"))
+    with pytest.raises(CheckpointError) as error:
+        write_checkpoint(
+            dataclasses.replace(source, config=dataclasses.replace(source.config, embed_scale=2.0)), tmp_path / "out"
+        )
+    assert str(error.value) == "a llama config.json cannot say this model's embed_scale"
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_failed_write_leaves_nothing(failure, saved, tmp_path):
+    source = open_checkpoint(saved("llama"))
+
+    def fail():
+        raise failure
+
+    weights = {**source.weights, "model.norm.weight": ComputedTensor("n", torch.float32, (48,), fail)}
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises((CheckpointError, KeyboardInterrupt)):
+        write_checkpoint(dataclasses.replace(source, weights=weights), tmp_path / "out", 20_000)
+    assert sorted(os.listdir(tmp_path)) == before
+    with pytest.raises(CheckpointError) as error:
+        write_checkpoint(source, tmp_path)
+    assert str(error.value) == f"{tmp_path} exists; choose another name or remove it"
+
+
+def test_nan_weights_are_not_written(saved, tmp_path):
+    folder = saved("llama")
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        write_checkpoint(open_checkpoint(folder), tmp_path / "out")
+    assert str(error.value) == (
+        "tensor 'model.layers.1.mlp.down_proj.weight' holds NaN or infinite values; "
+        "the checkpoint is damaged or its training diverged"
+    )
+    assert not (tmp_path / "out").exists()

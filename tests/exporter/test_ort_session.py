@@ -1,0 +1,276 @@
+"""ONNX Runtime sessions on every pattern and cache form against the torch model run over whole sequences, row by row."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporter.bundle import Bundle, Variant
+from exporter.engines import BACKENDS, open_session
+from exporter.engines.base import Session
+from exporter.engines.ort_static import StaticSession, _next_rows
+from exporter.errors import BundleError, EngineError
+from exporter.models.decoder import Decoder
+
+spec = importlib.util.spec_from_file_location("exporter_tiny", Path(__file__).with_name("tiny.py"))
+assert spec is not None
+assert spec.loader is not None
+tiny = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny)
+
+FORMS = [("grouped", "static"), ("grouped", "concat"), ("attention", "static"), ("attention", "concat")]
+FORMS += [("gqa", "static"), ("gqa", "concat"), ("repeat", "concat")]
+TOLERANCE = 2e-4  # absolute, on logits of about ±10
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    return tiny.decoder()
+
+
+@pytest.fixture(scope="module")
+def bundles(model: Decoder, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Bundle]:
+    folder = tmp_path_factory.mktemp("bundles")
+    return {(pattern, cache): tiny.bundle(folder, model, pattern, cache) for pattern, cache in FORMS}  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def static_all(model: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return tiny.bundle(tmp_path_factory.mktemp("all"), model, logits="all")
+
+
+class Mirror:
+    """What each sequence holds, beside a session, with the torch model as the judge."""
+
+    def __init__(self, session: Session, model: Decoder) -> None:
+        self.session, self.model = session, model
+        self.rows: list[np.ndarray] = [np.zeros(0, np.int64)] * session.batch
+        self.random = np.random.default_rng(0)
+
+    def tokens(self, count: int) -> np.ndarray:
+        return self.random.integers(0, tiny.CONFIG.vocab_size, count)
+
+    def prefill(self, *counts: int) -> None:
+        prompts = [self.tokens(count) for count in counts]
+        self.rows = [np.concatenate(pair) for pair in zip(self.rows, prompts, strict=True)]
+        self.check(self.session.prefill(prompts))
+
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            tokens = self.tokens(self.session.batch)
+            self.rows = [np.append(row, token) for row, token in zip(self.rows, tokens, strict=True)]
+            self.check(self.session.decode(tokens))
+
+    def rewind(self, length: int) -> None:
+        self.session.rewind(length)
+        self.rows = [row[:length] for row in self.rows]
+
+    def check(self, logits: np.ndarray) -> None:
+        assert logits.dtype == np.float32
+        assert self.session.lengths.tolist() == [len(row) for row in self.rows]
+        expected = np.stack([tiny.full_logits(self.model, row)[-1] for row in self.rows])
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_one_sequence(form: tuple[str, str], bundles: dict[tuple[str, str], Bundle], model: Decoder) -> None:
+    with open_session(bundles[form], capacity=300, threads=1, chunk=16) as session:
+        mirror = Mirror(session, model)
+        mirror.prefill(40)  # three chunks
+        mirror.decode(30)  # past row 64, where the static cache grows
+        mirror.prefill(7)
+        mirror.rewind(33)
+        mirror.decode(2)
+        mirror.rewind(0)
+        mirror.prefill(1)
+        mirror.decode(2)
+        assert session.kv_bytes() == 3 * 5 * 32 * 4
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_unequal_lengths_in_a_batch(form: tuple[str, str], bundles: dict[tuple[str, str], Bundle], model: Decoder) -> None:
+    with open_session(bundles[form], batch=3, capacity=120, threads=1, chunk=16) as session:
+        mirror = Mirror(session, model)
+        mirror.prefill(5, 37, 1)
+        mirror.decode(3)
+        mirror.prefill(20, 2, 9)  # again unequal, on top of unequal lengths
+        mirror.decode(2)
+        mirror.rewind(13)
+        mirror.decode(2)
+        mirror.prefill(4, 4, 4)
+        session.reset()
+        mirror.rows = [row[:0] for row in mirror.rows]
+        mirror.prefill(3, 3, 3)
+        mirror.decode(1)
+
+
+@pytest.mark.parametrize("form", [("grouped", "static"), ("grouped", "concat")], ids="-".join)
+def test_every_row_of_the_capacity_can_be_used_and_no_more(
+    form: tuple[str, str], bundles: dict[tuple[str, str], Bundle], model: Decoder
+) -> None:
+    with open_session(bundles[form], batch=2, capacity=50, threads=1, chunk=16) as session:
+        mirror = Mirror(session, model)
+        mirror.prefill(44, 3)
+        mirror.prefill(5, 46)  # row 0 is almost full: a pad must not be written past its end
+        mirror.decode(1)
+        assert session.lengths.tolist() == [50, 50]
+        with pytest.raises(EngineError, match="the cache is full: 50 tokens a sequence; raise --capacity"):
+            session.decode(np.array([1, 2]))
+        session.rewind(10)
+        with pytest.raises(EngineError, match="prompt 1 needs 51 cache rows, the capacity is 50; raise --capacity"):
+            session.prefill([np.ones(1, np.int64), np.ones(41, np.int64)])
+        assert session.lengths.tolist() == [10, 10]
+
+
+def test_the_static_cache_grows_in_steps_and_keeps_to_its_capacity(bundles: dict[tuple[str, str], Bundle]) -> None:
+    with open_session(bundles["grouped", "static"], capacity=200, threads=1) as session:
+        assert isinstance(session, StaticSession)
+        assert session.rows == 0
+        sizes = []
+        session.prefill([np.ones(5, np.int64)])
+        for _ in range(195):
+            session.decode(np.ones(1, np.int64))
+            sizes.append(session.rows)
+        assert sorted(set(sizes)) == [64, 128, 192, 200]
+
+
+def test_growth_copies_few_rows_and_leaves_few_unread() -> None:
+    rows = copied = 0
+    for need in range(1, 100_001):
+        if need > rows:
+            grown = _next_rows(need, rows, 100_000)
+            copied, rows = copied + need - 1, grown
+            assert need <= grown <= max(need + need // 16 + 128, 64)
+    assert rows == 100_000
+    assert copied <= 17 * 100_000
+    assert _next_rows(512, 0, 9000, ahead=4097) == 512
+    assert _next_rows(1024, 512, 9000, ahead=4097) == 1024
+    assert _next_rows(2560, 2048, 9000, ahead=4097) == 4160
+    assert _next_rows(512, 0, 9000, ahead=513) == 576
+
+
+def test_present_is_written_in_the_buffer_that_past_is_read_from(bundles: dict[tuple[str, str], Bundle]) -> None:
+    for pattern in ("grouped", "attention", "gqa"):
+        with open_session(bundles[pattern, "static"], capacity=64, threads=1) as session:
+            assert isinstance(session, StaticSession)
+            buffer = next(iter(session._caches.values()), None)
+            assert buffer is None  # nothing is allocated before the first token
+            session.prefill([np.arange(9)])
+            keys = next(iter(session._caches.values())).to_host()
+            assert np.abs(keys[:, :, :9]).min() > 0
+            assert not keys[:, :, 9:].any()
+
+
+@pytest.mark.parametrize("form", [("grouped", "static"), ("gqa", "static")], ids="-".join)
+def test_half_precision(form: tuple[str, str], model: Decoder, tmp_path: Path) -> None:
+    opened = tiny.bundle(tmp_path, model, form[0], form[1], dtype="fp16")  # type: ignore[arg-type]
+    with open_session(opened, batch=2, capacity=100, threads=1) as session:
+        rows = [np.arange(3, 30), np.arange(20, 28)]
+        logits = session.prefill(rows)
+        expected = np.stack([tiny.full_logits(model, row)[-1] for row in rows])
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=0.15)
+        token = logits.argmax(1)
+        expected = np.stack([tiny.full_logits(model, np.append(row, t))[-1] for row, t in zip(rows, token, strict=True)])
+        np.testing.assert_allclose(session.decode(token), expected, rtol=0, atol=0.15)
+        session.rewind(5)
+        assert session.kv_bytes() == 2 * 5 * 5 * 32 * 2
+
+
+def test_a_dtype_without_kernels_is_one_line(model: Decoder, tmp_path: Path) -> None:
+    opened = tiny.bundle(tmp_path, model, "attention", dtype="bf16")
+    with pytest.raises(EngineError, match=r"cannot run .*bf16.* on CPUExecutionProvider") as caught:
+        open_session(opened)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("skip", [0, 5, 18, 40])
+def test_scores_of_all_positions(skip: int, static_all: Bundle, bundles: dict[tuple[str, str], Bundle], model: Decoder) -> None:
+    tokens = np.random.default_rng(1).integers(0, 61, (2, 41))
+    expected = np.stack([tiny.full_logits(model, row)[skip:] for row in tokens])
+    for opened in (static_all, bundles["grouped", "static"], bundles["repeat", "concat"]):
+        with open_session(opened, batch=2, threads=1, chunk=16) as session:
+            logits = np.concatenate([block.copy() for block in session.score(tokens, skip)], axis=1)
+            np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
+            assert session.lengths.tolist() == [41, 41]
+
+
+def test_all_logits_prefill_and_decode(static_all: Bundle, model: Decoder) -> None:
+    with open_session(static_all, batch=2, threads=1, chunk=8) as session:
+        mirror = Mirror(session, model)
+        mirror.prefill(20, 3)
+        mirror.prefill(10, 10)
+        mirror.decode(2)
+
+
+def test_the_profile_is_written_where_it_was_asked_for(bundles: dict[tuple[str, str], Bundle], tmp_path: Path) -> None:
+    session = open_session(bundles["grouped", "static"], threads=1, profile_to=tmp_path / "run")
+    session.prefill([np.arange(3)])
+    session.decode(np.ones(1, np.int64))
+    session.close()
+    session.close()
+    (file,) = tmp_path.glob("run*")
+    assert session.profile == file  # type: ignore[attr-defined]
+    assert sum(event["name"] == "model_run" for event in json.loads(file.read_text())) == 2
+    with pytest.raises(EngineError, match="folder that does not exist"):
+        open_session(bundles["grouped", "static"], profile_to=tmp_path / "none" / "run")
+
+
+def test_options_are_recorded(bundles: dict[tuple[str, str], Bundle]) -> None:
+    with open_session(bundles["grouped", "static"], "v", threads=1, optimisation="basic") as session:
+        assert session.info.backend == "onnxruntime"
+        assert session.info.provider == "CPUExecutionProvider"
+        assert session.info.options == {"threads": 1, "optimisation": "basic", "chunk": 512}
+        assert session.capacity == 400
+        assert set(session.info.versions) == {"onnxruntime"}
+
+
+def test_user_mistakes(bundles: dict[tuple[str, str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = bundles["grouped", "static"]
+    with pytest.raises(EngineError, match="backend 'tpu' is not one of onnxruntime, onnxruntime-cuda"):
+        open_session(opened, backend="tpu")
+    with pytest.raises(BundleError, match="variant 'g9' is not one of v"):
+        open_session(opened, "g9")
+    for name in ("batch", "capacity", "threads", "chunk"):
+        with pytest.raises(EngineError, match=f"{name} 0 is not a whole number from 1"):
+            open_session(opened, **{name: 0})
+    with pytest.raises(EngineError, match="optimisation 'max' is not one of none, basic, extended, all"):
+        open_session(opened, optimisation="max")
+    if "CUDAExecutionProvider" not in __import__("onnxruntime").get_available_providers():
+        with pytest.raises(EngineError, match=r"has no CUDAExecutionProvider .* pip install onnxruntime-gpu"):
+            open_session(opened, backend="onnxruntime-cuda")
+
+    (tmp_path / "bad.onnx").write_bytes(b"not a graph")
+    variant = Variant("v", "bad.onnx", tiny.CONFIG, "grouped", "static", "fp32", "last", (), 0)
+    with pytest.raises(EngineError, match=r"cannot run .*bad\.onnx \(pattern grouped, fp32\)") as caught:
+        open_session(Bundle(tmp_path, (variant,)))
+    assert "\n" not in str(caught.value)
+
+    with open_session(opened, batch=2, capacity=20) as session:
+        with pytest.raises(EngineError, match="token id 61 is outside the vocabulary of 61"):
+            session.prefill([np.array([1]), np.array([61])])
+        with pytest.raises(EngineError, match="token id -1 is outside"):
+            session.decode(np.array([-1, 0]))
+        with pytest.raises(EngineError, match="1 prompts for a session of batch 2"):
+            session.prefill([np.array([1])])
+        with pytest.raises(EngineError, match="prompt 1 has no tokens"):
+            session.prefill([np.array([1]), np.array([], np.int64)])
+        with pytest.raises(EngineError, match=r"decode takes 2 tokens, one a sequence, got an array of shape \[1\]"):
+            session.decode(np.array([1]))
+        with pytest.raises(EngineError, match="cannot rewind to 1 tokens: the shortest sequence holds 0"):
+            session.rewind(1)
+        assert session.lengths.tolist() == [0, 0]
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for module in ("exporter.engines.onnxruntime", "exporter.engines.ort_session", "exporter.engines.ort_static"):
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(
+        EngineError, match="backend onnxruntime needs onnxruntime, which is not installed: pip install onnxruntime"
+    ):
+        open_session(opened)
+    assert set(BACKENDS) == {"onnxruntime", "onnxruntime-cuda"}

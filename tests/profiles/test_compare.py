@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+
+from exporter.errors import UserError
+from profiles.compare import compare, comparison_table
+from profiles.table import results_table
+
+
+def scaled(results, factor, **changes):
+    cells = [dataclasses.replace(c, samples=tuple(s * factor for s in c.samples)) for c in results.cells]
+    return dataclasses.replace(results, cells=tuple(cells), **changes)
+
+
+def text_of(table, width=200):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def test_equal_runs_pass_and_slower_runs_fail(factory):
+    a = factory.sweep(groups=(9, 1), patterns=("grouped",))
+    same = compare(a, a)
+    assert len(same.pairs) == len(a.cells)
+    assert {pair.verdict for pair in same.pairs} == {"same"}
+    assert not same.failures(1.05)
+    assert not same.warnings
+    slower = compare(a, scaled(a, 1.2))
+    assert len(slower.failures(1.05)) == len(a.cells)
+    assert all(pair.ratio == pytest.approx(1.2) and pair.low < 1.2 < pair.high for pair in slower.pairs)
+    assert not slower.failures(1.25)
+    faster = compare(a, scaled(a, 0.5))
+    assert {pair.verdict for pair in faster.pairs} == {"faster"}
+
+
+def test_a_difference_within_the_noise_does_not_fail(factory):
+    what = factory.subject()
+    a = factory.sweep(cells=(factory.cell(what, samples=(1.0, 2.0, 3.0, 1.5, 2.5)),))
+    b = factory.sweep(cells=(factory.cell(what, samples=(1.2, 2.3, 3.4, 1.6, 2.7)),))
+    (pair,) = compare(a, b).pairs
+    assert pair.ratio > 1.05
+    assert pair.verdict == "same"
+    assert not compare(a, b).failures(1.05)
+
+
+def test_matching_is_by_what_was_measured(factory):
+    a = factory.sweep(groups=(9, 3), patterns=("grouped", "gqa"), contexts=(128,))
+    b = factory.sweep(groups=(3, 1), patterns=("grouped",), contexts=(128, 256))
+    found = compare(a, b)
+    assert len(found.pairs) == 3  # G=3, grouped, 128 tokens, three kinds
+    assert (found.only_a, found.only_b) == (9, 9)
+    with pytest.raises(UserError, match="no cell in common"):
+        compare(a, factory.sweep(groups=(1,), patterns=("repeat",)))
+    with pytest.raises(UserError, match="the second file holds 2 cells of"):
+        compare(a, dataclasses.replace(a, cells=a.cells * 2))
+    with pytest.raises(UserError, match="--fail-above 0 is not a positive ratio"):
+        found.failures(0)
+
+
+def test_warnings_name_what_differs(factory):
+    a = factory.sweep()
+    b = scaled(a, 1, machine=dataclasses.replace(a.machine, cpu="Other CPU"))
+    assert compare(a, b).warnings == ("different CPU: Test CPU 9000 and Other CPU",)
+
+
+def test_tables_fit_a_terminal_and_mark_failures(factory):
+    a = factory.sweep(groups=(9, 1), patterns=("grouped",), contexts=(128,))
+    shown = text_of(comparison_table(compare(a, scaled(a, 1.3)), fail_above=1.05))
+    assert shown.count("slower than 1.05×") == len(a.cells)
+    decode = dataclasses.replace(a, cells=tuple(c for c in a.cells if c.kind == "decode"))
+    narrow = text_of(results_table(decode), 80)
+    assert "…" not in narrow
+    assert "SmolLM2-135M · onnxruntime · static · fp32 · decode · batch 1" in narrow
+    assert "138,240" in narrow
+
+
+def test_speed_up_is_against_the_most_heads(factory):
+    cells = [factory.cell(factory.subject(g), samples=(t,), floor=0.05) for g, t in ((9, 0.3), (1, 0.1))]
+    lines = text_of(results_table(factory.sweep(cells=tuple(cells)))).splitlines()
+    (one,) = [line.split() for line in lines if line.split()[:2] == ["1", "grouped"]]
+    assert one[2:] == ["1,024", "100.0", "100.0", "2.00", "15,360", "3.00"]

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from profiles import stats
+
+scipy_stats = pytest.importorskip("scipy.stats")
+RNG = np.random.default_rng(3)
+SAMPLES = tuple(RNG.lognormal(-4, 0.3, 101))
+OTHERS = tuple(RNG.lognormal(-3.8, 0.2, 80))
+
+
+def test_percentiles_agree_with_scipy():
+    found = stats.summary(SAMPLES)
+    wanted = scipy_stats.mstats.mquantiles(SAMPLES, [0.1, 0.5, 0.9, 0.99], alphap=1, betap=1)
+    assert (found.p10, found.p50, found.p90, found.p99) == pytest.approx(tuple(wanted))
+    assert found.count == 101
+
+
+def test_median_interval_agrees_with_scipy():
+    wanted = scipy_stats.bootstrap((SAMPLES,), np.median, method="percentile", n_resamples=20000, rng=1).confidence_interval
+    assert stats.median_interval(SAMPLES, resamples=20000) == pytest.approx(tuple(wanted), rel=0.01)
+
+
+def test_ratio_interval_agrees_with_scipy():
+    def ratio(a, b, axis):
+        return np.median(a, axis=axis) / np.median(b, axis=axis)
+
+    wanted = scipy_stats.bootstrap((OTHERS, SAMPLES), ratio, method="percentile", n_resamples=20000, rng=1).confidence_interval
+    assert stats.ratio_interval(OTHERS, SAMPLES, resamples=20000) == pytest.approx(tuple(wanted), rel=0.015)
+
+
+def test_level_widens_the_interval():
+    narrow, wide = (stats.median_interval(SAMPLES, level=level) for level in (0.5, 0.99))
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_blocks_widen_the_interval_of_bursts():
+    bursts = tuple(float(level) for level in RNG.normal(1, 0.1, 20) for _ in range(8))
+    alone, together = (stats.median_interval(bursts, block=block) for block in (1, 8))
+    assert together[1] - together[0] > 1.5 * (alone[1] - alone[0])
+
+
+def test_coverage_of_the_ratio_interval():
+    hits = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        low, high = stats.ratio_interval(1.1 * rng.lognormal(0, 0.1, 40), rng.lognormal(0, 0.1, 40), resamples=500, seed=seed)
+        hits += low <= 1.1 <= high
+    assert hits >= 180
+
+
+def test_slope_agrees_with_scipy():
+    contexts, seconds = [128, 1024, 4096, 8192], [0.010, 0.0112, 0.0149, 0.0201]
+    assert stats.slope(contexts, seconds) == pytest.approx(scipy_stats.linregress(contexts, seconds).slope * 1e6)
+    assert stats.slope([64, 64], [1.0, 2.0]) is None
+
+
+def test_one_sample_is_enough():
+    assert stats.summary([0.5]).p99 == 0.5
+    assert stats.ratio_interval([0.5], [0.25], block=8) == (2.0, 2.0)
