@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from exporter import contract
 from exporter.bundle import MANIFEST, Bundle, Variant
-from exporter.checkpoint import Checkpoint, check_finite, scan
+from exporter.checkpoint import Checkpoint, check_finite, hf_config_for, scan
 from exporter.config import CACHE_FORMS, DTYPES, CacheForm, ModelConfig, check_groups
 from exporter.convert import conversion_record, convert_weights
 from exporter.convert.heads import METHODS, Method
@@ -173,11 +173,11 @@ def _write_side_files(folder: Path, checkpoint: Checkpoint, variant: Variant) ->
     """config.json, genai_config.json and the tokenizer's files, as Hugging Face and onnxruntime-genai read them."""
     for name, content in checkpoint.side_files.items():
         (folder / name).write_bytes(content)
-    hf_config = dict(checkpoint.hf_config)
-    if len(set(variant.config.kv_heads)) == 1:
-        hf_config["num_key_value_heads"] = variant.config.kv_heads[0]
-        _write_json(folder / "genai_config.json", genai_config(variant))
-    _write_json(folder / "config.json", hf_config)
+    if len(set(variant.config.kv_heads)) > 1:
+        _write_json(folder / "config.json", checkpoint.hf_config)  # neither format can name KV heads per layer
+        return
+    _write_json(folder / "config.json", hf_config_for(variant.config, checkpoint.hf_config, TORCH_DTYPES[variant.dtype]))
+    _write_json(folder / "genai_config.json", genai_config(variant))
 
 
 def _write_json(path: Path, data: Any) -> None:

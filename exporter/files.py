@@ -14,43 +14,60 @@ from exporter.errors import UserError
 
 def refuse_existing(path: Path) -> None:
     """An output is never written over."""
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         raise UserError(f"{path} exists; choose another name or remove it")
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path` that becomes `path` when the block ends, and vanishes when it raises."""
-    refuse_existing(path)
     temporary = _sibling(path)
-    temporary.mkdir(mode=0o755)
     try:
-        yield temporary
-        refuse_existing(path)
-        os.rename(temporary, path)
+        with _one_line(path):
+            temporary.mkdir()
+            yield temporary
+            refuse_existing(path)
+            os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 @contextlib.contextmanager
-def new_file(path: Path, replace: bool = False) -> Iterator[Path]:
+def new_file(path: Path) -> Iterator[Path]:
     """Yields a file name beside `path` that becomes `path` when the block ends, and vanishes when it raises."""
-    if not replace:
-        refuse_existing(path)
     temporary = _sibling(path)
     try:
-        yield temporary
-        if not replace:
+        with _one_line(path):
+            yield temporary
             refuse_existing(path)
-        os.replace(temporary, path)
+            os.rename(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` as UTF-8 to `path`, which must not exist. Raises UserError, and then leaves nothing behind."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, "utf-8")
+    return path
+
+
 def _sibling(path: Path) -> Path:
+    refuse_existing(path)
     parent = path.absolute().parent
     if not parent.is_dir():
-        raise UserError(f"{parent} is not a folder; make it first, or choose another place for {path.name}")
-    return parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+        raise UserError(f"{path} cannot be written: {parent} is not a folder; make it first, or choose another place")
+    return parent / f".{path.absolute().name}.{secrets.token_hex(4)}.partial"
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """A full disk or a read-only folder is the user's to mend, not a traceback."""
+    try:
+        yield
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"{path} cannot be written: {error.strerror or error}{place}") from error

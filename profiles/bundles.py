@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import json
 import platform
 import tempfile
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from exporter.bundle import MANIFEST, Bundle, Variant
 from exporter.engines import open_session
-from exporter.errors import BundleError, EngineError, one_of
+from exporter.errors import BundleError, EngineError, UserError, one_of
 from profiles.bandwidth import BandwidthProbe, floor_seconds
 from profiles.breakdown import read_breakdown
 from profiles.machine import fingerprint
@@ -43,6 +44,8 @@ def profile_bundle(
     the plan at which the runtime profiles itself afterwards (its own run: profiling slows a step); ONNX Runtime only.
     Raises BundleError, EngineError and UserError.
     """
+    if unknown := sorted(set(breakdown) - set(plan.contexts)):
+        raise UserError(one_of("breakdown context", unknown[0], plan.contexts))
     machine = fingerprint()
     chosen = _chosen([Bundle.open(path) for path in bundles], variants)
     subjects: list[tuple[Subject, OpenSession]] = []
@@ -64,7 +67,7 @@ def profile_bundle(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine,
         versions=_versions(),
-        settings={**dataclasses.asdict(plan), "backend": backend, "threads": threads},
+        settings=json.loads(json.dumps({**dataclasses.asdict(plan), "backend": backend, "threads": threads})),
         cells=tuple(cells),
         bandwidth=bandwidth,
     )

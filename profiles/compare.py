@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from exporter.errors import UserError
 from profiles import stats
 from profiles.results import Cell, Results
-from profiles.table import constants, milliseconds, optional
+from profiles.table import add_columns, constants, milliseconds, optional, plain_table
 
 Key = tuple[int | tuple[int, ...], str, str, str, int, int, str]
-
-COMPARISON_CAPTION = "medians; interval: 95 % bootstrap of the ratio of medians"
 
 
 @dataclass(frozen=True)
@@ -79,13 +76,9 @@ def comparison_table(comparison: Comparison, fail_above: float | None = None) ->
     """For a terminal: one row a pair, milliseconds and ratio b / a; failures are marked."""
     failed = comparison.failures(fail_above) if fail_above is not None else []
     title, varying = constants(pair.a for pair in comparison.pairs)
-    table = Table(title=Text(title), caption=COMPARISON_CAPTION, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("KV heads", justify="right")
-    for name in ("pattern", *varying):
-        table.add_column(name)
-    for name in ("context", "a ms", "b ms", "b / a", "interval"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+    alone = f"cells without a partner: {comparison.only_a} of a, {comparison.only_b} of b"
+    table = plain_table(title, f"medians; 95 % bootstrap interval of their ratio; {alone}")
+    add_columns(table, varying, ("context", "a ms", "b ms", "b / a", "interval", "verdict"))
     for pair in comparison.pairs:
         row = [
             pair.a.subject.groups_label,

@@ -18,8 +18,9 @@ from profiles.results import Results
 
 METHOD = (
     "All graphs of one batch and context are alive at once and measured in turns, in short bursts whose order reverses every "
-    "round, so that a drift of the machine falls on all alike. Garbage collection is off, warm-up steps are not counted, and "
-    "every sample is kept. The read bandwidth is measured before, amid and after the samples; the floor takes the best."
+    "round, so that a drift of the machine falls on all alike; each turn starts with untimed steps that fill the caches. "
+    "Garbage collection is off, warm-up is not counted, and every sample is kept. The read bandwidth is measured before, amid "
+    "and after the samples; the floor takes the best."
 )
 
 
@@ -51,7 +52,7 @@ def render(results: Sequence[Results]) -> str:
         title=", ".join(models),
         subtitle=_subtitle(results),
         tiles=report_words.tiles(rows),
-        sentences=report_words.sentences(rows),
+        sentences=report_words.sentences(rows, results),
         figures=[figure for figure in figures if figure],
         css=Markup(report_page.css(len(styles.groups))),
         method=METHOD,

@@ -16,7 +16,7 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Row:
-    """One cell. `series` names what the figure draws as one line: the pattern, and whatever else differs between cells."""
+    """One cell. `series` names what the figure draws as one line: the pattern, and what else its cells differ in."""
 
     run: int
     cell: Cell
@@ -49,14 +49,15 @@ class Row:
         return self.cell.batch, self.cell.context
 
 
-DIMENSIONS: tuple[Callable[[int, Cell], str], ...] = (
+Dimension = Callable[[int, Cell], str]
+DIMENSIONS: tuple[Dimension, ...] = (
     lambda run, cell: cell.subject.cache,
     lambda run, cell: cell.subject.dtype,
     lambda run, cell: cell.backend,
     lambda run, cell: cell.provider.removesuffix("ExecutionProvider"),
     lambda run, cell: cell.subject.model,
 )
-LAST_RESORTS: tuple[Callable[[int, Cell], str], ...] = (
+LAST_RESORTS: tuple[Dimension, ...] = (
     lambda run, cell: f"run {run + 1}",
     lambda run, cell: cell.subject.variant,
     lambda run, cell: cell.subject.bundle,
@@ -66,7 +67,7 @@ LAST_RESORTS: tuple[Callable[[int, Cell], str], ...] = (
 def rows_of(results: Sequence[Results]) -> list[Row]:
     """All cells of all runs, ordered by kind, batch, context, series and KV heads (most first)."""
     pairs = [(run, cell) for run, result in enumerate(results) for cell in result.cells]
-    chosen = [name for name in DIMENSIONS if len({name(*pair) for pair in pairs}) > 1]
+    chosen = [name for name in DIMENSIONS if _tells_apart(name, pairs)]
     for extra in (None, *LAST_RESORTS):
         chosen += [extra] if extra else []
         labels = [" · ".join([cell.subject.pattern, *(name(run, cell) for name in chosen)]) for run, cell in pairs]
@@ -95,6 +96,12 @@ def place_label(place: tuple[int, int], rows: Iterable[Row]) -> str:
     batch, context = place
     several = len({row.cell.batch for row in rows}) > 1
     return f"{context:,} tokens of context" + (f", batch {batch}" if several else "")
+
+
+def _tells_apart(name: Dimension, pairs: Sequence[tuple[int, Cell]]) -> bool:
+    """Whether a pattern comes with several values: each pattern's own cache form, for one, goes without saying."""
+    parts = grouped(pairs, lambda pair: pair[1].subject.pattern)
+    return any(len({name(*pair) for pair in part}) > 1 for part in parts.values())
 
 
 def _identity(pair: tuple[int, Cell], label: str) -> tuple[object, ...]:

@@ -94,8 +94,6 @@ def where_time_goes(rows: Sequence[Row]) -> Figure | None:
     rows = [row for row in rows if row.breakdown]
     if not rows:
         return None
-    totals = [sum(row.breakdown.values()) * 1e3 for row in rows]
-    x = nice_axis("ms a step, in the runtime's own profile", totals)
     panels = []
     for place, part in grouped(rows, lambda row: row.place).items():
         bars = []
@@ -107,6 +105,7 @@ def where_time_goes(rows: Sequence[Row]) -> Figure | None:
                     [(f"b-{k}", f"{CLASS_NAMES[k]}: {v:.3f} ms", v) for k, v in pieces],
                 )
             )
+        x = nice_axis("ms a step, profiled", [sum(row.breakdown.values()) * 1e3 for row in part])
         heading = place_label(place, rows)
         panels.append((heading, stacked_bars(f"Where the time goes, {heading}", bars, x)))
     table = tuple(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -95,9 +95,9 @@ def latency_by_context(rows: Sequence[Row], styles: Styles) -> Figure | None:
     if len({row.cell.context for row in rows}) < 2:
         return None
     x = nice_axis("tokens of context", [row.cell.context for row in rows], binary=True)
-    y = nice_axis("ms a step", [row.times.p90 * 1e3 for row in rows])
     panels, slopes = [], []
     for (series, batch), part in grouped(rows, lambda row: (row.series, row.cell.batch)).items():
+        y = nice_axis("ms a step", [row.times.p90 * 1e3 for row in rows if row.cell.batch == batch])
         lines = []
         for label, line in sorted(grouped(part, lambda row: row.groups).items(), key=lambda i: -styles.groups[i[0]]):
             line = sorted(line, key=lambda row: row.cell.context)
@@ -110,7 +110,10 @@ def latency_by_context(rows: Sequence[Row], styles: Styles) -> Figure | None:
         heading = series + (f", batch {batch}" if len({row.cell.batch for row in rows}) > 1 else "")
         direct = all(len(line.label) <= DIRECT for line in lines)
         panels.append((heading, line_chart(f"Latency by context, {heading}", lines, x, y, direct)))
-    words = "The slope is what the KV cache costs: bytes read for each token that is already there. All panels share one scale."
+    words = (
+        "The slope is what the KV cache costs: bytes read for each token that is already there. The panels of one batch share "
+        "a scale."
+    )
     table = Table((KV_HEADS, "series", "batch", "p50 ms at context", "ms for each 1,000 tokens more"), tuple(slopes))
     return Figure("by-context", "Latency by context", words, tuple(panels), table, _groups_legend(styles, slopes))
 
@@ -175,8 +178,10 @@ def _ratio_point(row: Row, names: Sequence[str]) -> Point:
 
 def _legend(rows: Sequence[Row], styles: Styles) -> tuple[tuple[Markup, str], ...]:
     labels = list(dict.fromkeys(row.series for row in rows))
-    entry: Callable[[str], tuple[Markup, str]] = lambda label: (swatch(*styles.of_series(label)), label)  # noqa: E731
-    return tuple(map(entry, labels)) if any(len(label) > DIRECT for label in labels) else ()
+    if all(len(label) <= DIRECT for label in labels):
+        return ()
+    floor = [(swatch("muted", None), "floor")] if any(row.cell.floor for row in rows) else []
+    return (*((swatch(*styles.of_series(label)), label) for label in labels), *floor)
 
 
 def _groups_legend(styles: Styles, slopes: Sequence[tuple[str, ...]]) -> tuple[tuple[Markup, str], ...]:

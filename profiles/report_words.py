@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from profiles import stats
 from profiles.report_data import Row, grouped, size
+from profiles.results import Results
 from profiles.table import milliseconds
+
+BUSY = 0.8  # typical bandwidth over the best, below which a run is called disturbed
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,24 @@ def tiles(rows: Sequence[Row]) -> list[Tile]:
     return result
 
 
-def sentences(rows: Sequence[Row]) -> list[str]:
-    """What the figures say."""
+def sentences(rows: Sequence[Row], results: Sequence[Results]) -> list[str]:
+    """What the figures say, and whether the machine was quiet enough to say it."""
     found = headline(rows)
     if found is None:
-        return ["No decode step was measured."]
-    return [*_speed(found), *_patterns(found), *_floor(found), *_slopes(rows, found), *_loss(found)]
+        return ["No decode step was measured.", *_noise(results)]
+    return [*_speed(found), *_patterns(found), *_floor(found), *_slopes(rows, found), *_loss(found), *_noise(results)]
+
+
+def _noise(results: Sequence[Results]) -> list[str]:
+    """A warning for each run whose memory bandwidth was often far below its best: something else was using the machine."""
+    texts = []
+    for index, result in enumerate(results):
+        if result.bandwidth and (typical := stats.median(result.bandwidth.samples)) < BUSY * result.bandwidth.best:
+            share, which = typical / result.bandwidth.best, f"In run {index + 1} the" if len(results) > 1 else "The"
+            texts.append(
+                f"{which} machine was busy with other work: its bandwidth was typically {share:.0%} of its best. Measure again."
+            )
+    return texts
 
 
 def _speed(found: Headline) -> list[str]:
@@ -83,7 +98,7 @@ def _speed(found: Headline) -> list[str]:
     return [
         f"Going from {_heads(many)} to {_heads(few)} takes a decode step {where} from {milliseconds(many.times.p50)} ms to "
         f"{milliseconds(few.times.p50)} ms ({few.series}): {many.times.p50 / few.times.p50:.2f} times as fast, "
-        f"95 % interval {low:.2f} to {high:.2f}.",
+        f"95 % interval {low:.2f} to {high:.2f}{', so it may be no change at all' if low <= 1 <= high else ''}.",
         f"Its KV cache takes {size(few.subject.kv_bytes_per_token)} a token rather than "
         f"{size(many.subject.kv_bytes_per_token)}: {size(few.cell.kv_bytes)} rather than {size(many.cell.kv_bytes)} {where}.",
     ]
@@ -113,7 +128,9 @@ def _slopes(rows: Sequence[Row], found: Headline) -> list[str]:
         line = [row for row in line if row.cell.batch == found.few.cell.batch]
         slope = stats.slope([row.cell.context for row in line], [row.times.p50 for row in line])
         if slope is not None:
-            texts.append(f"{slope:.3f} ms with {_heads(line[0])}")
+            texts.append(
+                f"{slope:.3f} ms with {_heads(line[0])}" if slope > 0 else f"nothing measurable with {_heads(line[0])}"
+            )
     return [f"Each further 1,000 tokens of context cost {' and '.join(texts)} ({found.few.series})."] if texts else []
 
 

@@ -18,12 +18,8 @@ def results_table(results: Results) -> Table:
     """One row a cell. "speed-up" is against the largest G of the same pattern, cache, dtype, batch, context and kind."""
     baselines = baseline_cells(results.cells)
     title, varying = constants(results.cells)
-    table = Table(title=Text(title), caption=_caption(results), box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("KV heads", justify="right")
-    for name in ("pattern", *varying):
-        table.add_column(name)
-    for name in ("context", "p50 ms", "p90 ms", "× floor", "KV B/token", "speed-up"):
-        table.add_column(name, justify="right")
+    table = plain_table(title, _caption(results))
+    add_columns(table, varying, ("context", "p50 ms", "p90 ms", "× floor", "KV B/token", "speed-up"))
     for cell in sorted(results.cells, key=_order):
         times, baseline = stats.summary(cell.samples), baselines[peers(cell)]
         row = [
@@ -41,6 +37,20 @@ def results_table(results: Results) -> Table:
     return table
 
 
+def plain_table(title: str, caption: str) -> Table:
+    """An empty table with as few lines as one can be read with; no text in it is taken for markup."""
+    return Table(title=Text(title), caption=Text(caption), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def add_columns(table: Table, varying: tuple[str, ...], figures: tuple[str, ...]) -> None:
+    """KV heads, pattern, what varies, figures. A terminal that is too narrow breaks values over lines rather than cut them."""
+    table.add_column("KV heads", justify="right", overflow="fold")
+    for name in ("pattern", *varying):
+        table.add_column(name, overflow="fold")
+    for name in figures:
+        table.add_column(name, justify="right", overflow="fold")
+
+
 def optional(cell: Cell) -> dict[str, str]:
     """The values of the OPTIONAL columns."""
     subject = cell.subject
@@ -50,12 +60,13 @@ def optional(cell: Cell) -> dict[str, str]:
 
 def constants(cells: Iterable[Cell]) -> tuple[str, tuple[str, ...]]:
     """A title of what all cells share, and the names of what differs."""
+    cells = list(cells)
     rows = [optional(cell) for cell in cells]
-    varying = tuple(name for name in OPTIONAL if len({row[name] for row in rows}) > 1)
-    shared = [
-        f"batch {rows[0][name]}" if name == "batch" else rows[0][name] for name in OPTIONAL if rows and name not in varying
-    ]
-    return " · ".join(shared), varying
+    varying = [name for name in OPTIONAL if len({row[name] for row in rows}) > 1]
+    if len({(cell.subject.pattern, cell.subject.cache) for cell in cells}) == len({cell.subject.pattern for cell in cells}):
+        varying = [name for name in varying if name != "cache"]  # each pattern has its own: the name of the pattern tells
+    shared = {name: rows[0][name] for name in OPTIONAL if len({row[name] for row in rows}) == 1}
+    return " · ".join(f"batch {value}" if name == "batch" else value for name, value in shared.items()), tuple(varying)
 
 
 def peers(cell: Cell) -> tuple[object, ...]:

@@ -88,8 +88,14 @@ class _Parser:
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise _Damaged(f"alignment {alignment!r} is not a power of two")
         position = self.size - self.left
-        start = position + -position % alignment
-        return GgufFile(self.path, metadata, {name: self.place(name, *info, start) for name, info in infos.items()})
+        start = end = position + -position % alignment
+        tensors = {}
+        for name, (kind, shape, offset) in infos.items():
+            if start + offset != end:  # llama.cpp asks for this too
+                raise _Damaged(f"tensor {name!r} starts at byte {start + offset}, not at {end} after the one before it")
+            tensors[name] = self.place(name, kind, shape, end)
+            end += tensors[name].nbytes + -tensors[name].nbytes % alignment
+        return GgufFile(self.path, metadata, tensors)
 
     def tensor_info(self, name: str) -> tuple[GGMLQuantizationType, tuple[int, ...], int]:
         dimensions = self.scalar(4)
@@ -102,14 +108,14 @@ class _Parser:
         except ValueError:
             raise _Damaged(f"tensor {name!r} has the unknown type {kind}") from None
 
-    def place(self, name: str, kind: GGMLQuantizationType, shape: tuple[int, ...], offset: int, start: int) -> GgufEntry:
+    def place(self, name: str, kind: GGMLQuantizationType, shape: tuple[int, ...], offset: int) -> GgufEntry:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise _Damaged(f"tensor {name!r} of {kind.name} has rows of {shape[-1]}, not a multiple of {block}")
         nbytes = math.prod(shape) // block * block_bytes
-        if start + offset + nbytes > self.size:
-            raise _Damaged(f"tensor {name!r} ends at byte {start + offset + nbytes}, the file has {self.size}")
-        return GgufEntry(kind, shape, start + offset, nbytes)
+        if offset + nbytes > self.size:
+            raise _Damaged(f"tensor {name!r} ends at byte {offset + nbytes}, the file has {self.size}")
+        return GgufEntry(kind, shape, offset, nbytes)
 
     def value(self, kind: int) -> Any:
         if kind == STRING:

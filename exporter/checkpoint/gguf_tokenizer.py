@@ -15,8 +15,9 @@ from exporter.checkpoint.gguf_file import GgufFile
 from exporter.errors import CheckpointError
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _gpt2() -> pre_tokenizers.PreTokenizer:
@@ -27,17 +28,9 @@ def _digits() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
-def _split(digits: str) -> pre_tokenizers.PreTokenizer:
-    words = pre_tokenizers.Split(Regex(_ENDINGS + _WORDS % digits), behavior="isolated")
-    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
 def _llama3() -> pre_tokenizers.PreTokenizer:
-    return _split("{1,3}")
-
-
-def _qwen2() -> pre_tokenizers.PreTokenizer:
-    return _split("")
+    words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 PRE_TOKENIZERS = {
@@ -49,7 +42,6 @@ PRE_TOKENIZERS = {
     "llama3": _llama3,
     "llama-v3": _llama3,
     "llama-bpe": _llama3,
-    "qwen2": _qwen2,
 }
 LLAMA3_NAMES = ("llama3", "llama-v3", "llama-bpe")  # they start with BOS, and take a whole word that is a token as it is
 

@@ -167,7 +167,7 @@ class _Reader:
                     "sliding_attention" if window is not None and layer >= first else "full_attention"
                     for layer in range(layers)
                 ]
-            if not isinstance(types, list) or not set(types) <= {"full_attention", "sliding_attention"}:
+            if not isinstance(types, list) or any(kind not in ("full_attention", "sliding_attention") for kind in types):
                 raise UserError(f"layer_types {types!r} is not a list of full_attention and sliding_attention")
             if "sliding_attention" not in types:
                 return

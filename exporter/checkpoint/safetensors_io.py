@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from exporter.checkpoint.atomic import new_file
 from exporter.errors import CheckpointError
+from exporter.files import new_file
 from exporter.weights import LazyTensor
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -131,7 +131,7 @@ def write_safetensors(
         header[name] = {"dtype": NAMES[kind], "shape": list(tensors[name].shape), "data_offsets": [places[name][0], end]}
     raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
     raw += b" " * (-(len(raw) + 8) % PAGE_BYTES)
-    with new_file(Path(path)) as file:
+    with new_file(Path(path)) as temporary, open(temporary, "xb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for name in names:
             _stream(file, name, tensors[name], dtype, on_bytes)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from exporter.checkpoint.atomic import new_folder
 from exporter.checkpoint.checkpoint import Checkpoint
 from exporter.checkpoint.expected import check_tensors, expected_shapes
 from exporter.checkpoint.families import layout
 from exporter.checkpoint.hf_config import hf_config_for
 from exporter.checkpoint.huggingface import INDEX, SINGLE
 from exporter.checkpoint.safetensors_io import write_safetensors
+from exporter.files import new_folder
 from exporter.weights import LazyTensor, cast
 
 MAX_SHARD_BYTES = 5_000_000_000

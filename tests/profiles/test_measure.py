@@ -22,7 +22,7 @@ def run(factory, fakes, plan, steps=(0.01, 0.02), growth=0.0, **options):
 
 
 def test_turns_are_bursts_whose_order_reverses_every_round(factory, fakes):
-    plan = Plan(contexts=(16,), kinds=("decode",), samples=6, burst=2, warmup=3)
+    plan = Plan(contexts=(16,), kinds=("decode",), samples=6, burst=2, settle=1, warmup=3)
     cells, log = run(factory, fakes, plan)
     steps = [name for name, what in log if isinstance(what, int)]
     warmup = ["s0"] * 3 + ["s1"] * 3
@@ -64,7 +64,7 @@ def test_time_limit_ends_between_rounds_and_keeps_counts_equal(factory, fakes):
 
 def test_probe_runs_before_amid_and_after(factory, fakes):
     marks, log = [], None
-    plan = Plan(contexts=(16,), kinds=("decode",), samples=8, burst=2, warmup=0)
+    plan = Plan(contexts=(16,), kinds=("decode",), samples=8, burst=2, settle=1, warmup=0)
     clock, log = fakes.Clock(), []
     subjects = [(factory.subject(), fakes.opener("s", clock, log))]
     measure(subjects, plan, clock=clock, probe=lambda: marks.append(sum(isinstance(what, int) for _, what in log)))
@@ -108,7 +108,9 @@ def test_cells_name_their_cohort(factory, fakes):
         ({"contexts": (0,)}, "context 0 is not positive"),
         ({"batches": (0,)}, "batch 0 is not positive"),
         ({"capacity": 8}, "capacity 8 has no room for a token after 8 tokens"),
-        ({"warmup": -1}, "warmup -1"),
+        ({"warmup": -1}, "warmup -1 is negative"),
+        ({"settle": -1}, "settle -1 is negative"),
+        ({"seconds": 0}, "seconds 0 is not a positive bound"),
     ],
 )
 def test_plan_refuses(changes, message):

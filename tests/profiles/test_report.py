@@ -106,6 +106,18 @@ def test_the_headline_is_computed(results, page):
     assert "loss goes from 2.59 to 4.61" in text
 
 
+def test_noise_is_named(factory):
+    what = [factory.subject(g) for g in (9, 1)]
+    samples = tuple(0.01 + 0.02 * (i % 3) for i in range(12))
+    cells = tuple(factory.cell(w, context=c, samples=s) for w in what for c, s in ((128, (0.5, 0.6)), (1024, samples)))
+    busy = factory.sweep(cells=cells, bandwidth=dataclasses.replace(factory.BANDWIDTH, samples=(30e9, 12e9, 15e9)))
+    text = " ".join(Page(render([busy])).text)
+    assert "so it may be no change at all" in text
+    assert "nothing measurable with 1 KV head" in text
+    assert "its bandwidth was typically 50% of its best" in text
+    assert "busy" not in render([factory.sweep()])
+
+
 def test_hostile_strings_are_text(factory):
     what = factory.subject(9, HOSTILE, model=HOSTILE, bundle=HOSTILE, variant=HOSTILE, cache=HOSTILE, dtype=HOSTILE)
     what = dataclasses.replace(what, bundle_hash=HOSTILE, conversion={"method": HOSTILE})

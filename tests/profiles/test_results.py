@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from exporter.errors import UserError
+from profiles.report import render
 from profiles.results import Results
+from profiles.table import results_table
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -136,6 +138,9 @@ def test_a_damaged_file_is_a_user_error_or_loads_whole(small, tmp_path, data):
         assert message.startswith(str(path))
     else:
         json.dumps(loaded.to_json(), allow_nan=False)
+        if loaded.cells:
+            assert render([loaded])  # what loads can be shown
+            assert results_table(loaded).row_count == len(loaded.cells)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

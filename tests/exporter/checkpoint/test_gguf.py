@@ -144,7 +144,7 @@ def test_blocks_keep_whole_heads(tmp_path, monkeypatch):
     monkeypatch.setattr("exporter.checkpoint.gguf_llama.BLOCK_BYTES", 9000)
     for name, tensor in checkpoint.weights.items():
         blocks = list(tensor.blocks())
-        assert len(blocks) > 1 or len(tensor.shape) == 1 or ".k_proj." in name
+        assert len(blocks) > 1 or tensor.nbytes <= 9000
         assert torch.equal(torch.cat(blocks).reshape(tensor.shape), whole[name]), name
 
 
@@ -217,7 +217,7 @@ REFUSED = [
     ({"tokenizer__tokens": [*TOKENS[:-1], "a"]}, "its tokenizer is damaged: 1 tokens stand twice"),
     ({"tokenizer__merges": ["a"]}, "its tokenizer is damaged: merge 'a' is not two tokens"),
     ({"tokenizer__types": [1]}, f"its tokenizer is damaged: 1 token types for {len(TOKENS)} tokens"),
-    ({"tokenizer__merges": ["q z"]}, "its tokenizer is damaged: Token `qz` out of vocabulary"),
+    ({"tokenizer__merges": ["q z"]}, "its tokenizer is damaged: Error while initializing BPE: Token `qz` out of vocabulary"),
 ]
 
 
@@ -277,11 +277,12 @@ def test_damaged_files_are_refused_or_read_to_the_end(flips, cut, tmp_path):
     if not whole.exists():
         write(whole, kind=Kind.Q8_0)
     data = bytearray(whole.read_bytes())
-    header = min(entry.offset for entry in read_gguf(whole).tensors.values())
+    entries = read_gguf(whole).tensors.values()
+    header, end = min(entry.offset for entry in entries), max(entry.offset + entry.nbytes for entry in entries)
     for where, change in flips:
         data[int(where * (header - 1))] ^= change
     path = tmp_path / "tiny.gguf"
-    path.write_bytes(data if cut is None else data[: int(cut * (len(data) - 1))])
+    path.write_bytes(data if cut is None else data[: int(cut * (end - 1))])
     try:
         checkpoint = open_checkpoint(path)
         for tensor in checkpoint.weights.values():
@@ -312,13 +313,12 @@ def test_tokenizer(tmp_path):
 def test_pre_tokenizers(tmp_path):
     cut = {
         pre: tokenizer_of(write(tmp_path / f"{pre}.gguf", tokenizer__pre=pre)).encode("the the12").tokens
-        for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2")
+        for pre in ("gpt-2", "smollm", "llama-bpe")
     }
     assert cut == {
         "gpt-2": ["the", "Ġthe", "12"],
         "smollm": ["the", "Ġthe", "1", "2"],
         "llama-bpe": ["<s>", "the", "Ġthe", "12"],
-        "qwen2": ["the", "Ġthe", "1", "2"],
     }
     with_bos = tokenizer_of(write(tmp_path / "b.gguf", tokenizer__add_bos=True))
     assert with_bos.encode("the").tokens == ["<s>", "the"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from exporter.checkpoint import open_checkpoint, open_source, write_checkpoint
 from exporter.checkpoint.families import FAMILIES
 from exporter.checkpoint.hf_config import parse_config
-from exporter.errors import CheckpointError
+from exporter.errors import CheckpointError, UserError
 from exporter.weights import ComputedTensor
 
 LLAMA = {
@@ -327,10 +327,10 @@ def test_a_failed_write_leaves_nothing(failure, saved, tmp_path):
 
     weights = {**source.weights, "model.norm.weight": ComputedTensor("n", torch.float32, (48,), fail)}
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises((CheckpointError, KeyboardInterrupt)):
+    with pytest.raises((UserError, KeyboardInterrupt)):
         write_checkpoint(dataclasses.replace(source, weights=weights), tmp_path / "out", 20_000)
     assert sorted(os.listdir(tmp_path)) == before
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(UserError) as error:
         write_checkpoint(source, tmp_path)
     assert str(error.value) == f"{tmp_path} exists; choose another name or remove it"
 

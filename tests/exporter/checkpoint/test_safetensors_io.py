@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from exporter.checkpoint import check_finite, scan, write_safetensors
 from exporter.checkpoint.safetensors_io import read_header
-from exporter.errors import CheckpointError
+from exporter.errors import CheckpointError, UserError
 from exporter.weights import BLOCK_BYTES, ComputedTensor, FileTensor
 
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -120,13 +120,13 @@ def test_a_cast_that_overflows_is_refused_by_name(tmp_path):
 def test_an_output_that_exists_is_refused(tmp_path):
     path = tmp_path / "a"
     path.write_text("mine")
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(UserError) as error:
         write_safetensors(path, lazy(x=torch.ones(1)))
     assert str(error.value) == f"{path} exists; choose another name or remove it"
     assert path.read_text() == "mine"
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(UserError) as error:
         write_safetensors(tmp_path / "no" / "a", lazy(x=torch.ones(1)))
-    assert str(error.value) == f"cannot write {tmp_path}/no/a: the folder {tmp_path}/no does not exist"
+    assert str(error.value) == f"{tmp_path}/no/a cannot be written: {tmp_path}/no is not a folder; make it first, or choose another place"
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -135,10 +135,10 @@ def test_nothing_is_left_when_writing_fails(failure, tmp_path):
         raise failure
 
     tensors = {**lazy(a=torch.ones(4)), "b": ComputedTensor("b", torch.float32, (4,), compute)}
-    with pytest.raises((CheckpointError, KeyboardInterrupt)) as error:
+    with pytest.raises((UserError, KeyboardInterrupt)) as error:
         write_safetensors(tmp_path / "out", tensors)
     if isinstance(failure, OSError):
-        assert str(error.value) == f"cannot write {tmp_path}/out: No space left on device"
+        assert str(error.value) == f"{tmp_path}/out cannot be written: No space left on device"
     assert not list(tmp_path.iterdir())
 
 
