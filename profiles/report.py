@@ -10,8 +10,8 @@ import jinja2
 from markupsafe import Markup
 
 from exporter.errors import UserError
+from exporter.files import write_text
 from profiles import report_extras, report_figures, report_page, report_words
-from profiles.files import write_text
 from profiles.report_data import Row, rows_of, size
 from profiles.report_figures import Table
 from profiles.results import Results

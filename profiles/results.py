@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from exporter.errors import UserError, one_of
+from exporter.files import write_text
 from profiles.decode import decode
-from profiles.files import write_text
 
 SCHEMA = 1
 KINDS = ("decode", "prefill", "ttft")
