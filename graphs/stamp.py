@@ -50,6 +50,8 @@ class Stamper:
         for node in graph:
             if node.op_type == "Constant" and node.domain == "":
                 values[node.outputs[0]] = self.constant(constant_of(node))
+            elif (shape := _constant_shape(node, values)) is not None:
+                values[node.outputs[0]] = self.constant(shape)
             else:
                 self.nodes.append(self._copy(node, prefix, values))
         return [values[value] for value in graph.outputs]
@@ -108,6 +110,15 @@ def constant_of(node: ir.Node) -> ir.TensorProtocol:
     return ir.tensor(np.array(attribute.value, dtype=kinds[attribute.name]))
 
 
+def _constant_shape(node: ir.Node, values: Mapping[ir.Value, ir.Value]) -> ir.TensorProtocol | None:
+    """What a Concat of constants gives: a Reshape target that torch wrote in pieces."""
+    if node.op_type != "Concat":
+        return None
+    parts = [values[value].const_value for value in node.inputs if value is not None]
+    arrays = [part.numpy() for part in parts if part is not None]
+    return ir.tensor(np.concatenate(arrays)) if len(arrays) == len(node.inputs) else None
+
+
 def constant_name(tensor: ir.TensorProtocol) -> str:
     """A name that equal constants share and others do not: dtype, shape and values (or their hash)."""
     array = tensor.numpy()
@@ -125,6 +136,17 @@ def known_dims(shape: ir.Shape | None) -> ir.Shape | None:
 def tidy(model: ir.Model) -> None:
     """Shared shape arithmetic once, nothing unused."""
     passes.CommonSubexpressionEliminationPass()(model)
+    fuse_reshapes(model.graph)
     passes.IdentityEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
+
+
+def fuse_reshapes(graph: ir.Graph) -> None:
+    """Reshape(Reshape(x, a), b) → Reshape(x, b), where b is constant and copies no dimension of its input (has no 0)."""
+    for node in graph:
+        if node.op_type != "Reshape" or node.inputs[0] is None or node.inputs[1] is None:
+            continue
+        inner, target = node.inputs[0].producer(), node.inputs[1].const_value
+        if inner is not None and inner.op_type == "Reshape" and target is not None and 0 not in target.numpy():
+            node.replace_input_with(0, inner.inputs[0])

@@ -9,9 +9,33 @@ from graphs.emit import Emitter
 
 
 def split_heads(emit: Emitter, name: str, x_BTE: ir.Value, heads: int) -> ir.Value:
-    """[B,T,heads·D] → [B,heads,T,D]."""
-    apart = emit.op(f"{name}/Reshape", "Reshape", x_BTE, emit.constant([0, 0, heads, -1]))
+    """[B,T,heads·D] → [B,heads,T,D].
+
+    A RotaryEmbedding before it is applied to the split heads instead, and a Reshape before that is done in one go, since both
+    leave the old nodes unused: three nodes fewer a layer, each some microseconds of a decode step.
+    """
+    producer = x_BTE.producer()
+    if producer is not None and producer.op_type == "RotaryEmbedding" and producer.domain == "":
+        x, *angles = producer.inputs
+        assert x is not None
+        attributes = {key: attribute.value for key, attribute in producer.attributes.items()}
+        return emit.op(f"{name}/RotaryEmbedding", "RotaryEmbedding", split_heads(emit, name, x, heads), *angles, **attributes)
+    source, shape = x_BTE, emit.constant([0, 0, heads, -1])
+    if producer is not None and producer.op_type == "Reshape" and producer.inputs[0] is not None:
+        source, shape = producer.inputs[0], _token_shape(emit, x_BTE, heads)
+    apart = emit.op(f"{name}/Reshape", "Reshape", source, shape)
     return emit.op(f"{name}/Transpose", "Transpose", apart, perm=[0, 2, 1, 3])
+
+
+def _token_shape(emit: Emitter, x_BTE: ir.Value, heads: int) -> ir.Value:
+    """The Reshape target [B, T, heads, −1]; one for all layers of equal heads. Every layer's B and T are the first one's."""
+    if "batch_tokens" not in emit.shared:
+        emit.shared["batch_tokens"] = emit.op("tokens/Shape", "Shape", x_BTE, start=0, end=2)
+    key = ("token shape", heads)
+    if key not in emit.shared:
+        rest = emit.constant([heads, -1])
+        emit.shared[key] = emit.op(f"tokens/{heads}/Concat", "Concat", emit.shared["batch_tokens"], rest, axis=0)
+    return emit.shared[key]
 
 
 def merge_heads(emit: Emitter, x_BHTD: ir.Value) -> ir.Value:
@@ -66,7 +90,8 @@ def _seen_concat(emit: Emitter, node: GroupedAttention) -> ir.Value:
     assert node.attention_mask is not None
     zero, one = emit.constant(0), emit.constant(1)
     total = total_length(emit, node.attention_mask)
-    new = emit.op("mask/new/Squeeze", "Squeeze", emit.op("mask/new/Shape", "Shape", node.query, start=1, end=2))
+    tokens = emit.op("mask/new/Shape", "Shape", node.value, start=1, end=2)
+    new = emit.op("mask/new/Squeeze", "Squeeze", tokens)
     columns = emit.op("mask/columns/Range", "Range", zero, total, one)
     past = emit.op("mask/past/Sub", "Sub", total, new)
     rows = emit.op("mask/rows/Range", "Range", past, total, one)

@@ -19,6 +19,8 @@ DOMAIN = "com.microsoft"
 def check(node: GroupedAttention) -> str | None:
     if node.head_dim != node.value_dim:
         return f"its K and V heads have {node.head_dim} and {node.value_dim} channels; GroupQueryAttention wants them equal"
+    if node.head_dim % 8:
+        return f"its heads have {node.head_dim} channels; GroupQueryAttention wants a multiple of 8"
     return None
 
 

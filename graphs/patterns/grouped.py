@@ -18,40 +18,30 @@ def check(node: GroupedAttention) -> str | None:
 
 
 def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, ir.Value]:
-    G, R, Dv = node.kv_num_heads, node.group, node.value_dim
+    H, G = node.num_heads, node.kv_num_heads
     present_key, present_value = common.update_cache(emit, node)
 
-    scaled = emit.op("query/Mul", "Mul", node.query, emit.constant(node.scale, node.dtype))
-    apart = emit.op("query/Reshape", "Reshape", scaled, emit.constant([0, 0, G, R, -1]))
-    by_group = emit.op("query/Transpose", "Transpose", apart, perm=[0, 2, 3, 1, 4])
-    rows_BGMD = emit.op("query/rows/Reshape", "Reshape", by_group, emit.constant([0, 0, -1, node.head_dim]))  # M = R·T
+    query_BHTD = common.split_heads(emit, "query", node.query, H)
+    # Scaled here and not beside the MatMul: there ONNX Runtime makes it the MatMul's alpha, which has no fast path for one row.
+    scaled = emit.op("query/Mul", "Mul", query_BHTD, emit.constant(node.scale, node.dtype))
+    rows_BGMD = emit.op("query/rows/Reshape", "Reshape", scaled, emit.constant([0, G, -1, node.head_dim]))  # M = R·T, r-major
 
     key_BGDS = emit.op("scores/Transpose", "Transpose", present_key, perm=[0, 1, 3, 2])
     scores_BGMS = emit.op("scores/MatMul", "MatMul", rows_BGMD, key_BGDS)
-    unfolded = emit.op("scores/Reshape", "Reshape", scores_BGMS, _shape(emit, node, "unfolded", [0, 0, R, -1]))
-    masked = emit.op("scores/Add", "Add", unfolded, _mask(emit, node))  # [B,G,R,T,S]
+    masked = emit.op("scores/Add", "Add", scores_BGMS, _mask(emit, node))
     weights = emit.op("weights/Softmax", "Softmax", masked, axis=-1)
-    folded = emit.op("weights/Reshape", "Reshape", weights, _shape(emit, node, "folded", [0, 0, -1]))
 
-    output_BGMD = emit.op("output/MatMul", "MatMul", folded, present_value)
-    heads = emit.op("output/heads/Reshape", "Reshape", output_BGMD, emit.constant([0, 0, R, -1, Dv]))
-    by_token = emit.op("output/Transpose", "Transpose", heads, perm=[0, 3, 1, 2, 4])
-    return emit.op("output/Reshape", "Reshape", by_token, emit.constant([0, 0, -1])), present_key, present_value
-
-
-def _shape(emit: Emitter, node: GroupedAttention, name: str, head: list[int]) -> ir.Value:
-    """The Reshape target [*head, S]; one for all layers of equal R."""
-    key = (name, *head)
-    if key not in emit.shared:
-        if "columns" not in emit.shared:
-            emit.shared["columns"] = emit.op("scores/columns/Shape", "Shape", common.mask(emit, node), start=3, end=4)
-        emit.shared[key] = emit.op(f"scores/{name}/Concat", "Concat", emit.constant(head), emit.shared["columns"], axis=0)
-    return emit.shared[key]
+    output_BGMD = emit.op("output/MatMul", "MatMul", weights, present_value)
+    heads_BHTD = emit.op("output/heads/Reshape", "Reshape", output_BGMD, emit.constant([0, H, -1, node.value_dim]))
+    return common.merge_heads(emit, heads_BHTD), present_key, present_value
 
 
 def _mask(emit: Emitter, node: GroupedAttention) -> ir.Value:
-    """[B,1,1,T,S]."""
-    key = ("grouped mask", node.dtype)
+    """[B,1,R·T,S]: the mask of the T new tokens, once for each query head of a group; one for all layers of equal R."""
+    if node.group == 1:
+        return common.mask(emit, node)
+    key = ("grouped mask", node.dtype, node.group)
     if key not in emit.shared:
-        emit.shared[key] = emit.op("mask/grouped/Unsqueeze", "Unsqueeze", common.mask(emit, node), emit.constant([2]))
+        times = emit.constant([1, 1, node.group, 1])
+        emit.shared[key] = emit.op(f"mask/{node.group}/Tile", "Tile", common.mask(emit, node), times)
     return emit.shared[key]
