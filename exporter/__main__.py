@@ -1,0 +1,5 @@
+"""`python -m exporter` is the `headpool` command."""
+
+from exporter.cli import main
+
+main()

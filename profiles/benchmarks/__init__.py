@@ -1,0 +1,1 @@
+"""What headpool promises in numbers, measured: `python -m profiles.benchmarks.NAME OUT.json`. Needs the `test` extra."""

@@ -1,0 +1,103 @@
+"""One decode step of attention alone, a pattern against the others, at H = 32, D = 64 and 4096 tokens on ONNX Runtime's CPU.
+
+Promise: `grouped` is at least twice as fast as com.microsoft.GroupQueryAttention for G ≤ 4, and its time falls with G.
+All sessions are alive at once and measured in turns; each works on several caches in turn, so that K and V come from memory
+as they do between the layers of a model, not from the processor's cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphs.canonical import standalone
+from graphs.lower import lower
+from profiles import stats
+from profiles.benchmarks.record import save
+from profiles.machine import physical_cores
+
+HEADS, SIZE, CONTEXT = 32, 64, 4096
+GROUPS = (32, 16, 8, 4, 2, 1)
+PATTERNS = ("gqa", "attention", "repeat", "grouped")
+ROUNDS, BURST = 12, 8
+CACHE_BYTES = 256 << 20  # of K and V that one session walks through
+PROMISE = f"grouped ≥ 2 × as fast as gqa at H={HEADS}, D={SIZE}, {CONTEXT} tokens, G ≤ 4; its time falls with G"
+
+
+class Step:
+    """One session over a single attention node, with its caches bound in place."""
+
+    def __init__(self, pattern: str, groups: int, rng: np.random.Generator) -> None:
+        import onnx_ir as ir
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = physical_cores()
+        graph = ir.to_proto(lower(standalone(HEADS, groups, SIZE), pattern)).SerializeToString()
+        self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.samples: list[float] = []
+        value = onnxruntime.OrtValue.ortvalue_from_numpy
+        cache_bytes = 2 * groups * CONTEXT * SIZE * 4
+        self.bindings = []
+        for _ in range(max(2, CACHE_BYTES // cache_bytes)):
+            binding = self.session.io_binding()
+            for name, width in (("query", HEADS), ("key", groups), ("value", groups)):
+                binding.bind_ortvalue_input(name, value(rng.standard_normal((1, 1, width * SIZE), dtype=np.float32)))
+            binding.bind_ortvalue_input("position_ids", value(np.array([[CONTEXT - 1]])))
+            for name in ("key", "value"):
+                cache = value(rng.standard_normal((1, groups, CONTEXT, SIZE), dtype=np.float32))
+                binding.bind_ortvalue_input(f"past_{name}", cache)
+                binding.bind_ortvalue_output(f"present_{name}", cache)
+            binding.bind_ortvalue_output("output", value(np.zeros((1, 1, HEADS * SIZE), np.float32)))
+            self.bindings.append(binding)
+        self.turn = itertools.cycle(self.bindings)
+
+    def run(self, count: int, keep: bool) -> None:
+        for _ in range(count):
+            binding = next(self.turn)
+            start = time.perf_counter()
+            self.session.run_with_iobinding(binding)
+            if keep:
+                self.samples.append(time.perf_counter() - start)
+
+
+def measure() -> list[dict[str, Any]]:
+    """One row for each G: milliseconds of every pattern (median, and its 95 % interval)."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for groups in GROUPS:
+        steps = {pattern: Step(pattern, groups, rng) for pattern in PATTERNS}
+        for round_ in range(ROUNDS + 1):
+            for pattern in PATTERNS if round_ % 2 else reversed(PATTERNS):
+                steps[pattern].run(BURST // 2, keep=False)  # untimed: brings back what the others pushed out
+                steps[pattern].run(BURST, keep=round_ > 0)
+        row: dict[str, Any] = {"groups": groups}
+        for pattern, step in steps.items():
+            low, high = stats.median_interval(step.samples, block=BURST)
+            row[pattern] = {"ms": stats.median(step.samples) * 1e3, "low": low * 1e3, "high": high * 1e3}
+            row[pattern]["samples"] = step.samples
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    rows = measure()
+    grouped = [row["grouped"]["ms"] for row in rows]
+    for row in rows:
+        row["grouped_speed_up"] = row["gqa"]["ms"] / row["grouped"]["ms"]
+        times = "  ".join(f"{pattern} {row[pattern]['ms']:.3f}" for pattern in PATTERNS)
+        print(f"G {row['groups']:>2}: {times} ms; grouped {row['grouped_speed_up']:.2f}× as fast as gqa")
+    fast = all(row["grouped_speed_up"] >= 2 for row in rows if row["groups"] <= 4)
+    falls = all(more > fewer for more, fewer in itertools.pairwise(grouped))
+    print(f"kept: {fast and falls} ({PROMISE})")
+    save(out, "attention", PROMISE, rows, fast and falls, heads=HEADS, head_dim=SIZE, context=CONTEXT, threads=physical_cores())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What exporting costs: an 8B-shaped checkpoint, and the bytes of a sweep.
+
+Promises: an 8B shape (Llama-3.1-8B's, fp16, sparse zero-filled safetensors) exports with --weights link in at most 60 s and
+1.2 GB of memory, writing under 200 MB; a sweep over six KV-head counts writes at most 1.35 × the bytes of one variant.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from exporter.checkpoint import expected_shapes
+from exporter.checkpoint.hf_config import parse_config
+from profiles.benchmarks.record import save
+
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "torch_dtype": "float16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+# SmolLM2-135M as multi-head attention with twelve query heads, so that six counts divide them.
+SMALL: dict[str, Any] = {
+    **LLAMA_8B,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rope_scaling": None,
+    "tie_word_embeddings": True,
+    "head_dim": 48,
+}
+SWEEP = (12, 6, 4, 3, 2, 1)
+SHARDS = 4
+PROMISE = "8B export with --weights link ≤ 60 s, ≤ 1.2 GB, < 200 MB written; six group counts ≤ 1.35 × the bytes of one"
+
+
+def write_sparse(folder: Path, config: dict[str, Any]) -> None:
+    """A checkpoint of zeros that takes no disk: the files are truncated to their length."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = list(expected_shapes(parse_config(config)).items())
+    weight_map, step = {}, -(-len(tensors) // SHARDS)
+    for number in range(SHARDS):
+        name, header, end = f"model-{number + 1:05}-of-{SHARDS:05}.safetensors", {}, 0
+        for tensor, shape in tensors[number * step : (number + 1) * step]:
+            size = 2
+            for dim in shape:
+                size *= dim
+            header[tensor] = {"dtype": "F16", "shape": list(shape), "data_offsets": [end, end + size]}
+            end += size
+            weight_map[tensor] = name
+        raw = json.dumps(header).encode()
+        with open(folder / name, "wb") as file:
+            file.write(struct.pack("<Q", len(raw)) + raw)
+            file.truncate(8 + len(raw) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def run(*arguments: str) -> tuple[float, float]:
+    """Seconds and peak resident bytes of one `headpool` command. The largest child so far sets the peak."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "exporter", *arguments], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def written(folder: Path) -> int:
+    """Bytes of a bundle that are its own: hard links to the checkpoint's files are not."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.stat().st_nlink == 1)
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as name:
+        folder = Path(name)
+        (folder / "small.json").write_text(json.dumps(SMALL))
+        run("export", str(folder / "small.json"), str(folder / "one"), "--groups", "12")
+        run("export", str(folder / "small.json"), str(folder / "six"), "--groups", ",".join(map(str, SWEEP)))
+        one, six = written(folder / "one"), written(folder / "six")
+        rows.append({"what": "sweep", "one_bytes": one, "six_bytes": six, "ratio": six / one, "kept": six <= 1.35 * one})
+        print(rows[-1], flush=True)
+        write_sparse(folder / "8b", LLAMA_8B)
+        for pattern in ("grouped", "gqa"):
+            bundle = folder / pattern
+            seconds, peak = run(
+                "export", str(folder / "8b"), str(bundle), "--dtype", "fp16", "--weights", "link", "--pattern", pattern
+            )
+            size = written(bundle)
+            kept = seconds <= 60 and peak <= 1.2e9 and size < 200e6
+            row = {"what": "8B, linked", "pattern": pattern, "seconds": seconds, "peak_bytes": peak, "written_bytes": size}
+            rows.append({**row, "kept": kept})
+            print(rows[-1], flush=True)
+    kept = all(row["kept"] for row in rows)
+    print(f"kept: {kept} ({PROMISE})")
+    save(out, "export", PROMISE, rows, kept, shape=LLAMA_8B, sweep=SMALL, groups=SWEEP)
+
+
+if __name__ == "__main__":
+    main()

