@@ -6,13 +6,14 @@ names: a bundle cannot point outside its own folder.
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from exporter import contract
-from exporter.config import CACHE_FORMS, DTYPES, CacheForm, ModelConfig
+from exporter.config import DTYPES, CacheForm, ModelConfig
+from exporter.decode import decode, parse
 from exporter.errors import BundleError, UserError, one_of
 
 SCHEMA = 1
@@ -69,25 +70,17 @@ class Variant:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Variant:
-        variant = cls(
-            name=data["name"],
-            graph=data["graph"],
-            config=ModelConfig.from_json(data["config"]),
-            pattern=data["pattern"],
-            cache=data["cache"],
-            dtype=data["dtype"],
-            logits=data["logits"],
-            weights=tuple(data["weights"]),
-            weight_bytes=data["weight_bytes"],
-            conversion=data.get("conversion"),
-        )
-        if variant.cache not in CACHE_FORMS:
-            raise BundleError(one_of("cache", variant.cache, CACHE_FORMS))
+        """What `to_json` wrote. Raises UserError where a key is missing or mistyped, or what follows from others does not."""
+        derived = {key: data.get(key) for key in ("kv_bytes_per_token", "inputs", "outputs")}
+        variant = decode(cls, {key: value for key, value in data.items() if key not in derived}, "variant")
+        if not variant.name or variant.weight_bytes < 0:
+            raise UserError(f"variant {variant.name!r} has no name or a negative number of bytes")
         if variant.dtype not in DTYPES:
-            raise BundleError(one_of("dtype", variant.dtype, DTYPES))
-        for name, bindings in (("inputs", variant.inputs()), ("outputs", variant.outputs())):
-            if data[name] != [binding.to_json() for binding in bindings]:
-                raise BundleError(f"variant {variant.name!r}: its {name} are not the contract's for this config")
+            raise UserError(one_of("dtype", variant.dtype, DTYPES))
+        written = variant.to_json()
+        for key, value in derived.items():
+            if value != written[key]:
+                raise UserError(f"variant {variant.name!r}: its {key} are not what the contract says for this config")
         return variant
 
 
@@ -106,29 +99,34 @@ class Bundle:
         path = Path(path)
         manifest = path / MANIFEST
         try:
-            data = json.loads(manifest.read_text("utf-8"))
+            data = parse(manifest.read_text("utf-8"))
         except FileNotFoundError:
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; make one with 'headpool export'") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BundleError(f"{manifest} cannot be read: {error}") from None
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{manifest} cannot be read: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else None
+            raise BundleError(f"{manifest} has schema {found!r:.40}, this headpool reads schema {SCHEMA}; export it again")
         try:
-            if data["schema"] != SCHEMA:
-                found = data["schema"]
-                raise BundleError(f"{manifest} has schema {found}, this headpool reads schema {SCHEMA}; export it again")
             variants = tuple(Variant.from_json(item) for item in data["variants"])
-            bundle = cls(path, variants, data.get("source", {}), data.get("tools", {}))
-        except BundleError:
-            raise
-        except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
+            source = decode(dict[str, Any], data.get("source", {}), "source")
+            bundle = cls(path, variants, source, decode(dict[str, str], data.get("tools", {}), "tools"))
+            bundle._check_files()
+        except UserError as error:
+            raise BundleError(f"{manifest} is damaged: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{manifest} is damaged: {type(error).__name__}: {error}") from None
-        if not variants:
-            raise BundleError(f"{manifest} holds no variant")
-        for name in sorted({name for variant in variants for name in (variant.graph, *variant.weights)}):
-            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-                raise BundleError(f"{manifest} names {name!r}, which is not a file name in its own folder")
-            if not (path / name).is_file():
-                raise BundleError(f"{path} lacks {name}, which its {MANIFEST} names")
         return bundle
+
+    def _check_files(self) -> None:
+        names = [variant.name for variant in self.variants]
+        if not names or len(set(names)) != len(names):
+            raise UserError(f"its variants are {', '.join(names) or 'none'}; there must be some, each with a name of its own")
+        for name in sorted({name for variant in self.variants for name in (variant.graph, *variant.weights)}):
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise UserError(f"it names {name!r}, which is not a file name in its own folder")
+            if not os.path.isfile(self.path / name):
+                raise UserError(f"it names {name}, which {self.path} lacks")
 
     def to_json(self) -> dict[str, Any]:
         variants = [variant.to_json() for variant in self.variants]

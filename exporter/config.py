@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from exporter.decode import decode
 from exporter.errors import UserError, one_of
 
 FFN_KINDS = ("relu", "gelu", "swish", "glu", "bilinear", "reglu", "geglu", "swiglu")
@@ -57,6 +58,16 @@ class RopeConfig:
             raise UserError(f"rope factor {self.factor} is not positive")
         if self.kind in ("llama3", "yarn") and self.original_max_positions <= 0:
             raise UserError(f"rope kind {self.kind} needs original_max_positions, the context the model was first trained on")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.kind == "llama3" and not high > low:
+            raise UserError(
+                f"rope high_freq_factor {self.high_freq_factor} is not above low_freq_factor {self.low_freq_factor}"
+            )
+        if self.kind == "yarn" and not (self.theta > 1 and self.beta_fast > 0 and self.beta_slow > 0):
+            raise UserError(
+                f"rope kind yarn needs theta above 1 and betas above 0, has theta {self.theta}, beta_fast {self.beta_fast}, "
+                f"beta_slow {self.beta_slow}"
+            )
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,15 @@ class ModelConfig:
             raise UserError(one_of("ffn", self.ffn, FFN_KINDS))
         if self.norm not in NORM_KINDS:
             raise UserError(one_of("norm", self.norm, NORM_KINDS))
-        if self.rope.kind != "none" and self.rotary_dim % 2:
+        if self.rope.kind != "none" and (self.rotary_dim % 2 or not self.rotary_dim):
             raise UserError(f"rope rotates {self.rotary_dim} of {self.head_dim} channels; RoPE needs an even number")
         if not (math.isfinite(self.norm_eps) and self.norm_eps >= 0):
             raise UserError(f"config norm_eps {self.norm_eps} is not a finite number ≥ 0")
+        if not (math.isfinite(self.embed_scale) and self.embed_scale > 0):
+            raise UserError(f"config embed_scale {self.embed_scale} is not a finite number above 0")
+        for token in (*self.eos_token_ids, *((self.bos_token_id,) if self.bos_token_id is not None else ())):
+            if not 0 <= token < 2**63:
+                raise UserError(f"config has the token id {token}; ids are whole numbers from 0")
 
     @property
     def rotary_dim(self) -> int:
@@ -134,19 +150,8 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelConfig:
-        names = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(data) - names):
-            raise UserError(f"config has unknown keys {', '.join(unknown)}")
-        try:
-            values = dict(data)
-            if "rope" in values:
-                values["rope"] = RopeConfig(**values["rope"])
-            for name in ("kv_heads", "eos_token_ids"):
-                if name in values:
-                    values[name] = tuple(values[name])
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"config is not a headpool model config: {error}") from error
+        """What `to_json` wrote. Raises UserError for a key that is unknown, missing, or of another type."""
+        return decode(cls, data, "config")
 
 
 def group_counts(num_heads: int) -> list[int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from exporter import contract
+from exporter.background import Background
 from exporter.bundle import MANIFEST, Bundle, Variant
 from exporter.checkpoint import Checkpoint, check_finite, hf_config_for, scan
 from exporter.config import CACHE_FORMS, DTYPES, CacheForm, ModelConfig, check_groups
@@ -29,6 +29,7 @@ from exporter.genai import genai_config
 from exporter.layout import STORAGES, Layout, Storage
 from exporter.trace import EMBEDDING, HEAD, canonical_graph
 from exporter.weights import TORCH_DTYPES, Weights
+from graphs.canonical import GroupedAttention, standalone
 from graphs.lower import lower
 from graphs.patterns import PATTERNS
 from graphs.verify import check_model
@@ -70,24 +71,33 @@ def export(checkpoint: Checkpoint, out: Path, options: ExportOptions, progress: 
     config = checkpoint.config
     for count in options.groups or ():
         check_groups(config.num_heads, count)
+    _check_patterns(config, options)
     refuse_existing(out)
-    with new_folder(out) as folder, ThreadPoolExecutor(2) as pool:
-        hashing = pool.submit(scan, checkpoint.files)  # the files are read while the graphs are traced
+    with new_folder(out) as folder:
+        hashing = Background(scan, checkpoint.files)  # the files are read while the graphs are traced
         models: dict[str, tuple[ModelConfig, Weights]] = {}
         for kv_heads in options.groups or (config.kv_heads,):
             converted = convert_weights(config, checkpoint.weights, kv_heads, options.method, options.seed)
             models[_label(converted[0])] = converted
         layout = _lay_out(folder, models, options, report)
-        checking = pool.submit(_check_linked, layout)
+        checking = Background(_check_linked, layout)
         variants = _write_graphs(folder, config, models, layout, options, report)
         report("hashing the checkpoint", 0, 1)
-        source = {"name": checkpoint.name, "sha256": hashing.result()}
+        source = {"name": checkpoint.name, "sha256": hashing.result() if checkpoint.files else None}
         checking.result()
         report("hashing the checkpoint", 1, 1)
         bundle = Bundle(out, tuple(variants), source, tool_versions())
         _write_side_files(folder, checkpoint, variants[0])
         _write_json(folder / MANIFEST, bundle.to_json())
     return Bundle.open(out)
+
+
+def _check_patterns(config: ModelConfig, options: ExportOptions) -> None:
+    """Refuse a pattern that does not fit before any weight is written; lowering would refuse it later."""
+    for pattern in options.patterns:
+        node = standalone(config.num_heads, config.kv_heads[0], config.head_dim).graph.node(0)
+        if (reason := PATTERNS[pattern].check(GroupedAttention(node))) is not None:
+            raise UserError(f"pattern {pattern} does not fit this model: {reason}")
 
 
 def _label(config: ModelConfig) -> str:

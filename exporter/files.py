@@ -13,9 +13,14 @@ from exporter.errors import UserError
 
 
 def refuse_existing(path: Path) -> None:
-    """An output is never written over."""
+    """An output is never written over, and its folder must be there: known before the work that makes it."""
     if os.path.lexists(path):
         raise UserError(f"{path} exists; choose another name or remove it")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise UserError(f"{path} cannot be written: {parent} is not a folder; make it first, or choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: {parent} is read-only; choose another place")
 
 
 @contextlib.contextmanager
@@ -28,8 +33,10 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield temporary
             refuse_existing(path)
             os.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, UserError):  # in the names that the user knows
+            raise type(error)(str(error).replace(str(temporary), str(path))) from error
         raise
 
 
@@ -57,10 +64,7 @@ def write_text(path: Path, text: str) -> Path:
 
 def _sibling(path: Path) -> Path:
     refuse_existing(path)
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise UserError(f"{path} cannot be written: {parent} is not a folder; make it first, or choose another place")
-    return parent / f".{path.absolute().name}.{secrets.token_hex(4)}.partial"
+    return path.absolute().parent / f".{path.absolute().name}.{secrets.token_hex(4)}.partial"
 
 
 @contextlib.contextmanager

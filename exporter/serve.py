@@ -36,6 +36,9 @@ class Prompts:
     @classmethod
     def from_texts(cls, bundle: Bundle, variant: Variant, texts: list[str], chat: bool) -> Prompts:
         tokenizer = Tokenizer.open(bundle.path)
+        for row, text in enumerate(texts):
+            if any("\ud800" <= sign <= "\udfff" for sign in text):
+                raise UserError(f"prompt {row} is not UTF-8 text")
         if chat:
             texts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
         ids = [tokenizer.encode(text, special=not chat) for text in texts]

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from exporter.decode import decode, parse
 from exporter.errors import UserError, one_of
 from exporter.files import write_text
-from profiles.decode import decode
 
 SCHEMA = 1
 KINDS = ("decode", "prefill", "ttft")
@@ -168,11 +167,10 @@ class Results:
         path = Path(path)
         try:
             text = path.read_text("utf-8")
-            data = json.loads(text, parse_constant=_refuse, parse_float=_finite)
-            json.dumps(data, ensure_ascii=False).encode()  # an escaped lone surrogate could never be printed again
+            data = parse(text)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; make one with 'headpool profile'") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path} is not a results file: {_line(error)}") from None
         if not isinstance(data, dict) or "schema" not in data or "cells" not in data:
             raise UserError(f"{path} is not a results file: it has no schema and cells; make one with 'headpool profile'")
@@ -182,17 +180,6 @@ class Results:
             return decode(cls, data, "results")
         except UserError as error:
             raise UserError(f"{path} is damaged: {_line(error)}") from None
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large")
-    return value
 
 
 def _line(error: BaseException) -> str:

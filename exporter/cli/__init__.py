@@ -7,6 +7,8 @@ line of stdout is one JSON object. Ctrl-C ends with exit code 130 and leaves no 
 from __future__ import annotations
 
 import importlib
+import io
+import signal
 import sys
 
 import click
@@ -74,7 +76,11 @@ def app() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit."""
+    """Run the command line and exit. SIGTERM ends it as Ctrl-C does; what a terminal cannot write becomes an escape."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(_run(arguments))
 
 
@@ -97,6 +103,10 @@ def _run(arguments: list[str] | None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
+    except MemoryError as error:
+        return _fail(f"not enough memory: {error or 'an allocation failed'}; take a smaller batch, context or model")
+    except UnicodeEncodeError as error:
+        return _fail(f"{error.object!r:.100} is not Unicode text; give the file or folder another name")
     except (KeyboardInterrupt, click.Abort):
         click.echo("headpool: interrupted; nothing half-written was left", err=True)
         return 130

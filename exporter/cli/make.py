@@ -29,7 +29,8 @@ def convert_command(checkpoint: Path, out: Path, count: int, method: Any, seed: 
     """
     from exporter.convert import conversion_record, convert_checkpoint
 
-    before, after = convert_checkpoint(checkpoint, out, count, method, seed)
+    with progress_bar() as progress:
+        before, after = convert_checkpoint(checkpoint, out, count, method, seed, progress)
     record = conversion_record(before, after, method, seed)
     data = {"out": str(out), "conversion": record, "kv_heads": list(after.kv_heads)}
     finish(

@@ -87,7 +87,7 @@ backend: Option = click.option(
     "--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True, help="Runtime to use."
 )
 threads: Option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of one operator.  [default: one a physical core]"
+    "--threads", type=click.IntRange(1, 1024), help="Threads of one operator.  [default: one a physical core]"
 )
 storage: Option = click.option(
     "--weights",

@@ -57,7 +57,7 @@ def run_command(
     chosen = opened.variant(variant)
     if tokens and (prompts or chat):
         raise UserError("--tokens stands instead of --prompt and --chat; give one of them")
-    texts = prompts or (() if tokens else (sys.stdin.read().rstrip("\n"),))
+    texts = prompts or (() if tokens else (_stdin().rstrip("\n"),))
     fed = Prompts.from_ids(tokens, chosen) if tokens else Prompts.from_texts(opened, chosen, list(texts), chat)
     sampler = Sampler(temperature, top_k, top_p, seed)
     generation = Generation(opened, chosen, fed, sampler, max_new_tokens, capacity, backend, threads)
@@ -123,6 +123,13 @@ def eval_command(
             lines.append(f"mean KL divergence from it {same.mean_kl:.5f} nats")
     data["seconds"] = round(time.perf_counter() - started, 2)
     finish(as_json, data, lines)
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError("the prompt on standard input is not UTF-8 text") from None
 
 
 def _read(path: Path) -> str:

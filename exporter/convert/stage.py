@@ -18,7 +18,7 @@ def convert_checkpoint(
     kv_heads: int,
     method: Method = "mean",
     seed: int = 0,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[ModelConfig, ModelConfig]:
     """Write `path` to the folder `out` with `kv_heads` KV heads in every layer; the configs before and after.
 
@@ -28,5 +28,13 @@ def convert_checkpoint(
     check_groups(checkpoint.config.num_heads, kv_heads)
     refuse_existing(out)
     config, weights = convert_weights(checkpoint.config, checkpoint.weights, kv_heads, method, seed)
-    write_checkpoint(dataclasses.replace(checkpoint, config=config, weights=weights), out, on_bytes=on_bytes)
+    total = sum(tensor.nbytes for tensor in weights.values())
+    done = 0
+
+    def wrote(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("writing weights", done, total)
+
+    write_checkpoint(dataclasses.replace(checkpoint, config=config, weights=weights), out, on_bytes=wrote)
     return checkpoint.config, config

@@ -85,9 +85,15 @@ def _load(
     except Exception as error:  # the runtime raises classes of its own that have no public base
         reason = " ".join(str(error).split())
         raise EngineError(
-            f"onnxruntime {onnxruntime.__version__} cannot run {graph} (pattern {variant.pattern}, {variant.dtype}) "
+            f"onnxruntime {onnxruntime.__version__} cannot run {graph.name} (pattern {variant.pattern}, {variant.dtype}) "
             f"on {provider}: {reason[:400]}"
         ) from None
     if (running := runtime.get_providers()[0]) != provider:
         raise EngineError(f"onnxruntime could not start {provider} and fell back to {running}; check the driver and CUDA")
+    for kind, wanted, found in (
+        ("inputs", variant.inputs(), runtime.get_inputs()),
+        ("outputs", variant.outputs(), runtime.get_outputs()),
+    ):
+        if [(b.name, list(b.shape)) for b in wanted] != [(value.name, list(value.shape)) for value in found]:
+            raise EngineError(f"{graph} has other {kind} than its manifest says; it belongs to another bundle, export it again")
     return runtime

@@ -18,6 +18,7 @@ import onnxruntime
 from exporter.bundle import Variant
 from exporter.engines.base import Session, SessionInfo, check_score
 from exporter.engines.feeding import Feed
+from exporter.errors import EngineError
 
 DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 ELEMENT_TYPES = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
@@ -56,7 +57,10 @@ class Call:
     def run(self, runtime: Any) -> None:
         self.ids.push()
         self.positions.push()
-        runtime.run_with_iobinding(self.binding)
+        try:
+            runtime.run_with_iobinding(self.binding)
+        except RuntimeError as error:  # memory that ran out, above all
+            raise EngineError(f"onnxruntime failed in a step: {' '.join(str(error).split())[:300]}") from None
 
     def scores(self) -> np.ndarray:
         """Logits as float32; for an fp32 graph the very buffer, no copy."""

@@ -126,7 +126,8 @@ def test_an_output_that_exists_is_refused(tmp_path):
     assert path.read_text() == "mine"
     with pytest.raises(UserError) as error:
         write_safetensors(tmp_path / "no" / "a", lazy(x=torch.ones(1)))
-    assert str(error.value) == f"{tmp_path}/no/a cannot be written: {tmp_path}/no is not a folder; make it first, or choose another place"
+    why = f"{tmp_path}/no is not a folder; make it first, or choose another place"
+    assert str(error.value) == f"{tmp_path}/no/a cannot be written: {why}"
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from exporter.errors import UserError
+from exporter.errors import UserError, one_of
 
 T = TypeVar("T")
 MAX_INT = 2**63
 JSON_TYPES: dict[Any, Any] = {
+    bool: bool,
     int: int,
     float: (int, float),
     str: str,
@@ -21,8 +24,30 @@ JSON_TYPES: dict[Any, Any] = {
 }
 
 
+def parse(text: str) -> Any:
+    """JSON text as Python values. Raises ValueError, also for NaN, infinity, too deep a nesting and what is no Unicode."""
+    try:
+        data = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    json.dumps(data, ensure_ascii=False).encode()  # an escaped lone surrogate could never be printed again
+    return data
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large")
+    return value
+
+
 def decode(kind: type[T], value: Any, where: str) -> T:
-    """`value`, parsed JSON, as `kind`: a dataclass, int, float, str, None, Any, tuple[X, ...], dict[str, X] or a union of them.
+    """`value`, parsed JSON, as `kind`: a dataclass, bool, int, float, str, None, Any, Literal, tuple[X, ...], dict[str, X] or a
+    union of them.
 
     Numbers are not taken for each other, but for a whole number where a float is due. Raises UserError.
     """
@@ -37,6 +62,10 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return _union(arguments, value, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise UserError(one_of(where, value, arguments))
+        return value
     if origin is tuple and isinstance(value, list):
         return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
@@ -45,7 +74,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return None
     if kind in (int, float) and isinstance(value, int) and not isinstance(value, bool) and abs(value) < MAX_INT:
         return kind(value)
-    if kind in (float, str) and isinstance(value, kind):
+    if kind in (bool, float, str) and isinstance(value, kind):
         return value
     raise UserError(f"{where} is {value!r:.60}, not {_name(kind)}")
 
@@ -74,6 +103,7 @@ def _union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
 
 def _name(kind: Any) -> str:
     names = {
+        bool: "true or false",
         int: "a whole number",
         float: "a number",
         str: "a text",
