@@ -119,26 +119,43 @@ def is_canonical(node: ir.Node) -> bool:
 
 
 def standalone(
-    num_heads: int, kv_heads: int, head_dim: int, static: bool = True, dtype: ir.DataType = ir.DataType.FLOAT
+    num_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    static: bool = True,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    layers: int = 1,
 ) -> ir.Model:
-    """A model of one canonical node and nothing else: to time a pattern, or to ask a runtime whether it has its kernels."""
-    data, int64 = ir.TensorType(dtype), ir.TensorType(ir.DataType.INT64)
-    shapes: dict[str, list[int | str]] = {
-        "query": ["B", "T", num_heads * head_dim],
-        "key": ["B", "T", kv_heads * head_dim],
-        "value": ["B", "T", kv_heads * head_dim],
-        "past_key": ["B", kv_heads, "S", head_dim],
-        "past_value": ["B", kv_heads, "S", head_dim],
-    }
+    """A model of canonical nodes and nothing else: to time a pattern, or to ask a runtime whether it has its kernels.
+
+    Inputs and outputs are named as the node's own; with several `layers` each has its own, `query.0`, …, but for the positions
+    or mask, which all share.
+    """
     tokens = ("position_ids", ["B", "T"]) if static else ("attention_mask", ["B", "total"])
-    inputs = [ir.Value(name=name, shape=ir.Shape(shape), type=data) for name, shape in shapes.items()]
-    inputs.append(ir.Value(name=tokens[0], shape=ir.Shape(tokens[1]), type=int64))
-    attributes = {"num_heads": num_heads, "kv_num_heads": kv_heads, "scale": head_dim**-0.5}
-    where = [*inputs[:5], inputs[5]] if static else [*inputs[:5], None, inputs[5]]
-    node = ir.node(OP_TYPE, where, attributes, domain=DOMAIN, num_outputs=3, name="/GroupedAttention")
-    rows = "S" if static else "total"
+    shared = ir.Value(name=tokens[0], shape=ir.Shape(tokens[1]), type=ir.TensorType(ir.DataType.INT64))
+    inputs, nodes = [shared], []
+    for layer in range(layers):
+        node = _standalone_node(num_heads, kv_heads, head_dim, ir.TensorType(dtype), shared, static)
+        for value in (*node.inputs[:5], *node.outputs) if layers > 1 else ():
+            assert value is not None
+            value.name = f"{value.name}.{layer}"
+        node.name = f"/layers.{layer}/attention/{OP_TYPE}"
+        inputs[-1:-1] = [value for value in node.inputs[:5] if value is not None]
+        nodes.append(node)
+    outputs = [value for node in nodes for value in node.outputs]
+    graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": 24, DOMAIN: VERSION}, name="attention")
+    return ir.Model(graph, ir_version=11, producer_name="headpool")
+
+
+def _standalone_node(H: int, G: int, D: int, data: ir.TensorType, shared: ir.Value, static: bool) -> ir.Node:
+    new: list[int | str] = ["B", "T", G * D]
+    past: list[int | str] = ["B", G, "S", D]
+    shapes = [["B", "T", H * D], new, new, past, past]
+    given = [ir.Value(name=name, shape=ir.Shape(shape), type=data) for name, shape in zip(INPUTS, shapes, strict=False)]
+    attributes = {"num_heads": H, "kv_num_heads": G, "scale": D**-0.5}
+    where = [*given, shared] if static else [*given, None, shared]
+    node = ir.node(OP_TYPE, where, attributes, domain=DOMAIN, num_outputs=3)
     for value, name in zip(node.outputs, OUTPUTS, strict=True):
         value.name, value.type = name, data
-        value.shape = ir.Shape(["B", kv_heads, rows, head_dim] if name != "output" else ["B", "T", num_heads * head_dim])
-    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 24, DOMAIN: VERSION}, name="attention")
-    return ir.Model(graph, ir_version=11, producer_name="headpool")
+        value.shape = ir.Shape(["B", G, "S" if static else "total", D] if name != "output" else ["B", "T", H * D])
+    return node
