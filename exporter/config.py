@@ -102,8 +102,8 @@ class ModelConfig:
         positive = ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim", "intermediate_size", "max_positions")
         for name in positive:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise UserError(f"config {name} {value!r} is not a positive whole number")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+                raise UserError(f"config {name} {value!r} is not a whole number from 1 to 2147483647")
         if len(self.kv_heads) != self.num_layers:
             raise UserError(f"config kv_heads names {len(self.kv_heads)} layers, the model has {self.num_layers}")
         for layer, kv_heads in enumerate(self.kv_heads):
@@ -156,7 +156,8 @@ class ModelConfig:
 
 def group_counts(num_heads: int) -> list[int]:
     """The KV-head counts that divide `num_heads`, largest first."""
-    return [g for g in range(num_heads, 0, -1) if num_heads % g == 0]
+    small = [g for g in range(1, math.isqrt(num_heads) + 1) if num_heads % g == 0]
+    return sorted({*small, *(num_heads // g for g in small)}, reverse=True)
 
 
 def check_groups(num_heads: int, kv_heads: object, where: str = "") -> None:

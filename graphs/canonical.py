@@ -150,7 +150,8 @@ def standalone(
 def _standalone_node(H: int, G: int, D: int, data: ir.TensorType, shared: ir.Value, static: bool) -> ir.Node:
     new: list[int | str] = ["B", "T", G * D]
     past: list[int | str] = ["B", G, "S", D]
-    shapes = [["B", "T", H * D], new, new, past, past]
+    query: list[int | str] = ["B", "T", H * D]
+    shapes = (query, new, new, past, past)
     given = [ir.Value(name=name, shape=ir.Shape(shape), type=data) for name, shape in zip(INPUTS, shapes, strict=False)]
     attributes = {"num_heads": H, "kv_num_heads": G, "scale": D**-0.5}
     where = [*given, shared] if static else [*given, None, shared]

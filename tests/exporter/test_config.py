@@ -24,9 +24,10 @@ YARN = {"kind": "yarn", "factor": 4.0, "original_max_positions": 32}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": 0}, "config vocab_size 0 is not a positive whole number"),
-        ({"num_layers": True}, "config num_layers True is not a positive whole number"),
-        ({"head_dim": 16.0}, "config head_dim 16.0 is not a positive whole number"),
+        ({"vocab_size": 0}, "config vocab_size 0 is not a whole number from 1 to 2147483647"),
+        ({"num_layers": True}, "config num_layers True is not a whole number from 1 to 2147483647"),
+        ({"head_dim": 16.0}, "config head_dim 16.0 is not a whole number from 1 to 2147483647"),
+        ({"num_heads": 2**31}, "config num_heads 2147483648 is not a whole number from 1 to 2147483647"),
         ({"num_layers": 3}, "config kv_heads names 2 layers, the model has 3"),
         ({"kv_heads": (2, 4)}, "layer 1: 4 KV heads do not divide 6 query heads; choose from 6, 3, 2, 1"),
         ({"kv_heads": (2, 0)}, "layer 1: 0 KV heads do not divide 6 query heads; choose from 6, 3, 2, 1"),
@@ -148,7 +149,7 @@ def test_text_that_is_not_plain_json(text: str, message: str) -> None:
 def test_decode_does_not_mix_numbers_up() -> None:
     assert decode(float, 3, "x") == 3.0
     for kind, value in ((int, 3.0), (int, True), (float, True), (float, "3"), (str, 3), (bool, 0), (int, 2**63)):
-        with pytest.raises(UserError, match="^x is "):
+        with pytest.raises(UserError, match=r"^x is "):
             decode(kind, value, "x")
 
 
@@ -163,6 +164,8 @@ def test_kv_bytes_of_a_token() -> None:
 def test_group_counts() -> None:
     assert group_counts(12) == [12, 6, 4, 3, 2, 1]
     assert group_counts(7) == [7, 1]
+    assert group_counts(36) == [36, 18, 12, 9, 6, 4, 3, 2, 1]
+    assert group_counts(2**31 - 1) == [2**31 - 1, 1]  # at once, also for the largest
     for count in group_counts(12):
         check_groups(12, count)
     for wrong in (0, -1, 5, 24, True, 2.0, "3"):

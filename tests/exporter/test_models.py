@@ -83,10 +83,8 @@ def test_the_tanh_approximation_of_gelu() -> None:
 def test_feed_forward_biases() -> None:
     ffn = randomise(FeedForward(dataclasses.replace(CONFIG, ffn="swiglu", ffn_bias=True)))
     x = np.random.default_rng(1).normal(0, 2, (5, 12))
-    gate, up, down = (
-        lambda x, layer=getattr(ffn, f"{name}_proj"): x @ layer.weight.numpy().T + layer.bias.numpy()
-        for name in ("gate", "up", "down")
-    )
+    weights = [(layer.weight.numpy().T, layer.bias.numpy()) for layer in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)]
+    gate, up, down = (lambda x, W=W, b=b: x @ W + b for W, b in weights)
     np.testing.assert_allclose(ffn(torch.from_numpy(x)).numpy(), down(swish(gate(x)) * up(x)), rtol=1e-12)
 
 

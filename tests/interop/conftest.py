@@ -18,8 +18,6 @@ TEXTS = (
     "The capital of France is",
     "def fibonacci(n):\n    ",
     "Once upon a time, in a small village at the foot of a mountain, there lived an old clockmaker who",
-    "Water boils at",
-    "List three prime numbers:",
 )
 NEW_TOKENS = 64
 
