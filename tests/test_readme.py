@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -22,6 +21,8 @@ PACKAGES = ("exporter", "graphs", "profiles")
 @pytest.fixture
 def workplace(tmp_path) -> Path:
     """A folder with the checkpoint that the README calls llama/: tiny, with a tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     config = LlamaConfig(
         vocab_size=300,
         hidden_size=32,

