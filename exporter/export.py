@@ -23,7 +23,7 @@ from exporter.checkpoint import Checkpoint, check_finite, hf_config_for, scan
 from exporter.config import CACHE_FORMS, DTYPES, CacheForm, ModelConfig, check_groups
 from exporter.convert import conversion_record, convert_weights
 from exporter.convert.heads import METHODS, Method
-from exporter.errors import CheckpointError, UserError, one_of
+from exporter.errors import UserError, one_of
 from exporter.files import new_folder, refuse_existing
 from exporter.genai import genai_config
 from exporter.layout import STORAGES, Layout, Storage
@@ -198,9 +198,3 @@ def tool_versions() -> dict[str, str]:
     """Versions of headpool and of what wrote the graphs."""
     names = ("headpool", "torch", "onnx", "onnx-ir", "onnxscript")
     return {name: importlib.metadata.version(name) for name in names}
-
-
-def require_weights(checkpoint: Checkpoint) -> None:
-    """Refuse a CONFIG where trained weights matter."""
-    if not checkpoint.files:
-        raise CheckpointError(f"{checkpoint.name} is a config without weights; this command needs a checkpoint")

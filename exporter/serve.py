@@ -68,9 +68,12 @@ class Generation:
         limit = variant.config.max_positions
         if longest > limit:
             raise EngineError(f"a prompt of {longest} tokens is longer than the model's context of {limit}")
+        if capacity is not None and capacity > limit:
+            raise EngineError(f"--capacity {capacity} is more than the model's context of {limit} tokens; choose up to {limit}")
         rows = min(need, limit) if capacity is None else capacity
         self.prompts, self.sampler, self.variant = prompts, sampler, variant
         self.count = min(max_new_tokens, limit - longest + 1) if capacity is None else max_new_tokens
+        self.cut = self.count < max_new_tokens
         self.session = open_session(bundle, variant, backend=backend, batch=len(prompts.ids), capacity=rows, threads=threads)
         self.new: list[list[int]] = [[] for _ in prompts.ids]
         self.seconds: list[float] = []  # of each token, the first after prefill
@@ -112,13 +115,20 @@ class Generation:
             "time_to_first_token_seconds": first,
             "seconds_per_token_p50": float(np.median(rest)) if rest else None,
             "kv_bytes": self.session.kv_bytes(),
+            "stopped_at_context": self._full,
         }
 
     def summary(self) -> str:
         figures = self.report()
         each = figures["seconds_per_token_p50"]
         speed = f", then {each * 1e3:.1f} ms a token ({len(self.new) / each:.1f} tokens/s)" if each else ""
-        return f"first token after {figures['time_to_first_token_seconds'] * 1e3:.0f} ms{speed}; {self.variant.name}"
+        full = f"; stopped at the model's context of {self.variant.config.max_positions} tokens" if self._full else ""
+        return f"first token after {figures['time_to_first_token_seconds'] * 1e3:.0f} ms{speed}; {self.variant.name}{full}"
+
+    @property
+    def _full(self) -> bool:
+        """Whether the model's context ended the generation before what was asked for, or an end token, did."""
+        return self.cut and len(self.seconds) == self.count
 
 
 def tokenizer_of(path: Path) -> Tokenizer:

@@ -17,7 +17,7 @@ measuring = options.all_of(
     click.option("--batch", "batches", type=options.IntList(), default="1", show_default=True, help="Sequences at once."),
     click.option("--kinds", type=options.ChoiceList(KINDS), default=",".join(KINDS), show_default=True, help="What to time."),
     click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Decode steps a cell."),
-    click.option("--prefill-samples", type=click.IntRange(min=1), default=3, show_default=True, help="Prefills a cell."),
+    click.option("--prefill-samples", type=click.IntRange(min=1), default=5, show_default=True, help="Prefills a cell."),
     click.option("--seconds", type=float, help="Bound on each cell's share of the sampling time."),
     click.option("--breakdown", type=options.IntList(), help="Contexts at which to show where the time goes."),
 )

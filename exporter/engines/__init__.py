@@ -46,9 +46,9 @@ def open_session(
 ) -> Session:
     """A session over one variant of a bundle; without a name, its first.
 
-    `batch` sequences of at most `capacity` tokens (None: the model's max_positions); `threads` of one operator (None: the
-    physical cores); `profile_to` is the prefix of a profile of the runtime's own, written by `close()`. Other options are the
-    backend's.
+    `batch` sequences of at most `capacity` tokens (None, or more than it: the model's max_positions); `threads` of one
+    operator (None: the physical cores); `profile_to` is the prefix of a profile of the runtime's own, written by `close()`.
+    Other options are the backend's.
     Raises EngineError when the runtime is missing or cannot run the graph, BundleError for an unknown variant.
     """
     if backend not in BACKENDS:
@@ -56,7 +56,8 @@ def open_session(
     entry = BACKENDS[backend]
     if not isinstance(variant, Variant):
         variant = bundle.variant(variant)
-    capacity = variant.config.max_positions if capacity is None else capacity
+    limit = variant.config.max_positions  # past it are positions the model was not made for, or a sliding window we lack
+    capacity = limit if capacity is None else min(capacity, limit)
     for name, value in (("batch", batch), ("capacity", capacity), ("threads", 1 if threads is None else threads)):
         if value < 1:
             raise EngineError(f"{name} {value} is not a whole number from 1")
