@@ -35,10 +35,11 @@ def medians(samples: Samples, resamples: int, rng: np.random.Generator, block: i
     """Medians [resamples] of bootstrap resamples.
 
     Samples taken in one burst share what the machine did at that moment, so whole runs of `block` neighbours are drawn
-    (moving-block bootstrap, Künsch 1989); with block 1 it is Efron's bootstrap.
+    (moving-block bootstrap, Künsch 1989); with block 1 it is Efron's bootstrap. A block is at most a quarter of the samples:
+    with one block there would be nothing to draw, and every resample would be the sample itself.
     """
     values = np.asarray(samples, dtype=float)
-    block = min(block, len(values))
+    block = max(1, min(block, len(values) // 4))
     count = -(-len(values) // block)
     starts = rng.integers(0, len(values) - block + 1, size=(resamples, count))
     index = (starts[:, :, None] + np.arange(block)).reshape(resamples, -1)[:, : len(values)]

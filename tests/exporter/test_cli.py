@@ -28,7 +28,9 @@ assert spec.loader is not None
 hf = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(hf)
 
-HEADPOOL = [sys.executable, "-c", "from exporter.cli import main; main()"]
+# A shell that starts the tests in the background has them ignore SIGINT, and so would what they start.
+DEFAULT_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+HEADPOOL = [sys.executable, "-c", f"{DEFAULT_SIGINT}; from exporter.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
