@@ -100,8 +100,9 @@ class Bundle:
         manifest = path / MANIFEST
         try:
             data = parse(manifest.read_text("utf-8"))
-        except FileNotFoundError:
-            raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; make one with 'headpool export'") from None
+        except (FileNotFoundError, NotADirectoryError):
+            lack = f"has no {MANIFEST}" if path.is_dir() else "is a file" if os.path.exists(path) else "does not exist"
+            raise BundleError(f"{path} is not a bundle: it {lack}; make one with 'headpool export'") from None
         except (OSError, ValueError) as error:
             raise BundleError(f"{manifest} cannot be read: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:

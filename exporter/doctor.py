@@ -8,13 +8,17 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
 import psutil
 
+from exporter.units import size
 from graphs.canonical import standalone
+from graphs.errors import GraphError
 from graphs.lower import lower
 from graphs.patterns import PATTERNS
 
@@ -42,9 +46,7 @@ def diagnose() -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> list[str]:
     machine = report["machine"]
-    head = (
-        f"{machine['system']}, Python {machine['python']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB"
-    )
+    head = f"{machine['system']}, Python {machine['python']}, {machine['cores']} cores, {size(machine['memory_bytes'])}"
     width = max(len(check["what"]) for check in report["checks"])
     return [head, *(f"  {'yes' if c['ok'] else 'no ':3}  {c['what']:<{width}}  {c['detail']}" for c in report["checks"])]
 
@@ -53,7 +55,13 @@ def _check(what: str, probe: Callable[[], str]) -> dict[str, Any]:
     try:
         return {"what": what, "ok": True, "detail": probe()}
     except Exception as error:  # the reason is the answer
-        return {"what": what, "ok": False, "detail": " ".join(str(error).split())[:200]}
+        return {"what": what, "ok": False, "detail": _short(error, 200)}
+
+
+def _short(error: Exception, width: int) -> str:
+    """Its message in one line, cut after a word; without the code that ONNX Runtime puts before it."""
+    message = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
+    return textwrap.shorten(message, width, placeholder=" …")
 
 
 def _torch() -> str:
@@ -91,7 +99,8 @@ def _patterns() -> list[dict[str, Any]]:
     """For each pattern, the cache forms and dtypes that ONNX Runtime's CPU provider opens a session on."""
     checks = []
     for pattern in PATTERNS:
-        works, fails = [], []
+        works: list[str] = []
+        fails: dict[str, list[str]] = {}  # by reason
         for dtype, data_type in DTYPES.items():
             for static in (True, False):
                 label = f"{dtype} {'static' if static else 'concat'}"
@@ -99,10 +108,17 @@ def _patterns() -> list[dict[str, Any]]:
                     _open(standalone(4, 2, 64, static, data_type), pattern, "CPUExecutionProvider")
                     works.append(label)
                 except Exception as error:
-                    fails.append(f"{label} ({str(error).split(':')[-1].strip()[:60]})")
-        detail = ", ".join(works) + (f"; not {', '.join(fails)}" if fails else "")
+                    fails.setdefault(_reason(error, dtype), []).append(label)
+        detail = "; ".join([", ".join(works)] * bool(works) + [f"not {', '.join(f)} ({why})" for why, f in fails.items()])
         checks.append({"what": f"pattern {pattern} on the CPU", "ok": bool(works), "detail": detail})
     return checks
+
+
+def _reason(error: Exception, dtype: str) -> str:
+    """ONNX Runtime has a class of its own for a node that none of its kernels takes: what it misses is the dtype."""
+    if isinstance(error, GraphError):  # a pattern's own reason, after the name of a node that nobody knows
+        return str(error).partition(": ")[2]
+    return f"no kernel for {dtype}" if type(error).__name__ == "NotImplemented" else _short(error, 120)
 
 
 def _open(model: ir.Model, pattern: str, provider: str) -> None:
@@ -110,6 +126,10 @@ def _open(model: ir.Model, pattern: str, provider: str) -> None:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    if pattern == "fused":
+        from exporter.engines.onnxruntime import operator_library
+
+        options.register_custom_ops_library(str(operator_library()))
     session = onnxruntime.InferenceSession(
         ir.to_proto(lower(model, pattern)).SerializeToString(), options, providers=[provider]
     )

@@ -50,7 +50,7 @@ def cross_entropy(
     """
     if not 1 <= stride < window:
         raise UserError(f"stride {stride} is not from 1 to window − 1 = {window - 1}")
-    _check_text(tokens, 2)
+    check_text(tokens)
     if isinstance(model, Session) and window - 1 > model.capacity:
         raise EngineError(f"a window of {window} tokens needs {window - 1} cache rows, the capacity is {model.capacity}")
     total, predicted = 0.0, 1
@@ -79,7 +79,7 @@ def agreement(
     same, divergence, done = 0, 0.0, 0
     count = sum(map(len, windows))
     for window in windows:
-        _check_text(window, 1)
+        check_text(window, 1)
         for row, other in zip(_positions(model, window, 0), _positions(reference, window, 0), strict=True):
             if row.shape != other.shape:
                 raise EngineError(f"the models have vocabularies of {len(row)} and {len(other)} tokens; they must be the same")
@@ -96,7 +96,7 @@ def cut(tokens: np.ndarray, window: int, limit: int) -> list[np.ndarray]:
     """`limit` windows of `window` tokens, evenly spread over `tokens` (fewer where it is short)."""
     if window < 1 or limit < 1:
         raise UserError(f"{limit} windows of {window} tokens: both are whole numbers from 1")
-    _check_text(tokens, min(window, 2))
+    check_text(tokens, min(window, 2))
     window = min(window, len(tokens))
     limit = min(limit, len(tokens) // window)
     starts = np.linspace(0, len(tokens) - window, limit).astype(np.int64)
@@ -122,6 +122,7 @@ def _log_softmax(row: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def _check_text(tokens: np.ndarray, least: int) -> None:
+def check_text(tokens: np.ndarray, least: int = 2) -> None:
+    """Refuse a text of fewer than `least` tokens: the first has none before it to be predicted from."""
     if tokens.ndim != 1 or len(tokens) < least:
         raise UserError(f"the text has {tokens.size} tokens, at least {least} are needed")

@@ -27,7 +27,8 @@ from exporter.errors import UserError, one_of
 from exporter.files import new_folder, refuse_existing
 from exporter.genai import genai_config
 from exporter.layout import STORAGES, Layout, Storage
-from exporter.trace import EMBEDDING, HEAD, canonical_graph
+from exporter.tokenizer import check_tokenizer
+from exporter.trace import EMBEDDING, HEAD, IR_DTYPES, canonical_graph
 from exporter.weights import TORCH_DTYPES, Weights
 from graphs.canonical import GroupedAttention, standalone
 from graphs.lower import lower
@@ -35,7 +36,13 @@ from graphs.patterns import PATTERNS
 from graphs.verify import check_model
 
 # The cache form a pattern is normally used with: `repeat` is what others export, the rest run in place.
-DEFAULT_CACHE: dict[str, CacheForm] = {"repeat": "concat", "grouped": "static", "attention": "static", "gqa": "static"}
+DEFAULT_CACHE: dict[str, CacheForm] = {
+    "repeat": "concat",
+    "grouped": "static",
+    "attention": "static",
+    "gqa": "static",
+    "fused": "static",
+}
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 
 
@@ -73,6 +80,7 @@ def export(checkpoint: Checkpoint, out: Path, options: ExportOptions, progress: 
         check_groups(config.num_heads, count)
     _check_patterns(config, options)
     refuse_existing(out)
+    check_tokenizer(checkpoint.side_files, checkpoint.name)
     with new_folder(out) as folder:
         hashing = Background(scan, checkpoint.files)  # the files are read while the graphs are traced
         models: dict[str, tuple[ModelConfig, Weights]] = {}
@@ -95,7 +103,8 @@ def export(checkpoint: Checkpoint, out: Path, options: ExportOptions, progress: 
 def _check_patterns(config: ModelConfig, options: ExportOptions) -> None:
     """Refuse a pattern that does not fit before any weight is written; lowering would refuse it later."""
     for pattern in options.patterns:
-        node = standalone(config.num_heads, config.kv_heads[0], config.head_dim).graph.node(0)
+        static = (options.cache or DEFAULT_CACHE[pattern]) == "static"
+        node = standalone(config.num_heads, config.kv_heads[0], config.head_dim, static, IR_DTYPES[options.dtype]).graph.node(0)
         if (reason := PATTERNS[pattern].check(GroupedAttention(node))) is not None:
             raise UserError(f"pattern {pattern} does not fit this model: {reason}")
 

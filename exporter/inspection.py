@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -9,29 +10,36 @@ from typing import Any
 from exporter.bundle import MANIFEST, Bundle
 from exporter.checkpoint import expected_shapes, open_source
 from exporter.config import DTYPE_BYTES, ModelConfig
+from exporter.engines.tensorrt import record as engines
+from exporter.units import size
 
 
 def inspect(path: Path) -> dict[str, Any]:
     """Sizes in numbers, bytes and tokens. Raises the reader's UserError."""
     if (path / MANIFEST).is_file():
-        bundle = Bundle.open(path)
-        variants = [{**variant.to_json(), "model": describe(variant.config)} for variant in bundle.variants]
-        for variant in variants:
-            del variant["config"]
-        return {"kind": "bundle", "path": str(path), "source": bundle.source, "tools": bundle.tools, "variants": variants}
+        return bundle_report(Bundle.open(path))
     checkpoint = open_source(path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.weights.values()})
     kind = "checkpoint" if checkpoint.files else "config"
     return {"kind": kind, "path": str(path), "dtypes": dtypes, "model": describe(checkpoint.config)}
 
 
+def bundle_report(bundle: Bundle) -> dict[str, Any]:
+    """What `inspect` says of an opened bundle."""
+    variants = [{**variant.to_json(), "model": describe(variant.config)} for variant in bundle.variants]
+    for variant in variants:
+        del variant["config"]
+    report = {"kind": "bundle", "path": str(bundle.path), "source": bundle.source, "tools": bundle.tools, "variants": variants}
+    return {**report, "engines": engines.describe(bundle.path)}
+
+
 def describe(config: ModelConfig) -> dict[str, Any]:
     """The architecture in numbers."""
-    sizes = {name: _count(shape) for name, shape in expected_shapes(config).items()}
+    counts = {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
     return {
         "family": config.family,
-        "parameters": sum(sizes.values()),
-        "embedding_parameters": sum(size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name),
+        "parameters": sum(counts.values()),
+        "embedding_parameters": sum(count for name, count in counts.items() if "embed_tokens" in name or "lm_head" in name),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "query_heads": config.num_heads,
@@ -51,46 +59,55 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def render(report: dict[str, Any]) -> list[str]:
+    """Lines for a person. Of a bundle, what all its variants are stands on top, and under each what it is besides."""
     if report["kind"] != "bundle":
-        return [f"{report['path']}: {report['kind']}, {', '.join(report['dtypes'])}", *_model_lines(report["model"])]
-    lines = [f"{report['path']}: bundle of {report['source'].get('name', 'an unnamed checkpoint')}"]
-    lines += _model_lines(report["variants"][0]["model"])
-    for variant in report["variants"]:
-        heads = kv_heads_text(variant["model"]["kv_heads"])
-        lines.append(f"  {variant['graph']}: {heads}, {variant['pattern']}, {variant['cache']} cache, {variant['dtype']}")
-        lines.append(
-            f"    {variant['weight_bytes']:,} bytes of weights and {variant['kv_bytes_per_token']:,} of KV cache a token"
-        )
-    return lines
+        model = report["model"]
+        kv_bytes = ", ".join(f"{size(count)} in {dtype}" for dtype, count in model["kv_bytes_per_token"].items())
+        return [
+            f"{report['path']}: {report['kind']}, {', '.join(report['dtypes'])}",
+            f"  {model['parameters']:,} parameters ({model['embedding_parameters']:,} in embeddings)",
+            f"  {kv_heads_text(model['kv_heads'])}",
+            *_architecture(model),
+            f"  KV cache a token: {kv_bytes}",
+        ]
+    variants = report["variants"]
+    described = [_architecture(variant["model"]) for variant in variants]
+    common = [line for line in described[0] if all(line in lines for lines in described)]
+    graphs = f"{len(variants)} graph{'s' * (len(variants) > 1)}"
+    lines = [f"{report['path']}: bundle of {report['source'].get('name', 'an unnamed checkpoint')}, {graphs}", *common]
+    for variant, own in zip(variants, described, strict=True):
+        lines += [*variant_lines(variant), *(f"  {line}" for line in own if line not in common)]
+    return [*lines, *engines.render(report["engines"])]
 
 
-def _model_lines(model: dict[str, Any]) -> list[str]:
-    kv_bytes = ", ".join(f"{count:,} {dtype}" for dtype, count in model["kv_bytes_per_token"].items() if dtype != "bf16")
+def variant_lines(variant: dict[str, Any]) -> list[str]:
+    """One graph of a bundle's report: what it is, and its sizes."""
+    heads = kv_heads_text(variant["model"]["kv_heads"])
+    return [
+        f"  {variant['graph']}: {heads}, {variant['pattern']}, {variant['cache']} cache, {variant['dtype']}",
+        f"    {variant['model']['parameters']:,} parameters; a token reads {size(variant['weight_bytes'])} of weights "
+        f"and takes {size(variant['kv_bytes_per_token'])} of KV cache",
+    ]
+
+
+def _architecture(model: dict[str, Any]) -> list[str]:
+    """What fewer KV heads do not change."""
     extras = [name for name in ("qk_norm", "qkv_bias", "tied_embedding") if model[name]]
     return [
-        f"  {model['family']}: {model['parameters']:,} parameters ({model['embedding_parameters']:,} in embeddings)",
-        f"  {model['layers']} layers, d {model['hidden_size']}, {model['query_heads']} query heads of {model['head_dim']}",
-        f"  {kv_heads_text(model['kv_heads'])}",
+        f"  {model['family']}: {model['layers']} layers, d {model['hidden_size']}, {model['query_heads']} query heads of "
+        f"{model['head_dim']}",
         f"  FFN {model['ffn']} {model['intermediate_size']}, norm {model['norm']}",
         f"  RoPE {model['rope']}, θ {model['rope_theta']:g}",
         f"  vocabulary {model['vocab_size']:,}, context {model['max_positions']:,} tokens"
         + (f", {', '.join(extras).replace('_', ' ')}" if extras else ""),
-        f"  KV cache a token, bytes: {kv_bytes}",
     ]
 
 
 def kv_heads_text(kv_heads: list[int]) -> str:
     """[3, 3, 3, 1] → "3 in layers 0-2, 1 in layer 3"; one number where all layers agree."""
     if len(set(kv_heads)) == 1:
-        return f"{kv_heads[0]} KV heads a layer"
+        return f"{kv_heads[0]} KV head{'s' * (kv_heads[0] > 1)} a layer"
     runs = []
     for count, run in groupby(enumerate(kv_heads), key=lambda item: item[1]):
         layers = [layer for layer, _ in run]

@@ -1,13 +1,16 @@
 """Where each weight of a bundle lies: what all variants share stands once, what one changes in a file of its own.
 
-model.safetensors         what every variant reads (with --weights copy)
+model.safetensors         what every variant reads
 model.<group>.safetensors what one KV-head count changes
 <checkpoint's file>       a hard link to the checkpoint's own bytes (with --weights link), where they serve as they are
+
+Where two of them would have one name, the later one gets a number.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from exporter.weights import FileTensor, LazyTensor, Weights
 
 Storage = Literal["copy", "link"]
 STORAGES: tuple[Storage, ...] = ("copy", "link")
+WEIGHTS = (".safetensors", ".gguf")  # no other file of a bundle ends so
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Layout:
             new = {name: t for name, t in weights.items() if id(t) not in self.places and not self._link(t)}
             shared = {name: t for name, t in new.items() if id(t) in everywhere}
             own = {name: t for name, t in new.items() if id(t) not in everywhere}
-            self._write("model.safetensors" if not self._links else "model.rest.safetensors", shared)
+            self._write("model.safetensors", shared)
             self._write(f"model.{label}.safetensors", own)
 
     def place(self, tensor: LazyTensor) -> Place:
@@ -59,6 +63,7 @@ class Layout:
     def _write(self, file: str, tensors: Mapping[str, LazyTensor]) -> None:
         if not tensors:
             return
+        file = self._free(file)
         spans = write_safetensors(self.folder / file, tensors, dtype=self.dtype, on_bytes=self.on_bytes)
         for name, tensor in tensors.items():
             offset, nbytes = spans[name]
@@ -74,7 +79,7 @@ class Layout:
     def _linked_file(self, path: Path) -> str:
         real = path.resolve()
         if real not in self._links:
-            name = path.name
+            name = self._free(path.name)
             try:
                 os.link(real, self.folder / name)
             except OSError as error:
@@ -85,6 +90,15 @@ class Layout:
                 raise
             self._links[real] = name
         return self._links[real]
+
+    def _free(self, name: str) -> str:
+        """`name`, or one like it that the folder does not hold. An index may call a shard anything, config.json say, which
+        export would then write through the link into the checkpoint: what is not named like weights is named so."""
+        stem, suffix = os.path.splitext(name)
+        if suffix not in WEIGHTS:
+            stem, suffix = name, WEIGHTS[0]
+        names = itertools.chain([stem + suffix], (f"{stem}-{number}{suffix}" for number in itertools.count(2)))
+        return next(name for name in names if not os.path.lexists(self.folder / name))
 
     def _keep(self, tensor: LazyTensor, place: Place) -> None:
         self.places[id(tensor)] = place

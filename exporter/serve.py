@@ -12,7 +12,8 @@ from typing import Any, Self
 import numpy as np
 
 from exporter.bundle import MANIFEST, Bundle, Variant
-from exporter.checkpoint import open_checkpoint
+from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.config import ModelConfig
 from exporter.engines import open_session
 from exporter.engines.base import Session
 from exporter.errors import EngineError, UserError
@@ -36,17 +37,20 @@ class Prompts:
     @classmethod
     def from_texts(cls, bundle: Bundle, variant: Variant, texts: list[str], chat: bool) -> Prompts:
         tokenizer = Tokenizer.open(bundle.path)
+        bos = variant.config.bos_token_id
+        way = "" if bos is None else f", or --tokens {bos} to begin with the model's first token alone"
         for row, text in enumerate(texts):
+            if not text:
+                raise UserError(f"prompt {row} is empty; give it some text{way}")
             if any("\ud800" <= sign <= "\udfff" for sign in text):
                 raise UserError(f"prompt {row} is not UTF-8 text")
         if chat:
             texts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
         ids = [tokenizer.encode(text, special=not chat) for text in texts]
-        bos = variant.config.bos_token_id
         for row, prompt in enumerate(ids):
-            if not len(prompt) and bos is None:
-                raise UserError(f"prompt {row} is empty, and the model has no token to begin with")
-        return cls([prompt if len(prompt) else np.array([bos], np.int64) for prompt in ids], tokenizer)
+            if not len(prompt):
+                raise UserError(f"prompt {row} holds nothing the model has a token for; give it other text{way}")
+        return cls(ids, tokenizer)
 
 
 class Generation:
@@ -131,20 +135,48 @@ class Generation:
         return self.cut and len(self.seconds) == self.count
 
 
-def tokenizer_of(path: Path) -> Tokenizer:
-    """Of a bundle, a checkpoint folder, or a GGUF file."""
-    if path.is_dir():
-        return Tokenizer.open(path)
-    return Tokenizer.from_files(open_checkpoint(path).side_files, str(path))
+@dataclass(frozen=True)
+class Model:
+    """What `eval` scores, with no weight read yet: a bundle's variant, as it decodes, or a checkpoint, in eager torch."""
+
+    path: Path
+    source: Bundle | Checkpoint
+    config: ModelConfig
+    variant: Variant | None = None  # of a bundle
+
+    @classmethod
+    def find(cls, path: Path, variant: str | None = None) -> Model:
+        """What lies at `path`. Raises BundleError and CheckpointError."""
+        if (path / MANIFEST).is_file():
+            bundle = Bundle.open(path)
+            chosen = bundle.variant(variant)
+            return cls(path, bundle, chosen.config, chosen)
+        checkpoint = open_checkpoint(path)
+        if variant is not None:
+            raise UserError(f"{path} is a checkpoint; --variant names a graph of a bundle")
+        return cls(path, checkpoint, checkpoint.config)
+
+    def tokenizer(self) -> Tokenizer:
+        if isinstance(self.source, Checkpoint):
+            return Tokenizer.from_files(self.source.side_files, str(self.path))
+        return Tokenizer.open(self.path)
+
+    def session(self, capacity: int, backend: str, threads: int | None) -> Session:
+        """Of batch 1, with room for `capacity` tokens."""
+        if isinstance(self.source, Bundle):
+            return open_session(self.source, self.variant, backend=backend, capacity=capacity, threads=threads)
+        from exporter.engines.torch_eager import open_torch
+
+        return open_torch(self.source, capacity=capacity)
 
 
-def open_any(path: Path, variant: str | None, capacity: int, backend: str, threads: int | None) -> Session:
-    """A session of batch 1: over a bundle's graph, or over a checkpoint in eager torch."""
-    if (path / MANIFEST).is_file():
-        bundle = Bundle.open(path)
-        return open_session(bundle, bundle.variant(variant), backend=backend, capacity=capacity, threads=threads)
-    if variant is not None:
-        raise UserError(f"{path} is a checkpoint; --variant names a graph of a bundle")
-    from exporter.engines.torch_eager import open_torch
-
-    return open_torch(open_checkpoint(path), capacity=capacity)
+def check_scoring(model: Model, reference: Model | None, window: int) -> None:
+    """Refuse, before anything is run, a window past a model's context, and a reference with another vocabulary."""
+    for one in (model, reference):
+        if one and window > (limit := one.config.max_positions):
+            raise EngineError(f"--window {window} is more than the context of {one.path}, {limit} tokens; choose up to {limit}")
+    if reference and (mine := model.config.vocab_size) != (theirs := reference.config.vocab_size):
+        raise EngineError(
+            f"{model.path} has a vocabulary of {mine} tokens and its reference {reference.path} one of {theirs}; "
+            "only models with the same vocabulary can be compared"
+        )

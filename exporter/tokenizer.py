@@ -94,6 +94,12 @@ class Tokenizer:
             raise UserError(f"the chat template of {self.name} failed: {type(error).__name__}: {error}") from None
 
 
+def check_tokenizer(files: Mapping[str, bytes], name: str) -> None:
+    """Refuse a damaged tokenizer before it is copied beside a model. That there is none is for whoever needs one to say."""
+    if TOKENIZER in files:
+        Tokenizer.from_files(files, name)
+
+
 class TextStream:
     """Tokens one by one, text as soon as it is certain: a character whose bytes have not all come is held back.
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphs.canonical import GroupedAttention, is_canonical
 from graphs.emit import Emitter
 from graphs.errors import GraphError, one_of
-from graphs.patterns import PATTERNS, gqa
+from graphs.patterns import PATTERNS
 from graphs.stamp import tidy
 
 
@@ -32,9 +32,9 @@ def lower(canonical: ir.Model, pattern: str) -> ir.Model:
     for node in nodes:
         emit.at(node.node)
         _replace(model.graph, node.node, rules.rewrite(node, emit))
-    if rules is gqa:
-        model.graph.opset_imports[gqa.DOMAIN] = 1
     tidy(model)
+    if finish := getattr(rules, "finish", None):
+        finish(model)
     assert not any(is_canonical(node) for node in model.graph)
     return model
 

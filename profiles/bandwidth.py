@@ -36,7 +36,7 @@ class BandwidthProbe:
         self.samples: list[float] = []
         wanted = array_bytes or min(max(GIB, 2 * l3_bytes()), psutil.virtual_memory().available // 4)
         if wanted < SMALLEST and not array_bytes:
-            raise UserError(f"{wanted >> 20} MB is all a bandwidth measurement may take of the free memory; free some")
+            raise UserError(f"{wanted / 1e6:.0f} MB is all a bandwidth measurement may take of the free memory; free some")
         self._parts = np.array_split(np.ones(wanted // 8, dtype=np.int64), self.threads)  # ones: zeros would be one shared page
         self.array_bytes = sum(part.nbytes for part in self._parts)
 

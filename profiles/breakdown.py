@@ -17,9 +17,9 @@ from profiles.results import BREAKDOWN_CLASSES
 # fmt: off
 MATMULS = frozenset((
     "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MoE", "QMoE",
+    "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MoE", "QMoE", "Linear", "GatedLinear",
 ))
-ATTENTION = frozenset(("GroupQueryAttention", "Attention", "MultiHeadAttention", "GroupedAttention", "TensorScatter"))
+ATTENTION = frozenset(("GroupQueryAttention", "Attention", "MultiHeadAttention", "FusedAttention", "TensorScatter"))
 # fmt: on
 
 # The first row that fits a node decides: its class, what its hierarchical name must hold, its operator types (None: any).

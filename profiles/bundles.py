@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
-import platform
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-
 from exporter.bundle import MANIFEST, Bundle, Variant
+from exporter.config import ModelConfig
 from exporter.engines import open_session
 from exporter.errors import BundleError, EngineError, UserError, one_of
 from profiles.bandwidth import BandwidthProbe, floor_seconds
 from profiles.breakdown import read_breakdown
-from profiles.machine import fingerprint
+from profiles.machine import fingerprint, versions
 from profiles.measure import OpenSession, Plan, Progress, measure, random_tokens
 from profiles.results import Cell, Results, Subject
 
@@ -44,10 +41,10 @@ def profile_bundle(
     the plan at which the runtime profiles itself afterwards (its own run: profiling slows a step); ONNX Runtime only.
     Raises BundleError, EngineError and UserError.
     """
-    if unknown := sorted(set(breakdown) - set(plan.contexts)):
-        raise UserError(one_of("breakdown context", unknown[0], plan.contexts))
-    machine = fingerprint()
     chosen = _chosen([Bundle.open(path) for path in bundles], variants)
+    for _, variant in chosen:
+        check_plan(plan, breakdown, variant.config)
+    machine, software = fingerprint(), versions()  # before the run: of the code that is now loaded
     subjects: list[tuple[Subject, OpenSession]] = []
     for bundle, variant in chosen:
         session = functools.partial(open_session, bundle, variant, backend=backend, threads=threads)
@@ -66,11 +63,23 @@ def profile_bundle(
     return Results(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine,
-        versions=_versions(),
+        versions=software,
         settings=json.loads(json.dumps({**dataclasses.asdict(plan), "backend": backend, "threads": threads})),
         cells=tuple(cells),
         bandwidth=bandwidth,
     )
+
+
+def check_plan(plan: Plan, breakdown: Sequence[int], config: ModelConfig) -> None:
+    """Refuse what cannot be measured of a model, before anything is: contexts past its own, a breakdown at another context."""
+    if unknown := sorted(set(breakdown) - set(plan.contexts)):
+        raise UserError(one_of("breakdown context", unknown[0], plan.contexts))
+    limit, new, longest = config.max_positions, int("decode" in plan.kinds), max(plan.contexts)
+    if longest + new > limit:
+        raise UserError(
+            f"a context of {longest} tokens{' and the one decoded after it' * new} is more than the model's {limit} "
+            f"(max_position_embeddings); choose contexts up to {limit - new}"
+        )
 
 
 def subject_of(bundle: Bundle, variant: Variant) -> Subject:
@@ -131,11 +140,3 @@ def _with_breakdown(cell: Cell, opener: OpenSession, seed: int) -> Cell:
                 f"backend {cell.backend} wrote {len(files)} profiles of variant {cell.subject.variant!r}, not one"
             )
         return dataclasses.replace(cell, breakdown=read_breakdown(files[0], BREAKDOWN_STEPS))
-
-
-def _versions() -> dict[str, str]:
-    try:
-        headpool = importlib.metadata.version("headpool")
-    except importlib.metadata.PackageNotFoundError:
-        headpool = "not installed"
-    return {"headpool": headpool, "python": platform.python_version(), "numpy": np.__version__}

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from exporter.errors import UserError
 from profiles import stats
+from profiles.noise import busy
 from profiles.results import Cell, Results
-from profiles.table import add_columns, constants, milliseconds, optional, plain_table
+from profiles.table import add_columns, constants, optional, plain_table, with_warnings
+from profiles.units import milliseconds
 
 Key = tuple[int | tuple[int, ...], str, str, str, int, int, str]
 
@@ -34,12 +37,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`warnings` say why the two files may not be comparable; `only_a` and `only_b` count cells without a partner."""
+    """`warnings` say why the two files may not be comparable, `busy` which of them was measured on a busy machine;
+    `only_a` and `only_b` count cells without a partner."""
 
     pairs: tuple[Pair, ...]
     only_a: int
     only_b: int
     warnings: tuple[str, ...]
+    busy: tuple[str, ...] = ()
 
     def failures(self, above: float) -> list[Pair]:
         """Pairs that are surely slower than `above` times: even the lower end of the interval is past it.
@@ -69,15 +74,22 @@ def compare(a: Results, b: Results) -> Comparison:
         raise UserError(
             "the two files have no cell in common (KV heads, pattern, cache, dtype, batch, context and kind must agree)"
         )
-    return Comparison(tuple(pairs), len(cells_a) - len(pairs), len(cells_b) - len(pairs), tuple(_warnings(a, b)))
+    disturbed = tuple(f"{name}: {text}" for name, text in (("a", busy(a)), ("b", busy(b))) if text)
+    return Comparison(tuple(pairs), len(cells_a) - len(pairs), len(cells_b) - len(pairs), tuple(_warnings(a, b)), disturbed)
+
+
+def comparison_view(comparison: Comparison, fail_above: float | None = None) -> Group:
+    """For a terminal: what the reader must know first, then the table."""
+    return with_warnings(comparison.busy, comparison_table(comparison, fail_above))
 
 
 def comparison_table(comparison: Comparison, fail_above: float | None = None) -> Table:
-    """For a terminal: one row a pair, milliseconds and ratio b / a; failures are marked."""
+    """One row a pair, milliseconds and ratio b / a; failures are marked."""
     failed = comparison.failures(fail_above) if fail_above is not None else []
     title, varying = constants(pair.a for pair in comparison.pairs)
-    alone = f"cells without a partner: {comparison.only_a} of a, {comparison.only_b} of b"
-    table = plain_table(title, f"medians; 95 % bootstrap interval of their ratio; {alone}")
+    alone = [f"{count} of {name}" for name, count in (("a", comparison.only_a), ("b", comparison.only_b)) if count]
+    footer = "medians; 95 % bootstrap interval of their ratio"
+    table = plain_table(title, f"{footer}; without a partner: {', '.join(alone)}" if alone else footer)
     add_columns(table, varying, ("context", "a ms", "b ms", "b / a", "interval", "verdict"))
     for pair in comparison.pairs:
         row = [

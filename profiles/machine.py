@@ -1,7 +1,8 @@
-"""What a figure was measured on."""
+"""What a figure was measured on: the machine, the versions, and the very code."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -11,6 +12,10 @@ from pathlib import Path
 import psutil
 
 from profiles.results import Machine
+
+PACKAGES = ("headpool", "torch", "onnx", "onnxruntime", "transformers", "numpy")
+CODE = ("exporter", "graphs", "profiles", "pyproject.toml", ":(exclude)profiles/results")  # what can change a figure
+ROOT = Path(__file__).resolve().parent.parent
 
 # What decides the speed of a matrix product or of a conversion between dtypes on x86-64 and Arm.
 # fmt: off
@@ -34,6 +39,34 @@ def fingerprint() -> Machine:
         gpus=_gpus(),
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
     )
+
+
+def versions() -> dict[str, str]:
+    """Python's, and of each of PACKAGES that is installed; where headpool runs from its git checkout, also the commit, and
+    whether the code differs from it ("clean", "dirty")."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | checkout(ROOT)
+
+
+def checkout(root: Path) -> dict[str, str]:
+    """ "commit" and "tree" of the git checkout whose top folder is `root`; empty where it is none, or git cannot say."""
+    if not (root / ".git").exists():
+        return {}
+    commit, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--", *CODE)
+    return {} if not commit or changes is None else {"commit": commit, "tree": "dirty" if changes else "clean"}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def physical_cores() -> int:

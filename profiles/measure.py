@@ -36,10 +36,10 @@ class OpenSession(Protocol):
 class Plan:
     """How to measure.
 
-    samples          of decode, a cell, taken in bursts of `burst`, each after `settle` untimed steps that bring back to the
-                     caches what the others pushed out, as in real decoding, where steps follow one another. (Measured: a
-                     model of 42 MB under a cache of 480 MB is 1.9 times slower in the first step of its turn, and as fast as
-                     alone from the sixth on.)
+    samples          of decode, a cell (as many whole bursts as a 99th percentile needs), taken in bursts of `burst`, each
+                     after `settle` untimed steps that bring back to the caches what the others pushed out, as in real
+                     decoding, where steps follow one another. (Measured: a model of 42 MB under a cache of 480 MB is 1.9
+                     times slower in the first step of its turn, and as fast as alone from the sixth on.)
     warmup           untimed decode steps after opening; for prefill it is one untimed prefill.
     prefill_samples  of prefill and ttft, a cell; both come from the same runs.
     seconds          bound on each cell's share of the sampling time; it stops between rounds, after two of them at the least.
@@ -50,7 +50,7 @@ class Plan:
     contexts: tuple[int, ...]
     batches: tuple[int, ...] = (1,)
     kinds: tuple[str, ...] = KINDS
-    samples: int = 64
+    samples: int = 104
     burst: int = 8
     settle: int = 8
     warmup: int = 8

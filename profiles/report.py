@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from exporter.errors import UserError
 from exporter.files import write_text
-from profiles import report_extras, report_figures, report_page, report_words
-from profiles.report_data import Row, rows_of, size
+from profiles import report_extras, report_figures, report_page, report_runs, report_words
+from profiles.noise import busy_runs
+from profiles.report_data import Row, rows_of
 from profiles.report_figures import Table
 from profiles.results import Results
-
-METHOD = (
-    "All graphs of one batch and context are alive at once and measured in turns, in short bursts whose order reverses every "
-    "round, so that a drift of the machine falls on all alike; each turn starts with untimed steps that fill the caches. "
-    "Garbage collection is off, warm-up is not counted, and every sample is kept. The read bandwidth is measured before, amid "
-    "and after the samples; the floor takes the best."
-)
 
 
 def write_report(results: Sequence[Results], out: str | Path) -> Path:
@@ -51,12 +44,13 @@ def render(results: Sequence[Results]) -> str:
     return environment.from_string(report_page.TEMPLATE).render(
         title=", ".join(models),
         subtitle=_subtitle(results),
+        warnings=busy_runs(results),
         tiles=report_words.tiles(rows),
-        sentences=report_words.sentences(rows, results),
+        sentences=report_words.sentences(rows),
         figures=[figure for figure in figures if figure],
         css=Markup(report_page.css(len(styles.groups))),
-        method=METHOD,
-        runs=[_run(index, result) for index, result in enumerate(results)],
+        method=report_runs.METHOD,
+        runs=[report_runs.describe(number, result) for number, result in enumerate(results, 1)],
         subjects=_subjects(rows),
         table=table,
     )
@@ -66,42 +60,6 @@ def _subtitle(results: Sequence[Results]) -> str:
     cpus = dict.fromkeys(" + ".join([f"{r.machine.cpu}, {r.machine.cores} cores", *r.machine.gpus]) for r in results)
     dates = sorted({result.created[:10] for result in results})
     return f"Measured on {'; '.join(cpus)} · {' … '.join(dates[:1] + dates[1:][-1:])}"
-
-
-def _run(index: int, result: Results) -> dict[str, Any]:
-    machine = result.machine
-    runtimes = {f"{name} {version}" for cell in result.cells for name, version in cell.versions.items()}
-    backends = {f"{cell.backend} on {cell.provider}" for cell in result.cells}
-    options = {", ".join(f"{k} {v}" for k, v in sorted(cell.options.items())) for cell in result.cells}
-    facts = [
-        ("CPU", f"{machine.cpu}, {machine.cores} cores, {machine.cpus} CPUs usable"),
-        ("GPU", "; ".join(machine.gpus)),
-        ("Memory", f"{size(machine.memory_bytes)}, last-level cache {size(machine.l3_bytes)}"),
-        ("Bandwidth", _bandwidth(result)),
-        ("Instructions", " ".join(machine.flags)),
-        ("System", machine.os),
-        ("Load at start", f"{machine.load:.2f}"),
-        ("Versions", ", ".join(sorted({*runtimes, *(f"{n} {v}" for n, v in result.versions.items())}))),
-        ("Backend", "; ".join(sorted(backends))),
-        ("Options", "; ".join(sorted(options))),
-        ("Settings", ", ".join(f"{name} {value}" for name, value in result.settings.items() if value is not None)),
-        ("Cohorts", _cohorts(result)),
-        ("Notes", "; ".join(result.notes)),
-    ]
-    return {"heading": f"Run {index + 1}, {result.created}", "facts": [(name, value) for name, value in facts if value]}
-
-
-def _bandwidth(result: Results) -> str:
-    if result.bandwidth is None:
-        return ""
-    b = result.bandwidth
-    spread = f"best of {len(b.samples)}, worst {min(b.samples) / 1e9:.1f}"
-    return f"{b.best / 1e9:.1f} GB/s read by {b.threads} threads ({spread}), array of {size(b.array_bytes)}"
-
-
-def _cohorts(result: Results) -> str:
-    count = 1 + max((cell.cohort for cell in result.cells), default=0)
-    return "" if count == 1 else f"memory did not hold all graphs at once: up to {count} cohorts, each in turns of its own"
 
 
 def _subjects(rows: Sequence[Row]) -> Table:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
 from profiles import stats
 from profiles.results import Cell, Results, Subject
+from profiles.units import rounded
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -47,6 +50,32 @@ class Row:
     @property
     def place(self) -> tuple[int, int]:
         return self.cell.batch, self.cell.context
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Milliseconds for each 1,000 tokens more, with their 95 % bootstrap interval; `sure` when 0 lies below it."""
+
+    value: float
+    low: float
+    high: float
+    draws: np.ndarray
+
+    @property
+    def sure(self) -> bool:
+        return self.low > 0
+
+    @property
+    def text(self) -> str:
+        return rounded(self.value, self.low, self.high)
+
+
+def slope_of(line: Sequence[Row]) -> Slope | None:
+    """Of the rows of one series and one number of KV heads; None with fewer than two contexts."""
+    contexts, block = [row.cell.context for row in line], max((row.cell.burst for row in line), default=1)
+    value = stats.slope(contexts, [row.times.p50 for row in line])
+    draws = stats.slopes(contexts, [row.cell.samples for row in line], block=block)
+    return None if value is None or draws is None else Slope(value, *stats.interval(draws), draws)
 
 
 Dimension = Callable[[int, Cell], str]
@@ -98,6 +127,12 @@ def place_label(place: tuple[int, int], rows: Iterable[Row]) -> str:
     return f"{context:,} tokens of context" + (f", batch {batch}" if several else "")
 
 
+def name_and_unit(metric: str) -> tuple[str, str]:
+    """ "cross-entropy, nats a token" apart; a metric without a comma has no unit."""
+    name, _, unit = metric.partition(", ")
+    return name, unit
+
+
 def _tells_apart(name: Dimension, pairs: Sequence[tuple[int, Cell]]) -> bool:
     """Whether a pattern comes with several values: each pattern's own cache form, for one, goes without saying."""
     parts = grouped(pairs, lambda pair: pair[1].subject.pattern)
@@ -107,12 +142,3 @@ def _tells_apart(name: Dimension, pairs: Sequence[tuple[int, Cell]]) -> bool:
 def _identity(pair: tuple[int, Cell], label: str) -> tuple[object, ...]:
     cell = pair[1]
     return label, cell.subject.groups_label, cell.batch, cell.context, cell.kind
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units: "92.2 kB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
-from profiles.report_data import Row, group_labels, grouped, place_label, size
+from exporter.units import size
+from profiles.report_data import Row, group_labels, grouped, name_and_unit, place_label
 from profiles.report_figures import KV_HEADS, Figure, Styles, Table
-from profiles.report_svg import Point, Series, line_chart, nice_axis, ordinal_axis, stacked_bars, swatch
-from profiles.results import BREAKDOWN_CLASSES
-from profiles.table import milliseconds
+from profiles.report_svg import Bar, Point, Series, line_chart, nice_axis, ordinal_axis, stacked_bars, swatch
+from profiles.results import BREAKDOWN_CLASSES, Subject
+from profiles.units import milliseconds
 
 ORIGINAL = "original"
 CLASS_NAMES = {"attention": "attention", "matmul": "weight matmuls", "other": "other kernels", "runtime": "between kernels"}
@@ -24,39 +25,39 @@ def kv_memory(rows: Sequence[Row], styles: Styles) -> Figure:
     names = {id(s): f"G = {s.groups_label}" + (f" {s.dtype}" if several else "") for s in subjects}
     context = max(row.cell.context for row in rows)
 
-    def bar(style: str, what: str, count: int, scale: float) -> tuple[str, str, float]:
-        return style, f"{what}: {size(count)}", count / scale
+    def chart(name: str, what: str, *pieces: tuple[str, Callable[[Subject], int]]) -> Markup:
+        sums = {id(s): sum(count(s) for _, count in pieces) for s in subjects}
+        scale, unit = _unit(max(sums.values()))
+        bars = []
+        for s in subjects:
+            parts = [
+                (
+                    styles.of_groups(s.groups_label)[0] if part == "KV cache" else "weights",
+                    f"{part}: {size(count(s))}",
+                    count(s),
+                )
+                for part, count in pieces
+            ]
+            scaled = tuple((style, text, length / scale) for style, text, length in parts)
+            bars.append(Bar(names[id(s)], scaled, size(sums[id(s)])))
+        return stacked_bars(name, bars, nice_axis(f"{unit} {what}", [value / scale for value in sums.values()]))
 
-    scale, unit = _unit(max(s.kv_bytes_per_token for s in subjects))
-    bars = [
-        (names[id(s)], [bar(styles.of_groups(s.groups_label)[0], "KV cache a token", s.kv_bytes_per_token, scale)])
-        for s in subjects
-    ]
-    axis = nice_axis(f"{unit} for each token", [s.kv_bytes_per_token / scale for s in subjects])
-    panels = [("KV cache of one token", stacked_bars("KV bytes of one token", bars, axis))]
-    scale, unit = _unit(max(s.weight_bytes + s.kv_bytes_per_token * context for s in subjects))
-    bars = [
-        (
-            names[id(s)],
-            [
-                bar("weights", "weights", s.weight_bytes, scale),
-                bar(styles.of_groups(s.groups_label)[0], "KV cache", s.kv_bytes_per_token * context, scale),
-            ],
-        )
-        for s in subjects
-    ]
-    axis = nice_axis(f"{unit} read by one step", [(s.weight_bytes + s.kv_bytes_per_token * context) / scale for s in subjects])
-    panels.append((f"A step at {context:,} tokens: weights (grey) and KV cache", stacked_bars("Bytes of a step", bars, axis)))
+    one = chart("KV bytes of one token", "for each token", ("KV cache", lambda s: s.kv_bytes_per_token))
+    step = chart(
+        *("Bytes of a step", "read by one step", ("weights", lambda s: s.weight_bytes)),
+        ("KV cache", lambda s: s.kv_bytes_per_token * context),
+    )
+    panels = (("KV cache of one token", one), (f"A step at {context:,} tokens: weights (grey) and KV cache", step))
     table = tuple(
         (
-            *(s.groups_label, str(s.heads), s.dtype, f"{s.kv_bytes_per_token:,}"),
+            *(s.groups_label, str(s.heads), s.dtype, size(s.kv_bytes_per_token)),
             *(size(s.kv_bytes_per_token * context), size(s.weight_bytes), s.model),
         )
         for s in subjects
     )
-    headings = (KV_HEADS, "query heads", "dtype", "KV bytes/token", f"KV at {context:,} tokens", "weights read", "model")
+    headings = (KV_HEADS, "query heads", "dtype", "KV a token", f"KV at {context:,} tokens", "weights read", "model")
     words = "A cache grows with the KV heads, the context and the batch; one sequence is shown."
-    return Figure("kv", "KV memory", words, tuple(panels), Table(headings, table))
+    return Figure("kv", "KV memory", words, panels, Table(headings, table))
 
 
 def quality(rows: Sequence[Row], styles: Styles) -> Figure | None:
@@ -80,8 +81,10 @@ def quality(rows: Sequence[Row], styles: Styles) -> Figure | None:
                 if method(row) in (label, ORIGINAL)
             ]
             lines.append(Series(label, f"s{(index + 4) % 8}", tuple(points), index))
-        y = nice_axis(metric, [point.y for line in lines for point in line.points], zero=False)
-        panels.append((f"{metric} by KV heads", line_chart(f"{metric} by KV heads", lines, ordinal_axis(KV_HEADS, names), y)))
+        name, unit = name_and_unit(metric)
+        y = nice_axis(unit or name, [point.y for line in lines for point in line.points], zero=False)
+        heading = f"{name[:1].upper()}{name[1:]} by KV heads"
+        panels.append((heading, line_chart(heading, lines, ordinal_axis(KV_HEADS, names), y)))
     if trade := _trade_off(rows, metrics[0], styles):
         panels.append(trade)
     table = tuple((r.groups, method(r), r.subject.dtype, *(_value(r, m) for m in metrics)) for r in unique)
@@ -98,20 +101,17 @@ def where_time_goes(rows: Sequence[Row]) -> Figure | None:
     for place, part in grouped(rows, lambda row: row.place).items():
         bars = []
         for row in part:
-            pieces = [(kind, row.breakdown.get(kind, 0.0) * 1e3) for kind in BREAKDOWN_CLASSES]
-            bars.append(
-                (
-                    f"{row.series}, G = {row.groups}",
-                    [(f"b-{k}", f"{CLASS_NAMES[k]}: {v:.3f} ms", v) for k, v in pieces],
-                )
-            )
+            pieces = [(kind, row.breakdown.get(kind, 0.0)) for kind in BREAKDOWN_CLASSES]
+            parts = tuple((f"b-{kind}", f"{CLASS_NAMES[kind]}: {milliseconds(s)} ms", s * 1e3) for kind, s in pieces)
+            total = f"{milliseconds(sum(row.breakdown.values()))} ms"
+            bars.append(Bar(f"{row.series}, G = {row.groups}", parts, total))
         x = nice_axis("ms a step, profiled", [sum(row.breakdown.values()) * 1e3 for row in part])
         heading = place_label(place, rows)
         panels.append((heading, stacked_bars(f"Where the time goes, {heading}", bars, x)))
     table = tuple(
         (
             *(row.groups, row.series, str(row.cell.batch), f"{row.cell.context:,}"),
-            *(f"{row.breakdown.get(kind, 0.0) * 1e3:.3f}" for kind in BREAKDOWN_CLASSES),
+            *(milliseconds(row.breakdown.get(kind, 0.0)) for kind in BREAKDOWN_CLASSES),
         )
         for row in rows
     )
@@ -144,8 +144,10 @@ def _trade_off(rows: Sequence[Row], metric: str, styles: Styles) -> tuple[str, M
         point = Point(row.times.p50 * 1e3, row.quality[metric], text)
         lines.append(Series(f"G = {row.groups}", style, (point,), shape))
     x = nice_axis(f"ms a step at {context:,} tokens", [line.points[0].x for line in lines])
-    y = nice_axis(metric, [line.points[0].y for line in lines], zero=False)
-    return f"{metric} against latency (fastest series)", line_chart(f"{metric} against latency", lines, x, y)
+    name, unit = name_and_unit(metric)
+    y = nice_axis(unit or name, [line.points[0].y for line in lines], zero=False)
+    heading = f"{name[:1].upper()}{name[1:]} against latency"
+    return f"{heading} (fastest series)", line_chart(heading, lines, x, y)
 
 
 def _value(row: Row, metric: str) -> str:

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from profiles import stats
-from profiles.report_data import Row, group_labels, grouped, place_label
+from profiles.report_data import Row, group_labels, grouped, place_label, slope_of
 from profiles.report_svg import Point, Series, line_chart, nice_axis, ordinal_axis, swatch
-from profiles.results import KINDS
-from profiles.table import milliseconds
+from profiles.results import KIND_NAMES, KINDS
+from profiles.units import milliseconds, rounded
 
 KV_HEADS = "KV heads"
 CELL = (KV_HEADS, "series", "kind", "batch", "context")
-STATISTICS = ("p50 ms", "p10 ms", "p90 ms", "p99 ms", "samples", "floor ms", "× floor")
-PATTERNS = ("grouped", "repeat", "attention", "gqa")  # which has which colour where nothing else tells series apart
+STATISTICS = ("p50 ms", "p10 ms", "p90 ms", "p99 ms", "max ms", "samples", "floor ms", "× floor")
+PATTERNS = ("grouped", "repeat", "attention", "gqa", "fused")  # which has which colour where nothing else tells series apart
+NUMBER = re.compile(r"[-+\d][\d.,e+]*( [kMGT]?B)?|")
 DIRECT = 11  # characters of a label that fits beside its line
-KIND_NAMES = {"decode": "Decode step", "prefill": "Prefill", "ttft": "Time to first token"}
 
 
 @dataclass(frozen=True)
 class Table:
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The CSS class of each column: "n" where it holds numbers, which end at the right."""
+        return tuple("n" if all(NUMBER.fullmatch(row[i]) for row in self.rows) else "" for i in range(len(self.headings)))
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,9 @@ def latency_by_context(rows: Sequence[Row], styles: Styles) -> Figure | None:
             line = sorted(line, key=lambda row: row.cell.context)
             style, shape = styles.of_groups(label)
             lines.append(Series(f"G = {label}", style, tuple(_point(row, row.cell.context) for row in line), shape))
-            slope = stats.slope([row.cell.context for row in line], [row.times.p50 for row in line])
             steps = [(f"{row.cell.context:,}", milliseconds(row.times.p50)) for row in line]
             text = ", ".join(f"{ms} at {context}" for context, ms in steps)
-            slopes.append((label, series, str(batch), text, "" if slope is None else f"{slope:.3f}"))
+            slopes.append((label, series, str(batch), text, *_slope(line)))
         heading = series + (f", batch {batch}" if len({row.cell.batch for row in rows}) > 1 else "")
         direct = all(len(line.label) <= DIRECT for line in lines)
         panels.append((heading, line_chart(f"Latency by context, {heading}", lines, x, y, direct)))
@@ -114,7 +118,8 @@ def latency_by_context(rows: Sequence[Row], styles: Styles) -> Figure | None:
         "The slope is what the KV cache costs: bytes read for each token that is already there. The panels of one batch share "
         "a scale."
     )
-    table = Table((KV_HEADS, "series", "batch", "p50 ms at context", "ms for each 1,000 tokens more"), tuple(slopes))
+    headings = (KV_HEADS, "series", "batch", "p50 ms at context", "ms for each 1,000 tokens more", "95 % interval")
+    table = Table(headings, tuple(slopes))
     return Figure("by-context", "Latency by context", words, tuple(panels), table, _groups_legend(styles, slopes))
 
 
@@ -144,16 +149,28 @@ def ratio_to_floor(rows: Sequence[Row], styles: Styles) -> Figure | None:
 
 
 def times_table(rows: Sequence[Row]) -> Table:
-    """Every statistic of the rows, one line a cell."""
+    """Every statistic of the rows, one line a cell; what none of them has is left out."""
     ordered = sorted(rows, key=lambda row: KINDS.index(row.cell.kind))
-    return Table((*CELL, *STATISTICS), tuple(map(_times, ordered)))
+    headings, lines = (*CELL, *STATISTICS), [_times(row) for row in ordered]
+    shown = [index for index in range(len(headings)) if any(line[index] for line in lines)]
+    return Table(tuple(headings[i] for i in shown), tuple(tuple(line[i] for i in shown) for line in lines))
+
+
+def _slope(line: Sequence[Row]) -> tuple[str, str]:
+    """The slope and its interval; a cost that may be none at all says so."""
+    slope = slope_of(line)
+    if slope is None:
+        return "", ""
+    low, high = (rounded(end, slope.low, slope.high) for end in (slope.low, slope.high))
+    return slope.text if slope.sure else f"{slope.text} (within the noise)", f"{low} to {high}"
 
 
 def _times(row: Row) -> tuple[str, ...]:
     cell, t = row.cell, row.times
     return (
         *(row.groups, row.series, cell.kind, str(cell.batch), f"{cell.context:,}"),
-        *(milliseconds(value) for value in (t.p50, t.p10, t.p90, t.p99)),
+        *(milliseconds(value) for value in (t.p50, t.p10, t.p90)),
+        *(milliseconds(t.p99) if t.p99 else "", "" if t.p99 else milliseconds(t.max)),
         *(str(t.count), milliseconds(cell.floor) if cell.floor else "", f"{row.ratio:.2f}" if row.ratio else ""),
     )
 

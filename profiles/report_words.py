@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from exporter.units import size
 from profiles import stats
-from profiles.report_data import Row, grouped, size
-from profiles.results import Results
-from profiles.table import milliseconds
-
-BUSY = 0.8  # typical bandwidth over the best, below which a run is called disturbed
+from profiles.report_data import Row, grouped, name_and_unit, slope_of
+from profiles.units import milliseconds
 
 
 @dataclass(frozen=True)
@@ -59,34 +57,24 @@ def tiles(rows: Sequence[Row]) -> list[Tile]:
     result = [Tile(f"{milliseconds(few.times.p50)} ms", f"{each} ({few.series})")]
     if few is not many:
         speed, less = many.times.p50 / few.times.p50, _kv_ratio(few, many)
-        result.append(Tile(f"{speed:.2f}×", f"as fast as with {_heads(many)}"))
+        sure = "" if _differ(many, few) else ": no measurable difference"
+        result.append(Tile(f"{speed:.2f}×", f"as fast as with {_heads(many)}{sure}"))
         result.append(Tile(f"{less:.3g}×", f"less KV memory: {size(few.subject.kv_bytes_per_token)} for each token"))
     if few.ratio:
         result.append(Tile(f"{few.ratio:.2f}×", "the floor that memory bandwidth sets for it"))
     if (change := _quality_change(few, many)) is not None:
         metric, before, after = change
-        result.append(Tile(f"{after - before:+.3g}", f"{metric}, {before:.3g} to {after:.3g}"))
+        name, unit = name_and_unit(metric)
+        result.append(Tile(f"{after - before:+.3g}", f"{f'{unit} of ' if unit else ''}{name}: {before:.3g} to {after:.3g}"))
     return result
 
 
-def sentences(rows: Sequence[Row], results: Sequence[Results]) -> list[str]:
-    """What the figures say, and whether the machine was quiet enough to say it."""
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """What the figures say."""
     found = headline(rows)
     if found is None:
-        return ["No decode step was measured.", *_noise(results)]
-    return [*_speed(found), *_patterns(found), *_floor(found), *_slopes(rows, found), *_loss(found), *_noise(results)]
-
-
-def _noise(results: Sequence[Results]) -> list[str]:
-    """A warning for each run whose memory bandwidth was often far below its best: something else was using the machine."""
-    texts = []
-    for index, result in enumerate(results):
-        if result.bandwidth and (typical := stats.median(result.bandwidth.samples)) < BUSY * result.bandwidth.best:
-            share, which = typical / result.bandwidth.best, f"In run {index + 1} the" if len(results) > 1 else "The"
-            texts.append(
-                f"{which} machine was busy with other work: its bandwidth was typically {share:.0%} of its best. Measure again."
-            )
-    return texts
+        return ["No decode step was measured."]
+    return [*_speed(found), *_patterns(found), *_floor(found), *_slopes(rows, found), *_loss(found)]
 
 
 def _speed(found: Headline) -> list[str]:
@@ -94,7 +82,7 @@ def _speed(found: Headline) -> list[str]:
     where = f"at {few.cell.context:,} tokens of context" + (f" and batch {few.cell.batch}" if few.cell.batch > 1 else "")
     if few is many:
         return [f"With {_heads(few)} a decode step takes {milliseconds(few.times.p50)} ms {where} ({few.series})."]
-    low, high = stats.ratio_interval(many.cell.samples, few.cell.samples, block=max(few.cell.burst, many.cell.burst))
+    low, high = _ratio_interval(many, few)
     return [
         f"Going from {_heads(many)} to {_heads(few)} takes a decode step {where} from {milliseconds(many.times.p50)} ms to "
         f"{milliseconds(few.times.p50)} ms ({few.series}): {many.times.p50 / few.times.p50:.2f} times as fast, "
@@ -108,8 +96,10 @@ def _patterns(found: Headline) -> list[str]:
     rivals = [row for row in found.at if row.groups == found.few.groups and row is not found.few]
     if not rivals:
         return []
-    texts = [f"{row.series} takes {row.times.p50 / found.few.times.p50:.2f} times as long" for row in rivals]
-    return [f"With {_heads(found.few)}, {found.few.series} is the fastest; {', '.join(texts)}."]
+    slower = [row for row in rivals if _differ(row, found.few)]
+    texts = [f"{row.series} takes {row.times.p50 / found.few.times.p50:.2f} times as long" for row in slower]
+    texts += [f"{row.series} is as fast within the noise" for row in rivals if row not in slower]
+    return [f"With {_heads(found.few)}, {found.few.series} has the lowest median; {', '.join(texts)}."]
 
 
 def _floor(found: Headline) -> list[str]:
@@ -122,16 +112,26 @@ def _floor(found: Headline) -> list[str]:
 
 
 def _slopes(rows: Sequence[Row], found: Headline) -> list[str]:
-    texts = []
+    """What context costs with few and with many KV heads, as far as the samples can tell."""
+    slopes, texts = [], []
     for end in dict.fromkeys((found.few.groups, found.many.groups)):
         line = [r for r in rows if r.cell.kind == "decode" and r.series == found.few.series and r.groups == end]
         line = [row for row in line if row.cell.batch == found.few.cell.batch]
-        slope = stats.slope([row.cell.context for row in line], [row.times.p50 for row in line])
+        slope = slope_of(line)
         if slope is not None:
+            slopes.append(slope)
             texts.append(
-                f"{slope:.3f} ms with {_heads(line[0])}" if slope > 0 else f"nothing measurable with {_heads(line[0])}"
+                f"{slope.text} ms with {_heads(line[0])}" if slope.sure else f"nothing measurable with {_heads(line[0])}"
             )
-    return [f"Each further 1,000 tokens of context cost {' and '.join(texts)} ({found.few.series})."] if texts else []
+    if not slopes:
+        return []
+    if not any(slope.sure for slope in slopes):
+        return [f"More context cost nothing measurable ({found.few.series})."]
+    same = ""
+    if len(slopes) == 2:
+        low, high = stats.interval(slopes[1].draws - slopes[0].draws)
+        same = ", a difference within the noise" if low <= 0 <= high else ""
+    return [f"Each further 1,000 tokens of context cost {' and '.join(texts)} ({found.few.series}){same}."]
 
 
 def _loss(found: Headline) -> list[str]:
@@ -139,12 +139,24 @@ def _loss(found: Headline) -> list[str]:
     if change is None:
         return []
     metric, before, after = change
-    return [f"What it cost: {metric} goes from {before:.3g} to {after:.3g}."]
+    name, unit = name_and_unit(metric)
+    return [f"What it cost: {name} goes from {before:.3g} to {after:.3g}{f' {unit}' if unit else ''}."]
 
 
 def _quality_change(few: Row, many: Row) -> tuple[str, float, float] | None:
     shared = [name for name in few.quality if name in many.quality]
     return (shared[0], many.quality[shared[0]], few.quality[shared[0]]) if shared and few is not many else None
+
+
+def _ratio_interval(above: Row, below: Row) -> tuple[float, float]:
+    block = max(above.cell.burst, below.cell.burst)
+    return stats.ratio_interval(above.cell.samples, below.cell.samples, block=block)
+
+
+def _differ(one: Row, other: Row) -> bool:
+    """Whether the 95 % interval of the ratio of their medians excludes 1."""
+    low, high = _ratio_interval(one, other)
+    return not low <= 1 <= high
 
 
 def _kv_ratio(few: Row, many: Row) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from exporter.errors import UserError, one_of
 from exporter.files import write_text
 
 SCHEMA = 1
-KINDS = ("decode", "prefill", "ttft")
+KIND_NAMES = {"decode": "Decode step", "prefill": "Prefill", "ttft": "Time to first token"}
+KINDS = tuple(KIND_NAMES)
 BREAKDOWN_CLASSES = ("attention", "matmul", "other", "runtime")
 
 
@@ -134,6 +136,10 @@ class Bandwidth:
     @property
     def best(self) -> float:
         return max(self.samples)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
 
 
 @dataclass(frozen=True)

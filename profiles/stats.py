@@ -8,23 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 
 Samples = Sequence[float]
+TAIL = 100  # samples, below which the 99th percentile would be little else than the largest
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Percentiles of samples, in the samples' unit."""
+    """Percentiles of samples, in the samples' unit. `p99` is None under TAIL samples: `max` is what they can say."""
 
     p10: float
     p50: float
     p90: float
-    p99: float
+    p99: float | None
+    max: float
     count: int
 
 
 def summary(samples: Samples) -> Summary:
     """Percentiles by linear interpolation between order statistics (NumPy's and R's default, type 7)."""
     p10, p50, p90, p99 = (float(value) for value in np.percentile(np.asarray(samples, dtype=float), [10, 50, 90, 99]))
-    return Summary(p10, p50, p90, p99, len(samples))
+    return Summary(p10, p50, p90, p99 if len(samples) >= TAIL else None, float(max(samples)), len(samples))
 
 
 def median(samples: Samples) -> float:
@@ -50,7 +52,7 @@ def median_interval(
     samples: Samples, level: float = 0.95, resamples: int = 4000, seed: int = 0, block: int = 1
 ) -> tuple[float, float]:
     """Percentile-bootstrap confidence interval of the median."""
-    return _interval(medians(samples, resamples, np.random.default_rng(seed), block), level)
+    return interval(medians(samples, resamples, np.random.default_rng(seed), block), level)
 
 
 def ratio_interval(
@@ -58,7 +60,7 @@ def ratio_interval(
 ) -> tuple[float, float]:
     """Percentile-bootstrap confidence interval of median(above) / median(below), the two resampled independently."""
     rng = np.random.default_rng(seed)
-    return _interval(medians(above, resamples, rng, block) / medians(below, resamples, rng, block), level)
+    return interval(medians(above, resamples, rng, block) / medians(below, resamples, rng, block), level)
 
 
 def slope(contexts: Sequence[float], seconds: Sequence[float]) -> float | None:
@@ -68,7 +70,19 @@ def slope(contexts: Sequence[float], seconds: Sequence[float]) -> float | None:
     return float(np.polyfit(np.asarray(contexts, dtype=float), np.asarray(seconds, dtype=float), 1)[0]) * 1e6
 
 
-def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+def slopes(
+    contexts: Sequence[float], samples: Sequence[Samples], resamples: int = 4000, seed: int = 0, block: int = 1
+) -> np.ndarray | None:
+    """Slopes [resamples] as `slope` has them, of bootstrap resamples of each context's samples; None as there."""
+    if len(set(contexts)) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    seconds = np.stack([medians(part, resamples, rng, block) for part in samples])
+    return np.asarray(np.polyfit(np.asarray(contexts, dtype=float), seconds, 1)[0] * 1e6)
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """What lies between the tails of bootstrap values."""
     tail = 50 * (1 - level)
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)

@@ -12,14 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from exporter.checkpoint import Checkpoint
 from exporter.convert import convert_weights
 from exporter.engines.torch_eager import open_torch
-from exporter.evaluate import agreement, cross_entropy, cut, default_text
+from exporter.errors import UserError
+from exporter.evaluate import agreement, check_text, cross_entropy, cut, default_text
 from exporter.export import ExportOptions, export
 from exporter.files import new_folder, refuse_existing
 from exporter.tokenizer import TOKENIZER, Tokenizer
-from profiles.bundles import profile_bundle
+from profiles.bundles import check_plan, profile_bundle
 from profiles.measure import Plan
 from profiles.report import write_report
 from profiles.results import Results
@@ -43,6 +46,8 @@ class SweepOptions:
 def sweep(checkpoint: Checkpoint, out: Path, options: SweepOptions, progress: Progress) -> Results:
     """Write the folder `out`, whole or not at all, and return the results."""
     refuse_existing(out)
+    check_plan(options.plan, options.breakdown, checkpoint.config)
+    text = _text(checkpoint, options.quality_tokens)
     with new_folder(out) as folder:
         export(checkpoint, folder / "bundle", options.export, progress)
         results = profile_bundle(
@@ -53,35 +58,44 @@ def sweep(checkpoint: Checkpoint, out: Path, options: SweepOptions, progress: Pr
             breakdown=options.breakdown,
             progress=lambda done, total, what: progress("measuring latency", done, total),
         )
-        if options.quality_tokens and checkpoint.files and TOKENIZER in checkpoint.side_files:
-            results = results.with_quality(_quality(checkpoint, options, results, progress))
+        if text is not None:
+            results = results.with_quality(_quality(checkpoint, text, options, results, progress))
         results.save(folder / "results.json")
         write_report([results], folder / "report.html")
     return results
 
 
-def _quality(
-    checkpoint: Checkpoint, options: SweepOptions, results: Results, progress: Progress
-) -> dict[str, dict[str, float]]:
-    """For each variant, cross-entropy (nats a token) and the share of next tokens that are the original model's.
+def _text(checkpoint: Checkpoint, count: int) -> np.ndarray | None:
+    """The first `count` token ids (int64) of `default_text`, to measure quality on; None where there is none to measure."""
+    if not count or not checkpoint.files:
+        return None
+    if TOKENIZER not in checkpoint.side_files:
+        raise UserError(f"{checkpoint.name} has no {TOKENIZER}, which quality is measured with; add it, or --quality-tokens 0")
+    tokens = Tokenizer.from_files(checkpoint.side_files, checkpoint.name).encode(default_text()[: 8 * count], special=False)
+    check_text(tokens[:count])
+    return tokens[:count]
 
-    Measured in float32 torch on the same converted weights, one KV-head count at a time, on `default_text`.
+
+def _quality(
+    checkpoint: Checkpoint, tokens: np.ndarray, options: SweepOptions, results: Results, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """For each variant, cross-entropy (nats a token) and the share of next tokens that are the original model's, on `tokens`.
+
+    Measured in float32 torch on the same converted weights, one KV-head count at a time.
     """
-    tokenizer = Tokenizer.from_files(checkpoint.side_files, checkpoint.name)
-    limit = options.quality_tokens
-    tokens = tokenizer.encode(default_text()[: 8 * limit], special=False)[:limit]
-    windows = cut(tokens, WINDOW, max(1, len(tokens) // WINDOW))
+    window = min(WINDOW, checkpoint.config.max_positions)
+    windows = cut(tokens, window, max(1, len(tokens) // window))
     counts = dict.fromkeys(cell.subject.groups for cell in results.cells)
     found: dict[object, dict[str, float]] = {}
-    with open_torch(checkpoint, capacity=WINDOW) as original:
+    with open_torch(checkpoint, capacity=window) as original:
         for index, count in enumerate(counts):
             progress("measuring quality", index, len(counts))
             config, weights = convert_weights(
                 checkpoint.config, checkpoint.weights, count, options.export.method, options.export.seed
             )
             converted = dataclasses.replace(checkpoint, config=config, weights=weights)
-            with open_torch(converted, capacity=WINDOW) as session:
-                loss = cross_entropy(session, tokens, WINDOW, WINDOW // 2)
+            with open_torch(converted, capacity=window) as session:
+                loss = cross_entropy(session, tokens, window, window // 2)
                 same = agreement(session, original, windows)
             found[count] = {"cross-entropy, nats a token": loss.nats_per_token, "same next token": same.same_token}
     progress("measuring quality", len(counts), len(counts))

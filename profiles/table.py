@@ -5,23 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from exporter.units import size
 from profiles import stats
+from profiles.noise import busy
 from profiles.results import Cell, Results
+from profiles.units import milliseconds
 
 OPTIONAL = ("model", "backend", "cache", "dtype", "kind", "batch")  # columns only where they differ; else part of the title
 
 
+def results_view(results: Results) -> Group:
+    """For a terminal: what the reader must know first, then the table."""
+    return with_warnings([busy(results)], results_table(results))
+
+
+def with_warnings(texts: Iterable[str | None], table: Table) -> Group:
+    """A line above the table for each text there is."""
+    return Group(*(Text(f"! {text}", style="bold yellow") for text in texts if text), table)
+
+
 def results_table(results: Results) -> Table:
-    """One row a cell. "speed-up" is against the largest G of the same pattern, cache, dtype, batch, context and kind."""
+    """One row a cell. "speed-up" is against the largest G of the same pattern, cache, dtype, batch, context and kind; "≈ 1"
+    where its 95 % interval holds 1. The tail is p99 from 100 samples on, else the largest."""
     baselines = baseline_cells(results.cells)
     title, varying = constants(results.cells)
     table = plain_table(title, _caption(results))
-    add_columns(table, varying, ("context", "p50 ms", "p90 ms", "× floor", "KV B/token", "speed-up"))
+    tails = [name for name, many in (("p99 ms", True), ("max ms", False)) if many in {_has_p99(c) for c in results.cells}]
+    add_columns(table, varying, ("context", "p50 ms", "p90 ms", *tails, "× floor", "KV", "speed-up"))
     for cell in sorted(results.cells, key=_order):
         times, baseline = stats.summary(cell.samples), baselines[peers(cell)]
+        tail = {"p99 ms": times.p99, "max ms": None if times.p99 else times.max}
         row = [
             cell.subject.groups_label,
             cell.subject.pattern,
@@ -29,9 +46,10 @@ def results_table(results: Results) -> Table:
             f"{cell.context:,}",
             milliseconds(times.p50),
             milliseconds(times.p90),
+            *("" if (value := tail[name]) is None else milliseconds(value) for name in tails),
             f"{times.p50 / cell.floor:.2f}" if cell.floor else "",
-            f"{cell.subject.kv_bytes_per_token:,}",
-            "1" if baseline is cell else f"{stats.median(baseline.samples) / times.p50:.2f}",
+            size(cell.subject.kv_bytes_per_token),
+            "1" if baseline is cell else _speed_up(baseline, cell),
         ]
         table.add_row(*map(Text, row))
     return table
@@ -84,10 +102,13 @@ def baseline_cells(cells: Iterable[Cell]) -> dict[tuple[object, ...], Cell]:
     return baselines
 
 
-def milliseconds(seconds: float) -> str:
-    """Three or more significant digits: "0.512", "12.3", "1,234"."""
-    value = seconds * 1e3
-    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+def _has_p99(cell: Cell) -> bool:
+    return len(cell.samples) >= stats.TAIL
+
+
+def _speed_up(baseline: Cell, cell: Cell) -> str:
+    low, high = stats.ratio_interval(baseline.samples, cell.samples, block=max(baseline.burst, cell.burst))
+    return "≈ 1" if low <= 1 <= high else f"{stats.median(baseline.samples) / stats.median(cell.samples):.2f}"
 
 
 def _order(cell: Cell) -> tuple[object, ...]:
@@ -97,7 +118,7 @@ def _order(cell: Cell) -> tuple[object, ...]:
 
 
 def _caption(results: Results) -> str:
-    speed_up = "speed-up: against the most KV heads, all else equal"
+    speed_up = "KV: cache of one token; speed-up: against the most KV heads, all else equal; ≈ 1: within the noise"
     if results.bandwidth is None:
         return speed_up
     return f"floor: weights + KV at {results.bandwidth.best / 1e9:.1f} GB/s, the best read bandwidth of this run; {speed_up}"

@@ -34,7 +34,7 @@ def wheel(tmp_path_factory) -> Path:
     """Built from a copy, because setuptools leaves its working files beside the sources."""
     copy, out = tmp_path_factory.mktemp("source") / "headpool", tmp_path_factory.mktemp("wheel")
     copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in (*PACKAGES, "scripts", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -80,11 +80,7 @@ class _Reader:
         ffn, gelu_tanh = self.activation()
         max_positions = self.size("max_position_embeddings")
         self.refuse_window(max_positions, layers)
-        ids = {
-            key: generation.get(key) if generation.get(key) is not None else hf.get(key)
-            for key in ("bos_token_id", "eos_token_id")
-        }
-        bos = _token_ids("bos_token_id", ids["bos_token_id"])
+        bos = self.token_ids("bos_token_id", generation)
         return ModelConfig(
             vocab_size=self.size("vocab_size"),
             hidden_size=hidden,
@@ -108,8 +104,13 @@ class _Reader:
             tied=self.flag("tie_word_embeddings"),
             family=family.model_type,
             bos_token_id=bos[0] if bos else None,
-            eos_token_ids=_token_ids("eos_token_id", ids["eos_token_id"]),
+            eos_token_ids=self.token_ids("eos_token_id", generation),
         )
+
+    def token_ids(self, key: str, generation: Mapping[str, Any]) -> tuple[int, ...]:
+        """generation_config.json's before config.json's; neither may be anything else."""
+        own, first = _token_ids(key, self.hf.get(key)), generation.get(key)
+        return own if first is None else _token_ids(key, first)
 
     def size(self, key: str) -> int:
         value = self.hf.get(key)

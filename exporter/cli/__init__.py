@@ -13,7 +13,8 @@ import sys
 
 import click
 
-from exporter.errors import UserError
+from exporter.cli.mistakes import words
+from exporter.errors import UserError, one_of
 
 # command → module of this folder that holds it as a click command of that name
 COMMANDS = {
@@ -21,6 +22,7 @@ COMMANDS = {
     "inspect": "look",
     "convert": "make",
     "export": "make",
+    "build": "build",
     "run": "use",
     "eval": "use",
     "profile": "measure",
@@ -34,6 +36,7 @@ HELP = {
     "inspect": "Architecture, parameters and KV bytes of a checkpoint or bundle.",
     "convert": "A checkpoint with fewer (or more) KV heads.",
     "export": "A checkpoint or config becomes a bundle of ONNX graphs.",
+    "build": "A bundle's graphs become TensorRT engines, with or without a GPU.",
     "run": "Generate text from a bundle, tokens streaming.",
     "eval": "Cross-entropy on a text, and agreement with a reference.",
     "profile": "Per-token latency of bundles, as JSON.",
@@ -55,6 +58,11 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"exporter.cli.{COMMANDS[cmd_name]}")
         return getattr(module, f"{cmd_name}_command")
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            raise UserError(one_of("command", args[0], COMMANDS))
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -93,8 +101,8 @@ def _run(arguments: list[str] | None) -> int:
         click.echo(error.format_message())
         return 0
     except click.ClickException as error:
-        hint = f" (see '{error.ctx.command_path} --help')" if isinstance(error, click.UsageError) and error.ctx else ""
-        return _fail(error.format_message() + hint)
+        first = (sys.argv[1:] if arguments is None else arguments)[:1]
+        return _fail(f"{words(error)} (see '{' '.join(['headpool', *(set(first) & set(COMMANDS)), '--help'])}')")
     except UserError as error:
         return _fail(str(error))
     except BrokenPipeError:

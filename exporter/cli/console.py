@@ -37,12 +37,3 @@ def finish(as_json: bool, data: dict[str, Any], lines: str | list[str]) -> None:
         click.echo(json.dumps(data, ensure_ascii=False))
     else:
         click.echo(lines if isinstance(lines, str) else "\n".join(lines))
-
-
-def human_bytes(count: float) -> str:
-    """1536 → "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

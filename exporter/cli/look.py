@@ -45,9 +45,9 @@ def inspect_command(path: Path, as_json: bool) -> None:
 
 
 @click.command("completion")
-@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+@click.argument("shell", type=options.OneOf(("bash", "zsh", "fish")), metavar="SHELL")
 def completion_command(shell: str) -> None:
-    """Print the completion script of SHELL.
+    """Print the completion script of SHELL: bash, zsh or fish.
 
     \b
     Examples:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from exporter.cli import options
-from exporter.cli.console import finish, human_bytes, progress_bar
+from exporter.cli.console import finish, progress_bar
 
 
 @click.command("convert")
@@ -31,6 +31,7 @@ def convert_command(checkpoint: Path, out: Path, count: int, method: Any, seed: 
 
     with progress_bar() as progress:
         before, after = convert_checkpoint(checkpoint, out, count, method, seed, progress)
+    _tell_no_tokenizer(out)
     record = conversion_record(before, after, method, seed)
     data = {"out": str(out), "conversion": record, "kv_heads": list(after.kv_heads)}
     finish(
@@ -43,30 +44,9 @@ def convert_command(checkpoint: Path, out: Path, count: int, method: Any, seed: 
 @click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@options.all_of(
-    options.groups,
-    options.method,
-    options.patterns,
-    options.cache,
-    options.dtype,
-    options.storage,
-    options.seed,
-    options.as_json,
-)
-@click.option("--logits", type=click.Choice(("last", "all")), default="last", show_default=True, help="Of which positions.")
-def export_command(
-    checkpoint: Path,
-    out: Path,
-    groups: tuple[int, ...] | None,
-    method: Any,
-    patterns: tuple[str, ...],
-    cache: Any,
-    dtype: str,
-    storage: Any,
-    seed: int,
-    as_json: bool,
-    logits: Any,
-) -> None:
+@options.all_of(options.making, options.seed, options.as_json)
+@click.option("--logits", type=options.OneOf(("last", "all")), default="last", show_default=True, help="Of which positions.")
+def export_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> None:
     """Export CHECKPOINT (a Hugging Face folder, a GGUF file, or a config.json for random weights) to the bundle OUT.
 
     One graph for each KV-head count and pattern; weights that graphs share stand once.
@@ -79,14 +59,21 @@ def export_command(
     """
     from exporter.checkpoint import open_source
     from exporter.export import ExportOptions, export
+    from exporter.inspection import bundle_report, variant_lines
 
-    chosen = ExportOptions(groups, method, seed, patterns, cache, dtype, logits, storage)
+    chosen = options.build(ExportOptions, given)
+    source = open_source(checkpoint, chosen.seed)
     with progress_bar() as progress:
-        bundle = export(open_source(checkpoint, seed), out, chosen, progress)
+        bundle = export(source, out, chosen, progress)
+    if source.files:
+        _tell_no_tokenizer(out)
     lines = [f"{out}: {len(bundle.variants)} graph{'s' * (len(bundle.variants) > 1)}"]
-    for variant in bundle.variants:
-        sizes = f"{human_bytes(variant.weight_bytes)} read a token, {human_bytes(variant.kv_bytes_per_token)} of KV a token"
-        lines.append(
-            f"  {variant.graph}  {variant.groups} KV heads, {variant.pattern}, {variant.cache}, {variant.dtype}: {sizes}"
-        )
+    for variant in bundle_report(bundle)["variants"]:
+        lines += variant_lines(variant)
     finish(as_json, {"out": str(out), **bundle.to_json()}, lines)
+
+
+def _tell_no_tokenizer(out: Path) -> None:
+    """Right for a model that runs on token ids, a surprise for every other."""
+    if not (out / "tokenizer.json").is_file():
+        click.echo(f"headpool: {out} has no tokenizer.json, as its checkpoint has none: it takes token ids only", err=True)

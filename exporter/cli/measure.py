@@ -9,17 +9,16 @@ import click
 
 from exporter.cli import options
 from exporter.cli.console import finish, progress_bar
-from exporter.errors import UserError
 
 KINDS = ("decode", "prefill", "ttft")
 measuring = options.all_of(
     click.option("--contexts", type=options.IntList(), default="128,1024", show_default=True, help="Tokens in the cache."),
     click.option("--batch", "batches", type=options.IntList(), default="1", show_default=True, help="Sequences at once."),
     click.option("--kinds", type=options.ChoiceList(KINDS), default=",".join(KINDS), show_default=True, help="What to time."),
-    click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Decode steps a cell."),
+    click.option("--samples", type=click.IntRange(min=1), default=104, show_default=True, help="Steps a cell; 100 give a p99."),
     click.option("--prefill-samples", type=click.IntRange(min=1), default=5, show_default=True, help="Prefills a cell."),
     click.option("--seconds", type=float, help="Bound on each cell's share of the sampling time."),
-    click.option("--breakdown", type=options.IntList(), help="Contexts at which to show where the time goes."),
+    click.option("--breakdown", type=options.IntList(), default=(), help="Contexts at which to show where the time goes."),
 )
 
 
@@ -27,18 +26,8 @@ measuring = options.all_of(
 @click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), default="latency.json", show_default=True, help="Results file.")
 @click.option("--variants", help="Which graphs, by name, separated by commas.  [default: all]")
-@measuring
-@options.all_of(options.backend, options.threads, options.seed, options.as_json)
-def profile_command(
-    bundles: tuple[Path, ...],
-    out: Path,
-    variants: str | None,
-    breakdown: tuple[int, ...] | None,
-    backend: str,
-    threads: int | None,
-    as_json: bool,
-    **plan: Any,
-) -> None:
+@options.all_of(measuring, options.running, options.seed, options.as_json)
+def profile_command(bundles: tuple[Path, ...], out: Path, variants: str | None, as_json: bool, **given: Any) -> None:
     """Per-token latency, prefill and time to first token of every graph of BUNDLES, interleaved in one run.
 
     \b
@@ -54,11 +43,11 @@ def profile_command(
     with progress_bar() as progress:
         results = profile_bundle(
             bundles,
-            Plan(**plan),
+            options.build(Plan, given),
             variants=variants.split(",") if variants else None,
-            backend=backend,
-            threads=threads,
-            breakdown=breakdown or (),
+            backend=given["backend"],
+            threads=given["threads"],
+            breakdown=given["breakdown"],
             progress=lambda done, total, what: progress("measuring latency", done, total),
         )
     results.save(out)
@@ -68,26 +57,10 @@ def profile_command(
 @click.command("sweep")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@options.all_of(options.groups, options.method, options.patterns, options.cache, options.dtype, options.storage)
+@options.making
 @click.option("--quality-tokens", type=click.IntRange(min=0), default=2048, show_default=True, help="Tokens of text; 0: none.")
-@measuring
-@options.all_of(options.backend, options.threads, options.seed, options.as_json)
-def sweep_command(
-    checkpoint: Path,
-    out: Path,
-    groups: tuple[int, ...] | None,
-    method: Any,
-    patterns: tuple[str, ...],
-    cache: Any,
-    dtype: str,
-    storage: Any,
-    quality_tokens: int,
-    breakdown: tuple[int, ...] | None,
-    backend: str,
-    threads: int | None,
-    as_json: bool,
-    **plan: Any,
-) -> None:
+@options.all_of(measuring, options.running, options.seed, options.as_json)
+def sweep_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> None:
     """Convert CHECKPOINT (or a config.json) to each KV-head count, export, measure, and report: OUT/report.html.
 
     Without --groups, every count that divides the query heads.
@@ -103,14 +76,11 @@ def sweep_command(
     from profiles.measure import Plan
     from profiles.sweep import SweepOptions, sweep
 
-    source = open_source(checkpoint, plan["seed"])
-    counts = groups or tuple(group_counts(source.config.num_heads))
-    if unknown := sorted(set(breakdown or ()) - set(plan["contexts"])):
-        raise UserError(f"--breakdown {unknown[0]} is not one of the contexts {', '.join(map(str, plan['contexts']))}")
-    chosen = ExportOptions(counts, method, plan["seed"], patterns, cache, dtype, "last", storage)
-    settings = SweepOptions(chosen, Plan(**plan), breakdown or (), backend, threads, quality_tokens)
+    source = open_source(checkpoint, given["seed"])
+    given["groups"] = given["groups"] or tuple(group_counts(source.config.num_heads))
+    stages = {"export": options.build(ExportOptions, given), "plan": options.build(Plan, given)}
     with progress_bar() as progress:
-        results = sweep(source, out, settings, progress)
+        results = sweep(source, out, options.build(SweepOptions, {**given, **stages}), progress)
     _show(results, as_json, {"out": str(out), "report": str(out / "report.html"), "results": str(out / "results.json")})
 
 
@@ -130,7 +100,7 @@ def compare_command(ctx: click.Context, a: Path, b: Path, fail_above: float | No
     """
     from rich.console import Console
 
-    from profiles.compare import compare, comparison_table
+    from profiles.compare import compare, comparison_view
     from profiles.results import Results
 
     comparison = compare(Results.load(a), Results.load(b))
@@ -152,9 +122,11 @@ def compare_command(ctx: click.Context, a: Path, b: Path, fail_above: float | No
             }
             for pair in comparison.pairs
         ]
-        finish(True, {"pairs": pairs, "only_a": comparison.only_a, "only_b": comparison.only_b}, [])
+        warnings = [*comparison.busy, *comparison.warnings]
+        data = {"pairs": pairs, "only_a": comparison.only_a, "only_b": comparison.only_b, "warnings": warnings}
+        finish(True, data, [])
     else:
-        Console().print(comparison_table(comparison, fail_above))
+        Console().print(comparison_view(comparison, fail_above))
     return 1 if failures else 0
 
 
@@ -181,13 +153,15 @@ def _show(results: Any, as_json: bool, data: dict[str, Any]) -> None:
     """The table for a person, with the files' names under it; with --json the medians, since the file holds the samples."""
     from rich.console import Console
 
+    from profiles.noise import busy
     from profiles.stats import summary
-    from profiles.table import results_table
+    from profiles.table import results_view
 
     if not as_json:
-        Console().print(results_table(results))
+        Console().print(results_view(results))
         finish(False, {}, [f"{name}: {path}" for name, path in data.items()])
         return
+    shown = ("p50", "p90", "p99", "max")  # p99 from 100 samples on
     cells = [
         {
             "variant": cell.subject.variant,
@@ -196,10 +170,11 @@ def _show(results: Any, as_json: bool, data: dict[str, Any]) -> None:
             "kind": cell.kind,
             "batch": cell.batch,
             "context": cell.context,
-            "p50_seconds": summary(cell.samples).p50,
+            "samples": len(cell.samples),
+            **{f"{name}_seconds": value for name, value in vars(summary(cell.samples)).items() if name in shown and value},
             "floor_seconds": cell.floor,
             "kv_bytes_per_token": cell.subject.kv_bytes_per_token,
         }
         for cell in results.cells
     ]
-    finish(True, {**data, "cells": cells}, [])
+    finish(True, {**data, "warnings": [text] if (text := busy(results)) else [], "cells": cells}, [])

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 # Written out here because the modules that define them import torch or onnx; a test holds them equal.
 METHODS = ("mean", "first", "random")
-PATTERNS = ("repeat", "grouped", "attention", "gqa")
+PATTERNS = ("repeat", "grouped", "attention", "gqa", "fused")
 CACHES = ("concat", "static")
 DTYPES = ("fp32", "fp16", "bf16")
-BACKENDS = ("onnxruntime", "onnxruntime-cuda")
+BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
 class IntList(click.ParamType):
@@ -58,6 +59,15 @@ class ChoiceList(click.ParamType):
         return words
 
 
+class OneOf(click.Choice):
+    """A word out of a closed set, refused in the words of the rest."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            self.fail(f"{value!r} is not one of {', '.join(self.choices)}", param, ctx)
+        return value
+
+
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 as_json: Option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
@@ -65,7 +75,7 @@ groups: Option = click.option(
     "--groups", type=IntList(), help="Numbers of KV heads G of GQA-G: 1 is MQA, the query heads' number is MHA."
 )
 method: Option = click.option(
-    "--method", type=click.Choice(METHODS), default="mean", show_default=True, help="How the heads of a group become one."
+    "--method", type=OneOf(METHODS), default="mean", show_default=True, help="How the heads of a group become one."
 )
 seed: Option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness.")
 patterns: Option = click.option(
@@ -78,13 +88,13 @@ patterns: Option = click.option(
     help=f"What the attention becomes: {', '.join(PATTERNS)}.",
 )
 cache: Option = click.option(
-    "--cache", type=click.Choice(CACHES), help="Cache form.  [default: concat for repeat, static for the others]"
+    "--cache", type=OneOf(CACHES), help="Cache form.  [default: concat for repeat, static for the others]"
 )
 dtype: Option = click.option(
-    "--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of weights, activations and cache."
+    "--dtype", type=OneOf(DTYPES), default="fp32", show_default=True, help="Of weights, activations and cache."
 )
 backend: Option = click.option(
-    "--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True, help="Runtime to use."
+    "--backend", type=OneOf(BACKENDS), default="onnxruntime", show_default=True, help="Runtime to use."
 )
 threads: Option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="Threads of one operator.  [default: one a physical core]"
@@ -92,7 +102,7 @@ threads: Option = click.option(
 storage: Option = click.option(
     "--weights",
     "storage",
-    type=click.Choice(("copy", "link")),
+    type=OneOf(("copy", "link")),
     default="copy",
     show_default=True,
     help="link: hard-link the checkpoint's own files where their bytes serve as they are.",
@@ -102,3 +112,14 @@ storage: Option = click.option(
 def all_of(*options: Option) -> Option:
     """Several options as one decorator, in the order they are named."""
     return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+
+
+making = all_of(groups, method, patterns, cache, dtype, storage)
+running = all_of(backend, threads)
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], given: dict[str, Any]) -> T:
+    """The dataclass `cls` from those of a command's options that are its fields; the other fields keep their defaults."""
+    return cls(**{field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given})  # type: ignore[arg-type]

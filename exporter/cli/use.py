@@ -16,7 +16,7 @@ from exporter.errors import UserError
 @click.command("run")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, help="Text to go on from; several make a batch.  [default: stdin]")
-@click.option("--tokens", type=options.IdList(), help="Token ids instead of text, for a bundle without a tokenizer.")
+@click.option("--tokens", type=options.IdList(), help="Token ids instead of text.")
 @click.option("--chat", is_flag=True, help="Each prompt is a question, put into the model's chat template.")
 @click.option("--variant", help="Which graph of the bundle.  [default: the first]")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
@@ -24,7 +24,7 @@ from exporter.errors import UserError
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="Keep the k likeliest tokens; 0 keeps all.")
 @click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens that sum to p.")
 @click.option("--capacity", type=click.IntRange(min=1), help="KV cache rows a sequence.  [default: what the run needs]")
-@options.all_of(options.seed, options.backend, options.threads, options.as_json)
+@options.all_of(options.seed, options.running, options.as_json)
 def run_command(
     bundle: Path,
     prompts: tuple[str, ...],
@@ -57,7 +57,7 @@ def run_command(
     chosen = opened.variant(variant)
     if tokens and (prompts or chat):
         raise UserError("--tokens stands instead of --prompt and --chat; give one of them")
-    texts = prompts or (() if tokens else (_stdin().rstrip("\n"),))
+    texts = prompts or (() if tokens else (_stdin(),))
     fed = Prompts.from_ids(tokens, chosen) if tokens else Prompts.from_texts(opened, chosen, list(texts), chat)
     sampler = Sampler(temperature, top_k, top_p, seed)
     generation = Generation(opened, chosen, fed, sampler, max_new_tokens, capacity, backend, threads)
@@ -81,7 +81,7 @@ def run_command(
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens a window; half is context.")
 @click.option("--reference", type=click.Path(path_type=Path), help="Checkpoint or bundle to compare next tokens with.")
 @click.option("--variant", help="Which graph of the bundle.  [default: the first]")
-@options.all_of(options.backend, options.threads, options.as_json)
+@options.all_of(options.running, options.as_json)
 def eval_command(
     path: Path,
     text: Path | None,
@@ -103,18 +103,21 @@ def eval_command(
       headpool eval bundle --variant g1 --reference model.gguf --tokens 1024
       headpool eval checkpoint/ --text book.txt --json
     """
-    from exporter.evaluate import agreement, cross_entropy, cut, default_text
-    from exporter.serve import open_any, tokenizer_of
+    from exporter.evaluate import agreement, check_text, cross_entropy, cut, default_text
+    from exporter.serve import Model, check_scoring
 
-    tokenizer = tokenizer_of(path)
-    ids = tokenizer.encode(_read(text) if text else default_text(), special=False)[:limit]
+    model = Model.find(path, variant)
+    compared = Model.find(reference) if reference is not None else None
+    check_scoring(model, compared, window)
+    ids = model.tokenizer().encode(_read(text) if text else default_text(), special=False)[:limit]
+    check_text(ids)
     started = time.perf_counter()
-    with open_any(path, variant, window, backend, threads) as session, progress_bar() as progress:
+    with model.session(window, backend, threads) as session, progress_bar() as progress:
         loss = cross_entropy(session, ids, window, max(1, window // 2), lambda done, n: progress("scoring", done, n))
         data = {"path": str(path), "nats_per_token": loss.nats_per_token, "tokens": loss.tokens}
         lines = [f"cross-entropy {loss.nats_per_token:.4f} nats a token over {loss.tokens} tokens"]
-        if reference is not None:
-            with open_any(reference, None, window, backend, threads) as other:
+        if compared is not None:
+            with compared.session(window, backend, threads) as other:
                 windows = cut(ids, window, len(ids) // window or 1)
                 same = agreement(session, other, windows, lambda done, n: progress("comparing", done, n))
             data |= {"reference": str(reference), "same_token": same.same_token, "mean_kl": same.mean_kl}
@@ -127,9 +130,12 @@ def eval_command(
 
 def _stdin() -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8").rstrip("\n") if sys.stdin else ""  # None where it is closed
     except UnicodeDecodeError:
         raise UserError("the prompt on standard input is not UTF-8 text") from None
+    if not text:
+        raise UserError("standard input holds no prompt; give one there, with --prompt, or as token ids with --tokens")
+    return text
 
 
 def _read(path: Path) -> str:

@@ -10,6 +10,7 @@ from exporter.checkpoint import open_checkpoint, write_checkpoint
 from exporter.config import ModelConfig, check_groups
 from exporter.convert.heads import Method, convert_weights
 from exporter.files import refuse_existing
+from exporter.tokenizer import check_tokenizer
 
 
 def convert_checkpoint(
@@ -27,6 +28,7 @@ def convert_checkpoint(
     checkpoint = open_checkpoint(path)
     check_groups(checkpoint.config.num_heads, kv_heads)
     refuse_existing(out)
+    check_tokenizer(checkpoint.side_files, str(path))
     config, weights = convert_weights(checkpoint.config, checkpoint.weights, kv_heads, method, seed)
     total = sum(tensor.nbytes for tensor in weights.values())
     done = 0

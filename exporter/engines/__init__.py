@@ -30,6 +30,12 @@ BACKENDS = {
         "pip uninstall onnxruntime; pip install onnxruntime-gpu",
         {"provider": "CUDAExecutionProvider"},
     ),
+    **{
+        name: Backend(
+            "exporter.engines.tensorrt.session", name.replace("-", "_"), f"pip install 'headpool[{name}]'", {"backend": name}
+        )
+        for name in ("tensorrt", "tensorrt-rtx")
+    },
 }
 
 

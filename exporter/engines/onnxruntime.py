@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import psutil
 
 from exporter.bundle import Bundle, Variant
+from exporter.engines import huge_pages
 from exporter.engines.base import Session, SessionInfo
 from exporter.engines.ort_concat import ConcatSession
 from exporter.engines.ort_session import DEVICES
@@ -62,6 +64,17 @@ def open_session(
     return kind(runtime, variant, batch, capacity, info)
 
 
+def operator_library() -> Path:
+    """headpool's operators for ONNX Runtime, as scripts/ops builds them. Raises EngineError where they were not."""
+    path = Path(__file__).with_name("libheadpool_ops.so")
+    if not path.is_file():
+        raise EngineError(
+            "pattern fused needs headpool's operator library, which was not built here: run scripts/ops, "
+            "which needs a C++ compiler, or use the pattern grouped"
+        )
+    return path
+
+
 def physical_cores() -> int:
     """Cores this process may use, hyper-threads not counted: both threads of a core share the units that attention needs."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -77,6 +90,12 @@ def _load(
     options.graph_optimization_level = OPTIMISATIONS[optimisation]
     options.log_severity_level = 3  # errors; they come as exceptions besides
     options.enable_mem_pattern = variant.cache == "static"  # concat has new shapes each step, and each would be planned
+    held: list[Any] = []
+    if variant.pattern == "fused":
+        options.register_custom_ops_library(str(operator_library()))
+        names, values, held = huge_pages.initializers(graph)
+        for name, value in zip(names, values, strict=True):
+            options.add_initializer(name, value)
     if profile_to is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_to)
@@ -96,4 +115,5 @@ def _load(
     ):
         if [(b.name, list(b.shape)) for b in wanted] != [(value.name, list(value.shape)) for value in found]:
             raise EngineError(f"{graph} has other {kind} than its manifest says; it belongs to another bundle, export it again")
+    runtime.held = held  # memory of ours that it reads
     return runtime

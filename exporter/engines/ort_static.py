@@ -15,6 +15,7 @@ import onnxruntime
 
 from exporter import contract
 from exporter.bundle import Variant
+from exporter.engines import huge_pages
 from exporter.engines.base import SessionInfo
 from exporter.engines.feeding import Feed, right_padded
 from exporter.engines.ort_session import ELEMENT_TYPES, STORAGE, Call, OrtSession
@@ -44,7 +45,7 @@ class Buffer:
 
     def __init__(self, shape: tuple[int, ...], dtype: str, device: str) -> None:
         self.shape, self.element, self.device = shape, ELEMENT_TYPES[dtype], device
-        self.host: np.ndarray | None = np.zeros(shape, STORAGE[dtype])
+        self.host: np.ndarray | None = huge_pages.zeros(shape, STORAGE[dtype])
         self.value: Any = None
         if device != "cpu":
             self.value, self.host = onnxruntime.OrtValue.ortvalue_from_numpy(self.host, device, 0), None
@@ -114,7 +115,7 @@ class StaticSession(OrtSession):
             new = {name: Buffer(shape, self.variant.dtype, self.device) for name, shape in zip(names, shapes, strict=True)}
         except MemoryError:
             size = self.batch * rows * self.variant.kv_bytes_per_token
-            raise EngineError(f"no memory for a cache of {size / 2**20:.0f} MiB; lower --capacity or --batch") from None
+            raise EngineError(f"no memory for a cache of {size / 1e6:.0f} MB; lower --capacity or --batch") from None
         for name, buffer in new.items():
             if used:
                 buffer.load(old[name].to_host()[:, :, :used])

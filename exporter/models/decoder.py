@@ -47,7 +47,8 @@ class Prologue(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.rotary = Rotary(config, dtype) if config.rope.kind != "none" else None
-        self.embed_scale = config.embed_scale
+        # In the weights' dtype, as Gemma has it: sqrt(3072) is 55.43, in bf16 55.5. On the CPU also where parameters are fake.
+        self.embed_scale = torch.tensor(config.embed_scale, dtype=dtype, device="cpu").item()
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x = self.embed_tokens(input_ids.reshape(-1))

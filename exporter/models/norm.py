@@ -21,7 +21,14 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if self.kind == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight + 1 if self.offset else self.weight
+        if not self.offset:
+            return self._normalise(x, self.weight, self.bias)
+        # As Gemma does: 1 + w and all that follows in float32, rounded once. In bf16, 1 + w itself would lose most of w's bits.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return self._normalise(x.to(wide), self.weight.to(wide) + 1, bias).to(x.dtype)
+
+    def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.kind == "layer":
-            return F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)

@@ -2,10 +2,11 @@
 
     check(node) -> str | None          the reason why it does not apply to this node, or None
     rewrite(node, emit) -> (output, present_key, present_value)
+    finish(model)               optional: what is left to do when all nodes are rewritten
 
 and the table below names them all.
 """
 
-from graphs.patterns import attention, gqa, grouped, repeat
+from graphs.patterns import attention, fused, gqa, grouped, repeat
 
-PATTERNS = {"repeat": repeat, "grouped": grouped, "attention": attention, "gqa": gqa}
+PATTERNS = {"repeat": repeat, "grouped": grouped, "attention": attention, "gqa": gqa, "fused": fused}

@@ -21,7 +21,7 @@ def check(node: GroupedAttention) -> str | None:
 
 def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, ir.Value]:
     present_key, present_value = common.update_cache(emit, node)
-    query_BHTD = common.split_heads(emit, "query", node.query, node.num_heads)
+    query_BHTD = common.split_heads(emit, "query", node.query, node.num_heads, node.head_dim)
     mask = common.mask(emit, node)
     output_BHTD = emit.op("Attention", "Attention", query_BHTD, present_key, present_value, mask, scale=node.scale)
     return common.merge_heads(emit, output_BHTD), present_key, present_value

@@ -8,8 +8,8 @@ from graphs.canonical import GroupedAttention
 from graphs.emit import Emitter
 
 
-def split_heads(emit: Emitter, name: str, x_BTE: ir.Value, heads: int) -> ir.Value:
-    """[B,T,heads·D] → [B,heads,T,D].
+def split_heads(emit: Emitter, name: str, x_BTE: ir.Value, heads: int, size: int) -> ir.Value:
+    """[B,T,heads·size] → [B,heads,T,size]. TensorRT takes a head size only where it is written out, not as −1.
 
     A RotaryEmbedding before it is applied to the split heads instead, and a Reshape before that is done in one go, since both
     leave the old nodes unused: three nodes fewer a layer, each some microseconds of a decode step.
@@ -19,22 +19,24 @@ def split_heads(emit: Emitter, name: str, x_BTE: ir.Value, heads: int) -> ir.Val
         x, *angles = producer.inputs
         assert x is not None
         attributes = {key: attribute.value for key, attribute in producer.attributes.items()}
-        return emit.op(f"{name}/RotaryEmbedding", "RotaryEmbedding", split_heads(emit, name, x, heads), *angles, **attributes)
-    source, shape = x_BTE, emit.constant([0, 0, heads, -1])
+        return emit.op(
+            f"{name}/RotaryEmbedding", "RotaryEmbedding", split_heads(emit, name, x, heads, size), *angles, **attributes
+        )
+    source, shape = x_BTE, emit.constant([0, 0, heads, size])
     if producer is not None and producer.op_type == "Reshape" and producer.inputs[0] is not None:
-        source, shape = producer.inputs[0], _token_shape(emit, x_BTE, heads)
+        source, shape = producer.inputs[0], _token_shape(emit, x_BTE, heads, size)
     apart = emit.op(f"{name}/Reshape", "Reshape", source, shape)
     return emit.op(f"{name}/Transpose", "Transpose", apart, perm=[0, 2, 1, 3])
 
 
-def _token_shape(emit: Emitter, x_BTE: ir.Value, heads: int) -> ir.Value:
-    """The Reshape target [B, T, heads, −1]; one for all layers of equal heads. Every layer's B and T are the first one's."""
+def _token_shape(emit: Emitter, x_BTE: ir.Value, heads: int, size: int) -> ir.Value:
+    """The Reshape target [B, T, heads, size]; one for all layers of equal heads. Every layer's B and T are the first one's."""
     if "batch_tokens" not in emit.shared:
         emit.shared["batch_tokens"] = emit.op("tokens/Shape", "Shape", x_BTE, start=0, end=2)
-    key = ("token shape", heads)
+    key = ("token shape", heads, size)
     if key not in emit.shared:
-        rest = emit.constant([heads, -1])
-        emit.shared[key] = emit.op(f"tokens/{heads}/Concat", "Concat", emit.shared["batch_tokens"], rest, axis=0)
+        rest = emit.constant([heads, size])
+        emit.shared[key] = emit.op(f"tokens/{heads}x{size}/Concat", "Concat", emit.shared["batch_tokens"], rest, axis=0)
     return emit.shared[key]
 
 
@@ -47,8 +49,9 @@ def merge_heads(emit: Emitter, x_BHTD: ir.Value) -> ir.Value:
 def update_cache(emit: Emitter, node: GroupedAttention) -> tuple[ir.Value, ir.Value]:
     """present_key, present_value: TensorScatter into the static cache, Concat onto the other."""
     present = []
-    for name, past, new in (("key", node.past_key, node.key), ("value", node.past_value, node.value)):
-        new_BGTD = split_heads(emit, f"cache/{name}", new, node.kv_num_heads)
+    sizes = (("key", node.past_key, node.key, node.head_dim), ("value", node.past_value, node.value, node.value_dim))
+    for name, past, new, size in sizes:
+        new_BGTD = split_heads(emit, f"cache/{name}", new, node.kv_num_heads, size)
         if node.position_ids is not None:
             rows = _write_rows(emit, node.position_ids)
             written = emit.op(f"cache/{name}/TensorScatter", "TensorScatter", past, new_BGTD, rows, axis=-2, mode="linear")

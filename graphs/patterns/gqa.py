@@ -50,6 +50,10 @@ def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, 
     )
 
 
+def finish(model: ir.Model) -> None:
+    model.graph.opset_imports[DOMAIN] = 1
+
+
 def _lengths_static(emit: Emitter, position_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
     """seqlens_k int32 [B] (length − 1) and total_sequence_length int32 scalar."""
     if "seqlens_k" not in emit.shared:

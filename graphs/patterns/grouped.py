@@ -21,7 +21,7 @@ def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, 
     H, G = node.num_heads, node.kv_num_heads
     present_key, present_value = common.update_cache(emit, node)
 
-    query_BHTD = common.split_heads(emit, "query", node.query, H)
+    query_BHTD = common.split_heads(emit, "query", node.query, H, node.head_dim)
     # Scaled here and not beside the MatMul: there ONNX Runtime makes it the MatMul's alpha, which has no fast path for one row.
     scaled = emit.op("query/Mul", "Mul", query_BHTD, emit.constant(node.scale, node.dtype))
     rows_BGMD = emit.op("query/rows/Reshape", "Reshape", scaled, emit.constant([0, G, -1, node.head_dim]))  # M = R·T, r-major

@@ -18,7 +18,7 @@ def check(node: GroupedAttention) -> str | None:
 
 def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, ir.Value]:
     present_key, present_value = common.update_cache(emit, node)
-    query_BHTD = common.split_heads(emit, "query", node.query, node.num_heads)
+    query_BHTD = common.split_heads(emit, "query", node.query, node.num_heads, node.head_dim)
     key_BHSD = _repeat(emit, "repeat_key", present_key, node)
     value_BHSD = _repeat(emit, "repeat_value", present_value, node)
     key_BHDS = emit.op("scores/Transpose", "Transpose", key_BHSD, perm=[0, 1, 3, 2])

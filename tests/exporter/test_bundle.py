@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import hf
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,12 +20,6 @@ from exporter.checkpoint import open_checkpoint
 from exporter.engines import open_session
 from exporter.errors import BundleError, EngineError
 from exporter.export import ExportOptions, export
-
-spec = importlib.util.spec_from_file_location("exporter_hf", Path(__file__).with_name("hf.py"))
-assert spec is not None
-assert spec.loader is not None
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +80,18 @@ DAMAGE = [
     (VARIANT, None, "is damaged: AttributeError: 'NoneType' object has no attribute 'get'"),
     ((*VARIANT, "name"), "g2", "is damaged: its variants are g2, g2; there must be some, each with a name of its own"),
     ((*VARIANT, "name"), "", "is damaged: variant '' has no name or a negative number of bytes"),
-    ((*VARIANT, "name"), 5, "is damaged: variant.name is 5, not a text"),
-    ((*VARIANT, "extra"), 5, "is damaged: variant has the unknown key 'extra'"),
-    ((*VARIANT, "weights"), "model.safetensors", "is damaged: variant.weights is 'model.safetensors', not a list"),
-    ((*VARIANT, "weights"), [1], "is damaged: variant.weights[0] is 1, not a text"),
+    ((*VARIANT, "name"), 5, "is damaged: variant.name is 5: input should be a valid string"),
+    ((*VARIANT, "extra"), 5, "is damaged: variant.extra is an unknown key"),
+    (
+        (*VARIANT, "weights"),
+        "model.safetensors",
+        "is damaged: variant.weights is 'model.safetensors': input should be a valid array",
+    ),
+    ((*VARIANT, "weights"), [1], "is damaged: variant.weights[0] is 1: input should be a valid string"),
     ((*VARIANT, "weight_bytes"), -1, "is damaged: variant 'g1' has no name or a negative number of bytes"),
-    ((*VARIANT, "weight_bytes"), 1.5, "is damaged: variant.weight_bytes is 1.5, not a whole number"),
-    ((*VARIANT, "cache"), "ring", "is damaged: variant.cache 'ring' is not one of concat, static"),
-    ((*VARIANT, "logits"), "none", "is damaged: variant.logits 'none' is not one of last, all"),
+    ((*VARIANT, "weight_bytes"), 1.5, "is damaged: variant.weight_bytes is 1.5: input should be a valid integer"),
+    ((*VARIANT, "cache"), "ring", "is damaged: variant.cache is 'ring': input should be 'concat' or 'static'"),
+    ((*VARIANT, "logits"), "none", "is damaged: variant.logits is 'none': input should be 'last' or 'all'"),
     ((*VARIANT, "dtype"), "int8", "is damaged: dtype 'int8' is not one of fp32, fp16, bf16"),
     (
         (*VARIANT, "dtype"),
@@ -106,15 +104,19 @@ DAMAGE = [
         "is damaged: variant 'g1': its inputs are not what the contract says for this config",
     ),
     ((*VARIANT, "outputs"), [], "is damaged: variant 'g1': its outputs are not what the contract says for this config"),
-    ((*VARIANT, "conversion"), [], "is damaged: variant.conversion is [], not an object or null"),
+    ((*VARIANT, "conversion"), [], "is damaged: variant.conversion is []: input should be an object"),
     (
         (*VARIANT, "config", "kv_heads"),
         [1, 4],
         "is damaged: layer 1: 4 KV heads do not divide 6 query heads; choose from 6, 3, 2, 1",
     ),
-    ((*VARIANT, "config", "eos_token_ids"), ["x"], "is damaged: variant.config.eos_token_ids[0] is 'x', not a whole number"),
-    (("source",), [], "is damaged: source is [], not an object"),
-    (("tools",), {"torch": 2}, "is damaged: tools.torch is 2, not a text"),
+    (
+        (*VARIANT, "config", "eos_token_ids"),
+        ["x"],
+        "is damaged: variant.config.eos_token_ids[0] is 'x': input should be a valid integer",
+    ),
+    (("source",), [], "is damaged: source is []: input should be an object"),
+    (("tools",), {"torch": 2}, "is damaged: tools.torch is 2: input should be a valid string"),
 ]
 
 
@@ -145,11 +147,12 @@ def test_a_manifest_that_is_no_manifest(text: bytes, bundle: Path) -> None:
 
 
 def test_no_bundle_at_all(tmp_path: Path, bundle: Path) -> None:
-    assert refusal(tmp_path / "no") == (
-        f"{tmp_path}/no is not a bundle: it has no headpool.json; make one with 'headpool export'"
-    )
-    assert "Not a directory" in refusal(bundle / MANIFEST)
+    make = "make one with 'headpool export'"
+    assert refusal(tmp_path / "no") == f"{tmp_path}/no is not a bundle: it does not exist; {make}"
+    assert refusal(bundle / MANIFEST) == f"{bundle}/headpool.json is not a bundle: it is a file; {make}"
+    assert refusal(bundle / MANIFEST / "x") == f"{bundle}/headpool.json/x is not a bundle: it does not exist; {make}"
     (bundle / MANIFEST).unlink()
+    assert refusal(bundle) == f"{bundle} is not a bundle: it has no headpool.json; {make}"
     os.mkdir(bundle / MANIFEST)
     assert "Is a directory" in refusal(bundle)
 
@@ -191,6 +194,19 @@ def test_any_change_is_refused_or_leaves_a_bundle_that_can_be_read(data, whole: 
         assert {name for v in opened.variants for name in (v.graph, *v.weights)} <= set(os.listdir(bundle))
         json.dumps(inspect(bundle))
         "\n".join(render(inspect(bundle))).encode()
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(cut=st.none() | st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=3))
+def test_a_cut_or_flipped_manifest(cut, flips, whole: Path, bundle: Path) -> None:
+    data = bytearray((whole / MANIFEST).read_bytes())
+    for where, change in flips:
+        data[int(where * (len(data) - 1))] ^= change
+    (bundle / MANIFEST).write_bytes(data if cut is None else data[: int(cut * len(data))])
+    try:
+        Bundle.open(bundle)
+    except BundleError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017  it need not be refused
 
 
 # Damage that only the runtime sees

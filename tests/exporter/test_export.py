@@ -1,54 +1,25 @@
-"""The export stage: valid graphs, weights once, links, the manifest's truth, and nothing left behind when it fails."""
+"""The export stage: valid graphs, weights once, the manifest's truth."""
 
 from __future__ import annotations
 
-import dataclasses
-import errno
 import hashlib
-import importlib.util
 import json
-import os
-import threading
 from pathlib import Path
-from typing import Any
 
+import hf
 import onnx
 import onnxruntime
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import exporter.export as stage
-from exporter.background import Background
 from exporter.bundle import Bundle
-from exporter.checkpoint import Checkpoint, open_checkpoint, open_source, scan
-from exporter.errors import UserError
+from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.export import ExportOptions, export
-from exporter.files import new_file, new_folder, refuse_existing
-from exporter.weights import ComputedTensor
 from graphs.errors import GraphError
 from graphs.verify import check_model
 
-spec = importlib.util.spec_from_file_location("exporter_hf", Path(__file__).with_name("hf.py"))
-assert spec is not None
-assert spec.loader is not None
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
-
 PATTERNS = ("repeat", "grouped", "attention", "gqa")
 ORT_DTYPES = {"fp32": "tensor(float)", "fp16": "tensor(float16)", "int64": "tensor(int64)"}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    folder = hf.save("llama", tmp_path_factory.mktemp("saved"))
-    hf.add_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture
-def checkpoint(saved: Path) -> Checkpoint:
-    return open_checkpoint(saved)
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +31,6 @@ def bundles(saved: Path, tmp_path_factory) -> list[Bundle]:
         export(open_checkpoint(saved), out / "concat", ExportOptions((2,), patterns=PATTERNS, cache="concat")),
         export(open_checkpoint(saved), out / "half", ExportOptions(patterns=PATTERNS, dtype="fp16", logits="all")),
     ]
-
-
-def snapshot(folder: Path) -> dict[str, Any]:
-    """Every file's content, size, times and mode."""
-    return {
-        str(path.relative_to(folder)): (
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-            path.stat().st_mtime_ns,
-            path.stat().st_mode,
-        )
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 def size(folder: Path) -> int:
@@ -188,196 +147,6 @@ def test_six_group_counts_take_little_more_than_one(tmp_path: Path) -> None:
     }
 
 
-# Links
-
-
-def test_links_write_almost_nothing(checkpoint: Checkpoint, saved: Path, tmp_path: Path) -> None:
-    before = snapshot(saved)
-    bundle = export(checkpoint, tmp_path / "out", ExportOptions(groups=(2, 1), storage="link"))
-    assert (tmp_path / "out" / "model.safetensors").samefile(saved / "model.safetensors")
-    own = [path for path in (tmp_path / "out").glob("*.safetensors") if path.stat().st_nlink == 1]
-    assert [path.name for path in own] == ["model.g1.safetensors"]
-    assert snapshot(saved) == before
-    for variant in bundle.variants:
-        check_model(bundle.graph_path(variant))
-    check_against = export(checkpoint, tmp_path / "copy", ExportOptions(groups=(2, 1)))
-    assert [v.weight_bytes for v in bundle.variants] == [v.weight_bytes for v in check_against.variants]
-
-
-def test_shards_that_are_symbolic_links_are_linked_to_their_files(saved: Path, tmp_path: Path) -> None:
-    """A Hugging Face cache holds links to blobs; ONNX Runtime would refuse the links themselves."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    for path in saved.iterdir():
-        (cache / path.name).symlink_to(path)
-    bundle = export(open_checkpoint(cache), tmp_path / "out", ExportOptions(storage="link"))
-    assert not (bundle.path / "model.safetensors").is_symlink()
-    assert (bundle.path / "model.safetensors").samefile(saved / "model.safetensors")
-
-
-def test_another_dtype_is_copied_also_with_links(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    bundle = export(checkpoint, tmp_path / "out", ExportOptions(storage="link", dtype="fp16"))
-    assert all(path.stat().st_nlink == 1 for path in bundle.path.iterdir())
-
-
-@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM, errno.EMLINK])
-def test_a_link_that_cannot_be_made(number: int, checkpoint: Checkpoint, saved: Path, tmp_path: Path, monkeypatch) -> None:
-    def link(*_: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "link", link)
-    with pytest.raises(UserError) as error:
-        export(checkpoint, tmp_path / "out", ExportOptions(storage="link"))
-    assert str(error.value) == (
-        f"{saved}/model.safetensors cannot be hard-linked beside the bundle ({os.strerror(number)}); use --weights copy"
-    )
-    assert not list(tmp_path.iterdir())
-
-
-# Failures
-
-
-@pytest.mark.parametrize("storage", ["copy", "link"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers(value: float, storage: Any, saved: Path, tmp_path: Path) -> None:
-    state = load_file(saved / "model.safetensors")
-    state["model.layers.1.mlp.up_proj.weight"][3, 4] = value
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "config.json").write_bytes((saved / "config.json").read_bytes())
-    save_file(state, tmp_path / "in" / "model.safetensors")
-    with pytest.raises(UserError, match=r"tensor 'model.layers.1.mlp.up_proj.weight' holds NaN or infinite values"):
-        export(open_checkpoint(tmp_path / "in"), tmp_path / "out", ExportOptions(storage=storage))
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-def test_values_beyond_half_precision(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    name = "model.norm.weight"
-    weights = {**checkpoint.weights, name: ComputedTensor(name, torch.float32, (48,), lambda: torch.full((48,), 1e5))}
-    with pytest.raises(UserError, match=r"tensor 'model.norm.weight' has values beyond the range of torch.float16"):
-        export(dataclasses.replace(checkpoint, weights=weights), tmp_path / "out", ExportOptions(dtype="fp16"))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "where", ["write_safetensors", "canonical_graph", "lower", "check_model", "genai_config", "_write_json"]
-)
-@pytest.mark.parametrize(
-    "failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=["ctrl-c", "full"]
-)
-def test_nothing_is_left_of_a_failure(
-    failure, where: str, checkpoint: Checkpoint, saved: Path, tmp_path: Path, monkeypatch
-) -> None:
-    before = snapshot(saved)
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise failure
-
-    monkeypatch.setattr(
-        "exporter.layout.write_safetensors" if where == "write_safetensors" else f"exporter.export.{where}", fail
-    )
-    with pytest.raises((KeyboardInterrupt, UserError)) as error:
-        export(checkpoint, tmp_path / "out", ExportOptions(groups=(2, 1)))
-    if isinstance(failure, OSError):
-        assert str(error.value) == f"{tmp_path}/out cannot be written: No space left on device"
-    assert not list(tmp_path.iterdir())
-    assert snapshot(saved) == before
-
-
-def test_an_interrupt_does_not_wait_for_the_hash(checkpoint: Checkpoint, tmp_path: Path, monkeypatch) -> None:
-    """Hashing 16 GB takes its time; Ctrl-C ends at once."""
-    release = threading.Event()
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(stage, "scan", lambda files: release.wait(30))
-    monkeypatch.setattr(stage, "_write_graphs", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        export(checkpoint, tmp_path / "out", ExportOptions())
-    assert not release.is_set()
-    release.set()
-    assert not list(tmp_path.iterdir())
-
-
-def test_background_gives_what_came_of_it() -> None:
-    assert Background(lambda a, b: a + b, 2, b=3).result() == 5
-
-    def fail() -> None:
-        raise UserError("no")
-
-    with pytest.raises(UserError, match="no"):
-        Background(fail).result()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"patterns": ("fused",)}, "pattern 'fused' is not one of repeat, grouped, attention, gqa"),
-        ({"patterns": ()}, "patterns : name each once, and at least one"),
-        ({"patterns": ("gqa", "gqa")}, "patterns gqa, gqa: name each once, and at least one"),
-        ({"groups": (3, 3)}, "group counts 3, 3: name each once, and at least one"),
-        ({"dtype": "int8"}, "dtype 'int8' is not one of fp32, fp16, bf16"),
-        ({"cache": "ring"}, "cache 'ring' is not one of concat, static"),
-        ({"logits": "some"}, "logits 'some' is not one of last, all"),
-        ({"method": "sum"}, "method 'sum' is not one of mean, first, random"),
-        ({"storage": "move"}, "weights 'move' is not one of copy, link"),
-    ],
-)
-def test_unknown_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        ExportOptions(**options)
-    assert str(error.value) == message
-
-
-def test_refusals_come_before_the_work(checkpoint: Checkpoint, saved: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(stage, "scan", lambda files: pytest.fail("the work has begun"))
-    for out, message in (
-        (saved, f"{saved} exists; choose another name or remove it"),
-        (tmp_path / "no" / "out", f"{tmp_path}/no/out cannot be written: {tmp_path}/no is not a folder"),
-        (saved / "config.json" / "out", f"{saved}/config.json is not a folder; make it first, or choose another place"),
-    ):
-        with pytest.raises(UserError) as error:
-            export(checkpoint, out, ExportOptions())
-        assert message in str(error.value)
-    with pytest.raises(UserError, match="4 KV heads do not divide 6 query heads; choose from 6, 3, 2, 1"):
-        export(checkpoint, tmp_path / "out", ExportOptions(groups=(2, 4)))
-    assert not list(tmp_path.iterdir())
-
-
-# Outputs, whole or absent
-
-
-def test_an_output_that_appears_meanwhile_is_not_written_over(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="out exists"), new_folder(tmp_path / "out"):
-        (tmp_path / "out").mkdir()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(UserError, match="file exists"), new_file(tmp_path / "file"):
-        (tmp_path / "file").write_text("theirs")
-    assert (tmp_path / "file").read_text() == "theirs"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
-
-
-def test_a_dangling_link_counts_as_an_output(tmp_path: Path) -> None:
-    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="out exists"):
-        refuse_existing(tmp_path / "out")
-
-
-def test_errors_name_the_output_and_not_its_temporary_sibling(tmp_path: Path) -> None:
-    with (
-        pytest.raises(UserError) as error,
-        new_folder(tmp_path / "out") as outer,
-        new_folder(outer / "bundle") as inner,
-        new_file(inner / "model.safetensors"),
-    ):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert str(error.value) == f"{tmp_path}/out/bundle/model.safetensors cannot be written: No space left on device"
-    assert not list(tmp_path.iterdir())
-
-
-# The check of a written graph
-
-
 def test_the_check_finds_weights_that_are_not_there(bundles: list[Bundle], tmp_path: Path) -> None:
     bundle = bundles[1]
     graph = tmp_path / "model.onnx"
@@ -389,9 +158,3 @@ def test_the_check_finds_weights_that_are_not_there(bundles: list[Bundle], tmp_p
     graph.write_bytes(model.SerializeToString())
     with pytest.raises(GraphError, match=r"model.onnx is not valid ONNX: No Op registered for Nonsense"):
         check_model(graph)
-
-
-def test_scan_is_the_hash_of_all_files(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"one")
-    (tmp_path / "b").write_bytes(b"two" * 1_000_000)
-    assert scan((tmp_path / "a", tmp_path / "b")) == hashlib.sha256(b"one" + b"two" * 1_000_000).hexdigest()

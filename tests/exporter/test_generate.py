@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from exporter.checkpoint import Checkpoint
@@ -19,12 +19,6 @@ from exporter.evaluate import agreement, cross_entropy, cut, default_text
 from exporter.generate import ENDED, GREEDY, Sampler, generate
 from exporter.models.decoder import Decoder
 from exporter.weights import ComputedTensor
-
-spec = importlib.util.spec_from_file_location("exporter_tiny", Path(__file__).with_name("tiny.py"))
-assert spec is not None
-assert spec.loader is not None
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 
 @pytest.fixture(scope="module")

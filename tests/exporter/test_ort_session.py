@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from exporter.bundle import Bundle, Variant
 from exporter.engines import BACKENDS, open_session
@@ -16,12 +16,6 @@ from exporter.engines.base import Session
 from exporter.engines.ort_static import StaticSession, _next_rows
 from exporter.errors import BundleError, EngineError
 from exporter.models.decoder import Decoder
-
-spec = importlib.util.spec_from_file_location("exporter_tiny", Path(__file__).with_name("tiny.py"))
-assert spec is not None
-assert spec.loader is not None
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 FORMS = [("grouped", "static"), ("grouped", "concat"), ("attention", "static"), ("attention", "concat")]
 FORMS += [("gqa", "static"), ("gqa", "concat"), ("repeat", "concat")]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from evaluator import BF16, evaluator
 
 from exporter import contract
 from exporter.config import ModelConfig, RopeConfig
 from exporter.models.decoder import Decoder, canonical_to_module
 from exporter.trace import canonical_graph
+from exporter.weights import TORCH_DTYPES
 from graphs.lower import lower
 
-NUMPY = {"fp32": np.float32, "fp16": np.float16}
-TORCH = {"fp32": torch.float32, "fp16": torch.float16}
+NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": BF16}
 
 
 def tiny_config(kv_heads=(2, 2), num_heads=8, **changes) -> ModelConfig:
@@ -42,37 +44,41 @@ def random_decoder(config: ModelConfig, dtype: str = "fp32", std: float = 0.3, s
                 parameter.copy_(torch.rand_like(parameter) + (0 if config.norm_offset else 0.5))
             else:
                 parameter.normal_(0, std)
-    return model.to(TORCH[dtype]).eval().requires_grad_(False) if dtype == "fp32" else _cast(model, dtype)
+    return cast(model, dtype)
 
 
-def _cast(model: Decoder, dtype: str) -> Decoder:
-    cast = Decoder(model.config, TORCH[dtype])
-    cast.load_state_dict({name: value.to(TORCH[dtype]) for name, value in model.state_dict().items()})
-    return cast.eval().requires_grad_(False)
+def cast(model: Decoder, dtype: str) -> Decoder:
+    """Another decoder with the weights in `dtype`, in eval mode."""
+    other = Decoder(model.config, TORCH_DTYPES[dtype])
+    other.load_state_dict({name: value.to(TORCH_DTYPES[dtype]) for name, value in model.state_dict().items()})
+    return other.eval().requires_grad_(False)
 
 
-def with_weights(model: ir.Model, decoder: Decoder) -> bytes:
+def with_weights(model: ir.Model, decoder: Decoder) -> onnx.ModelProto:
     state = decoder.state_dict()
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
-            value.const_value = ir.tensor(state[canonical_to_module(name)].numpy(), name=name)
-    return ir.to_proto(model).SerializeToString()
+            tensor = state[canonical_to_module(name)]
+            array = tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+            value.const_value = ir.Tensor(array, dtype=value.dtype, name=name)
+    return ir.to_proto(model)
 
 
 _canonical: dict = {}
 
 
-def session(decoder: Decoder, pattern: str, cache: str, dtype: str = "fp32", logits: str = "all", optimise=True):
+def session(decoder: Decoder, pattern: str, cache: str, dtype: str = "fp32", logits: str = "all"):
+    """The lowered graph in ONNX Runtime; in bf16, which its CPU has no kernels for, in onnx's reference implementation."""
     key = (decoder.config, cache, dtype, logits)
     if key not in _canonical:
         _canonical[key] = canonical_graph(decoder.config, cache, dtype, logits)
     graph = with_weights(lower(_canonical[key], pattern), decoder)
+    if dtype == "bf16":
+        return evaluator(graph)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    if not optimise:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def run(sess, config: ModelConfig, ids, positions, caches, mask=None):

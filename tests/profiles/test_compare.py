@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from exporter.errors import UserError
-from profiles.compare import compare, comparison_table
-from profiles.table import results_table
+from profiles.compare import compare, comparison_table, comparison_view
+from profiles.table import results_table, results_view
 
 
 def scaled(results, factor, **changes):
@@ -75,11 +77,52 @@ def test_tables_fit_a_terminal_and_mark_failures(factory):
     narrow = text_of(results_table(decode), 80)
     assert "…" not in narrow
     assert "SmolLM2-135M · onnxruntime · static · fp32 · decode · batch 1" in narrow
-    assert "138,240" in narrow
+    assert "138 kB" in narrow
+    [heading] = [line.split() for line in narrow.splitlines() if "pattern" in line]
+    assert " ".join(heading) == "KV heads pattern context p50 ms p90 ms max ms × floor KV speed-up"
 
 
 def test_speed_up_is_against_the_most_heads(factory):
     cells = [factory.cell(factory.subject(g), samples=(t,), floor=0.05) for g, t in ((9, 0.3), (1, 0.1))]
     lines = text_of(results_table(factory.sweep(cells=tuple(cells)))).splitlines()
     (one,) = [line.split() for line in lines if line.split()[:2] == ["1", "grouped"]]
-    assert one[2:] == ["1,024", "100.0", "100.0", "2.00", "15,360", "3.00"]
+    assert one[2:] == ["1,024", "100.0", "100.0", "100.0", "2.00", "15.4", "kB", "3.00"]
+
+
+def test_a_speed_up_within_the_noise_is_none(factory):
+    noisy = tuple(0.1 + 0.05 * np.random.default_rng(0).random(32))
+    cells = [factory.cell(factory.subject(g), samples=s) for g, s in ((9, noisy), (1, tuple(0.99 * x for x in noisy)))]
+    lines = text_of(results_table(factory.sweep(cells=tuple(cells)))).splitlines()
+    (one,) = [line.split() for line in lines if line.split()[:2] == ["1", "grouped"]]
+    assert one[-2:] == ["≈", "1"]
+
+
+def test_p99_needs_a_hundred_samples(factory):
+    few, many = (factory.cell(factory.subject(g), samples=(0.1,) * n) for g, n in ((9, 99), (1, 100)))
+    shown = text_of(results_table(factory.sweep(cells=(few,))))
+    assert "max ms" in shown
+    assert "p99" not in shown
+    shown = text_of(results_table(factory.sweep(cells=(many,))))
+    assert "p99 ms" in shown
+    assert "max" not in shown
+    both = text_of(results_table(factory.sweep(cells=(few, many))))
+    assert "p99 ms max ms" in " ".join(both.split())
+
+
+def test_a_busy_machine_is_named_above_the_tables(factory):
+    quiet = factory.sweep(groups=(9, 1), patterns=("grouped",), contexts=(128,))
+    busy = dataclasses.replace(quiet, bandwidth=dataclasses.replace(quiet.bandwidth, samples=(30e9, 12e9, 15e9)))
+    words = "Busy machine: memory bandwidth typically 50 % of its best. Measure again."
+    assert text_of(results_view(busy)).startswith(f"! {words}")
+    assert "Busy" not in text_of(results_view(quiet))
+    assert text_of(comparison_view(compare(quiet, busy))).startswith(f"! b: {words}")
+    assert text_of(comparison_view(compare(busy, quiet))).startswith(f"! a: {words}")
+    assert "Busy" not in text_of(comparison_view(compare(quiet, quiet)))
+
+
+def test_the_footer_says_only_what_there_is(factory):
+    a = factory.sweep(groups=(9, 3), patterns=("grouped",), contexts=(128,))
+    b = factory.sweep(groups=(3,), patterns=("grouped",), contexts=(128,))
+    assert "partner" not in text_of(comparison_table(compare(a, a)))
+    assert "without a partner: 3 of a\n" in re.sub(" +\n", "\n", text_of(comparison_table(compare(a, b))))
+    assert "without a partner: 3 of b\n" in re.sub(" +\n", "\n", text_of(comparison_table(compare(b, a))))

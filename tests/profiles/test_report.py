@@ -4,15 +4,17 @@ import dataclasses
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from exporter.errors import UserError
+from exporter.units import size
 from profiles import stats
 from profiles.report import render, write_report
 from profiles.report_data import rows_of
 from profiles.report_svg import nice_axis
-from profiles.report_words import headline
-from profiles.table import milliseconds
+from profiles.report_words import headline, sentences
+from profiles.units import milliseconds, rounded
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}&amp;"
@@ -82,15 +84,15 @@ def test_nothing_is_fetched_and_nothing_runs(page):
 
 
 def test_every_number_of_the_table_is_on_the_page(results, page):
-    cells = set(re.findall(r"<td>(.*?)</td>", page))
+    cells = set(re.findall(r"<td class=\"n?\">(.*?)</td>", page))
     for cell in results.cells:
         times = stats.summary(cell.samples)
-        assert {milliseconds(value) for value in (times.p10, times.p50, times.p90, times.p99)} <= cells
-        assert f"{cell.subject.kv_bytes_per_token:,}" in cells
+        assert {milliseconds(value) for value in (times.p10, times.p50, times.p90, times.max)} <= cells
+        assert size(cell.subject.kv_bytes_per_token) in cells
         if cell.floor:
             assert {milliseconds(cell.floor), f"{times.p50 / cell.floor:.2f}"} <= cells
         for value in (cell.breakdown or {}).values():
-            assert f"{value * 1e3:.3f}" in cells
+            assert milliseconds(value) in cells
         assert f"{cell.quality['loss']:.4g}" in cells
 
 
@@ -113,9 +115,89 @@ def test_noise_is_named(factory):
     busy = factory.sweep(cells=cells, bandwidth=dataclasses.replace(factory.BANDWIDTH, samples=(30e9, 12e9, 15e9)))
     text = " ".join(Page(render([busy])).text)
     assert "so it may be no change at all" in text
-    assert "nothing measurable with 1 KV head" in text
-    assert "its bandwidth was typically 50% of its best" in text
-    assert "busy" not in render([factory.sweep()])
+    assert "More context cost nothing measurable (grouped)." in text
+    assert "Busy" not in render([factory.sweep()])
+    assert text.index("memory bandwidth typically 50 % of its best") < text.index("headpool report", 300)
+    two = " ".join(Page(render([busy, factory.sweep()])).text)
+    assert "Run 1: Busy machine" in two
+    assert "Run 2: Busy" not in two
+
+
+def test_slopes_have_the_digits_that_were_measured(factory):
+    """The same true slope, with little noise and with much: its digits go, and then its very claim."""
+
+    def sentence(noise, factors):
+        rng = np.random.default_rng(1)
+        cells = [
+            factory.cell(
+                factory.subject(g),
+                context=context,
+                burst=1,
+                samples=tuple(0.02 + factor * context * 1e-6 + noise * abs(rng.standard_normal()) for _ in range(64)),
+            )
+            for g, factor in zip((9, 1), factors, strict=True)
+            for context in (128, 1024, 4096)
+        ]
+        (found,) = [text for text in sentences(rows_of([factory.sweep(cells=tuple(cells))])) if "1,000 tokens" in text]
+        return found
+
+    assert "cost 1.23 ms with 1 KV head and 4.57 ms with 9 KV heads (grouped)." in sentence(1e-6, (4.567, 1.234))
+    assert re.search(r"cost 1\.\d ms with 1 KV head and 4\.\d ms with 9 KV heads \(grouped\)\.", sentence(2e-3, (4.567, 1.234)))
+    assert sentence(2e-4, (1.2, 1.2)).endswith("(grouped), a difference within the noise.")
+    assert "nothing measurable with 9 KV heads" in sentence(0.03, (1.2, 1.2))
+
+
+def test_p99_is_shown_from_a_hundred_samples_on(factory):
+    many = tuple(0.01 + 1e-5 * index for index in range(100))
+    page = render([factory.sweep(cells=(factory.cell(factory.subject(9)), factory.cell(factory.subject(1), samples=many)))])
+    assert {"p99 ms", "max ms"} <= set(re.findall("<th[^>]*>(.*?)</th>", page))
+    page = render([factory.sweep(cells=(factory.cell(factory.subject(1), samples=many),))])
+    assert "max ms" not in page
+    assert '<td class="n">11.0</td>' in page
+
+
+def test_settings_are_words(factory):
+    settings = {
+        "contexts": [128, 4096],
+        "kinds": ["decode", "ttft"],
+        "seconds": 10.0,
+        "capacity": None,
+        "memory": 12_000_000_000,
+    }
+    versions = {"headpool": "0.1.0", "torch": "2.13.0", "commit": "ab" * 20, "tree": "dirty"}
+    page = render([factory.sweep(settings=settings | {"own_thing": {"a": True}}, versions=versions)])
+    facts = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert facts["Contexts"] == "128, 4,096 tokens"
+    assert facts["Measured"] == "decode step, time to first token"
+    assert facts["Time limit"] == "10 s of a cell&#39;s samples"
+    assert facts["Memory limit"] == "12 GB"
+    assert facts["Own thing"] == "a: yes"
+    assert facts["Commit"] == "abababababab, with changes not committed"
+    assert facts["Read bandwidth"] == "31.0 GB/s at best (median 30.0, worst 29.0, of 3), reading 1.07 GB with 2 threads"
+    assert "Cache" not in facts
+    assert not re.search(r"[\[{'\]}]", " ".join(facts.values()).replace("&#39;", ""))
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        ((1.689, 1.65, 1.73), "1.69"),
+        ((123.4, 100, 150), "120"),
+        ((1.689, 1.689, 1.689), "1.69"),
+        ((0.4, -1, 2), "0.4"),
+        ((0, 0, 0), "0.00"),
+        ((1234.5, 1234, 1235), "1,230"),
+    ],
+)
+def test_digits(interval, text):
+    assert rounded(*interval) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (999.7, "1 kB"), (15_360, "15.4 kB"), (999_900, "1 MB"), (1.5e13, "15 TB")]
+)
+def test_sizes_are_decimal(count, text):
+    assert size(count) == text
 
 
 def test_hostile_strings_are_text(factory):

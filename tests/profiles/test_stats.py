@@ -15,7 +15,12 @@ def test_percentiles_agree_with_scipy():
     found = stats.summary(SAMPLES)
     wanted = scipy_stats.mstats.mquantiles(SAMPLES, [0.1, 0.5, 0.9, 0.99], alphap=1, betap=1)
     assert (found.p10, found.p50, found.p90, found.p99) == pytest.approx(tuple(wanted))
-    assert found.count == 101
+    assert (found.max, found.count) == (max(SAMPLES), 101)
+
+
+def test_under_a_hundred_samples_there_is_no_p99():
+    assert stats.summary(SAMPLES[:99]).p99 is None
+    assert stats.summary(SAMPLES[:100]).p99 is not None
 
 
 def test_median_interval_agrees_with_scipy():
@@ -57,6 +62,19 @@ def test_slope_agrees_with_scipy():
     assert stats.slope([64, 64], [1.0, 2.0]) is None
 
 
+def test_slopes_agree_with_resampling_by_hand():
+    contexts, rng = [128, 1024, 4096], np.random.default_rng(5)
+    samples = [0.01 + context * 2e-6 + 0.001 * rng.standard_normal(64) for context in contexts]
+    low, high = stats.interval(stats.slopes(contexts, samples))
+    by_hand = []
+    for _ in range(2000):
+        medians = [np.median(rng.choice(part, len(part))) for part in samples]
+        by_hand.append(scipy_stats.linregress(contexts, medians).slope * 1e6)
+    assert (low, high) == pytest.approx(tuple(np.percentile(by_hand, [2.5, 97.5])), abs=0.03)
+    assert low < 2 < high
+    assert stats.slopes([64, 64], [[1.0], [2.0]]) is None
+
+
 def test_one_sample_is_enough():
-    assert stats.summary([0.5]).p99 == 0.5
+    assert stats.summary([0.5]).max == 0.5
     assert stats.ratio_interval([0.5], [0.25], block=8) == (2.0, 2.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import hf
 import pytest
 import torch
 
@@ -13,11 +14,6 @@ from exporter.checkpoint.families import FAMILIES, layout
 from exporter.convert import convert_weights
 from exporter.errors import CheckpointError
 from exporter.weights import FileTensor
-
-NAMES = (
-    *("llama", "llama-tied-biased", "llama-mha-gelu", "llama-linear", "llama-llama3", "llama-yarn", "llama-yarn-mscale"),
-    *("mistral", "qwen2", "qwen3", "qwen3-biased", "gemma", "phi3", "phi3-partial", "starcoder2", "starcoder2-plain"),
-)
 
 
 def canonical(model) -> dict[str, torch.Tensor]:
@@ -40,7 +36,7 @@ def canonical(model) -> dict[str, torch.Tensor]:
     return result
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", hf.MODELS)
 def test_reads_the_bytes_transformers_wrote(name, models, saved):
     checkpoint = open_checkpoint(saved(name))
     wanted = canonical(models(name))
@@ -54,14 +50,14 @@ def test_reads_the_bytes_transformers_wrote(name, models, saved):
     assert checkpoint.hf_config["architectures"] == [FAMILIES[checkpoint.config.family].architecture]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", hf.MODELS)
 def test_config_means_what_transformers_computes(name, models, saved, their_logits, our_logits):
     ours, theirs = our_logits(saved(name)), their_logits(models(name))
     assert theirs.std() > 0.1  # flat logits would hide a mistake
     torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", hf.MODELS)
 @pytest.mark.parametrize("max_shard_bytes", [10_000, 10_000_000])
 def test_transformers_loads_what_we_write(name, max_shard_bytes, models, saved, tmp_path, their_logits):
     from transformers import AutoModelForCausalLM
@@ -117,7 +113,7 @@ def test_shards_may_be_links(models, saved, tmp_path):
 
 def test_keys_of_transformers_4(saved, edit):
     """rope_theta and rope_scaling instead of rope_parameters, torch_dtype instead of dtype."""
-    for name in ("llama-llama3", "llama-yarn-mscale", "phi3-partial"):
+    for name in ("llama-glu-llama3", "llama-yarn-mscale", "phi3-partial"):
         folder = saved(name)
         new = open_checkpoint(folder)
         parameters = dict(new.hf_config["rope_parameters"])

@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from exporter.checkpoint import check_finite, expected_shapes, open_checkpoint, write_checkpoint
+from exporter.checkpoint.gguf_config import HARMLESS
 from exporter.checkpoint.gguf_file import read_gguf
 from exporter.checkpoint.gguf_llama import NAMES, GgufTensor, gguf_name
+from exporter.checkpoint.hf_config import parse_config
+from exporter.config import ModelConfig
 from exporter.errors import CheckpointError
 from exporter.weights import FileTensor
 
@@ -291,6 +294,37 @@ def test_damaged_files_are_refused_or_read_to_the_end(flips, cut, tmp_path):
         assert "\n" not in str(error)  # noqa: PT017  it need not be refused
     else:
         assert cut is None
+
+
+NUMBERS = st.integers(0, 300) | st.sampled_from([2**31 - 1, 2**31, 2**32 - 1]) | st.floats(width=32)
+VALUES = NUMBERS | st.text(max_size=4) | st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3)
+METADATA = st.dictionaries(
+    st.sampled_from([*LLAMA_KEYS, *FLOATS, *HARMLESS, "attention.key_length", "rope.scaling.type", "rope.scaling.factor"]),
+    VALUES,
+    max_size=3,
+)
+TOKENIZER = st.fixed_dictionaries(
+    {},
+    optional={
+        "tokenizer.pre": st.text(max_size=4) | st.sampled_from(["gpt-2", "llama-bpe"]),
+        "tokenizer.tokens": st.lists(st.text(max_size=3), min_size=1, max_size=5),
+        "tokenizer.types": st.lists(st.integers(-1, 7), min_size=1, max_size=len(TOKENS)),
+        "tokenizer.merges": st.lists(st.text("the ", max_size=4), min_size=1, max_size=3),
+    },
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(metadata=METADATA, tokenizer=TOKENIZER)
+def test_any_metadata_is_read_or_refused_in_one_line(metadata, tokenizer, tmp_path):
+    try:
+        checkpoint = open_checkpoint(write(tmp_path / "tiny.gguf", **metadata, **tokenizer))
+    except CheckpointError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017  it need not be refused
+    else:
+        assert {name: tensor.shape for name, tensor in checkpoint.weights.items()} == expected_shapes(checkpoint.config)
+        assert ModelConfig.from_json(checkpoint.config.to_json()) == checkpoint.config
+        assert parse_config(checkpoint.hf_config) == checkpoint.config
 
 
 def tokenizer_of(path: Path) -> Tokenizer:

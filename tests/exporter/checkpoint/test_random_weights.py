@@ -25,7 +25,7 @@ def config_file(saved):
 def test_values(config_file):
     checkpoint = open_source(config_file("starcoder2"), seed=3)
     assert checkpoint.files == ()
-    assert checkpoint.name == "saved-starcoder2"
+    assert checkpoint.name == "starcoder2"
     assert {name: tensor.shape for name, tensor in checkpoint.weights.items()} == expected_shapes(checkpoint.config)
     weights = {name: tensor.read() for name, tensor in checkpoint.weights.items()}
     assert torch.equal(weights["model.norm.weight"], torch.ones(48))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from exporter.checkpoint import open_checkpoint, open_source, write_checkpoint
 from exporter.checkpoint.families import FAMILIES
-from exporter.checkpoint.hf_config import parse_config
+from exporter.checkpoint.hf_config import hf_config_for, parse_config
+from exporter.config import ModelConfig
+from exporter.decode import parse
 from exporter.errors import CheckpointError, UserError
+from exporter.models.rope import frequencies
 from exporter.weights import ComputedTensor
 
 LLAMA = {
@@ -131,32 +135,69 @@ def test_a_missing_size(key):
     assert str(error.value) == f"config.json: lacks {key}"
 
 
+WORDS = ["full_attention", "sliding_attention", "llama3", "yarn", "linear", "default", "gelu", "relu", "sigmoid", "1e3"]
+ROPE_KEYS = ["rope_type", "type", "factor", "rope_theta", "low_freq_factor", "high_freq_factor", "mscale", "truncate", "x"]
+ODD = [10**400, 2**31, 5e-324, 1e308, math.inf, math.nan]
+NUMBERS = st.integers(-3, 300) | st.integers() | st.floats() | st.sampled_from(ODD)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 300) | st.floats(-5, 5e5) | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rope_type", "factor", "type", "x"]), inner),
-    max_leaves=4,
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=4) | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(ROPE_KEYS), inner, max_size=6),
+    max_leaves=8,
 )
+KEYS = [
+    *(*LLAMA, "head_dim", "num_key_value_heads", "rope_scaling", "rope_parameters", "rope_theta", "sliding_window"),
+    *("layer_types", "max_window_layers", "use_sliding_window", "partial_rotary_factor", "original_max_position_embeddings"),
+    *("hidden_act", "hidden_activation", "rms_norm_eps", "norm_epsilon", "attention_bias", "mlp_bias", "use_bias"),
+    *("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config", "num_experts"),
+]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=600, deadline=None, derandomize=True)
 @given(
-    st.dictionaries(
-        st.sampled_from(
-            [
-                *(*LLAMA, "head_dim", "num_key_value_heads", "rope_scaling", "rope_parameters", "rope_theta", "sliding_window"),
-                *("layer_types", "hidden_act", "rms_norm_eps", "eos_token_id", "tie_word_embeddings", "quantization_config"),
-            ]
-        ),
-        JSON,
-        max_size=4,
-    ),
+    st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4),
     st.sampled_from(sorted(FAMILIES)),
+    st.dictionaries(st.sampled_from(["bos_token_id", "eos_token_id"]), JSON),
 )
-def test_any_config_is_parsed_or_refused_in_one_line(changes, model_type):
+@example({"bos_token_id": False}, "gemma", {"bos_token_id": []})
+@example({"rope_theta": math.inf}, "llama", {})
+@example({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": math.nan}}, "llama", {})
+def test_any_config_is_parsed_or_refused_in_one_line(changes, model_type, generation):
+    """What is parsed has a config of ours that survives JSON, finite frequencies, and a config.json that says it again."""
+    hf_config = {**LLAMA, "model_type": model_type, "num_key_value_heads": 2, **changes}
     try:
-        parse_config({**LLAMA, "model_type": model_type, "num_key_value_heads": 2, **changes})
+        config = parse_config(hf_config, generation)
     except CheckpointError as error:
-        assert "\n" not in str(error)  # noqa: PT017  it need not be refused
+        assert len(str(error).splitlines()) == 1  # noqa: PT017  it need not be refused
+        return
+    assert ModelConfig.from_json(parse(json.dumps(config.to_json()))) == config
+    if config.head_dim < 1000:
+        values, factor = frequencies(config)
+        assert torch.isfinite(values).all()
+        assert math.isfinite(factor)
+    assert parse_config(hf_config_for(config, hf_config, torch.float32), generation) == config
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(
+    name=st.sampled_from(["config.json", "generation_config.json", "model.safetensors.index.json"]),
+    cut=st.none() | st.floats(0, 1),
+    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=3),
+)
+def test_cut_and_flipped_json_files(name, cut, flips, models, tmp_path):
+    folder = tmp_path / "damaged"
+    if not folder.exists():
+        models("qwen3").save_pretrained(folder, max_shard_size="20KB")
+    whole = (folder / name).read_bytes()
+    data = bytearray(whole)
+    for where, change in flips:
+        data[int(where * (len(data) - 1))] ^= change
+    (folder / name).write_bytes(data if cut is None else data[: int(cut * len(data))])
+    try:
+        open_checkpoint(folder)
+    except CheckpointError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017  it need not be refused
+    finally:
+        (folder / name).write_bytes(whole)
 
 
 def refusal(path, open_it=open_checkpoint):

@@ -1,0 +1,75 @@
+"""Weights and caches in memory on huge pages.
+
+ONNX Runtime maps weight files as they are, on pages of 4 kB. Where a step reads all weights at the memory's speed, looking up
+those pages costs a fifth of it (measured: 27 against 34 GB/s). So the bytes are read once into anonymous memory that asks the
+kernel for pages of 2 MB, and sessions share them. Where the kernel has none to give, nothing is lost but the time of reading.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+PAGE = 2 << 20
+_lock = threading.Lock()
+_files: weakref.WeakValueDictionary[tuple[Path, int, int], _File] = weakref.WeakValueDictionary()
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeroed memory of `shape`, on huge pages where it is large and the kernel has some; it costs memory once it is written."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    if count < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):  # which only Linux has
+        return np.zeros(shape, dtype)
+    # Private, because shared memory has huge pages under other rules; a page more than is used, to start on a whole one.
+    memory = mmap.mmap(-1, count + PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % PAGE
+    return whole[start : start + count].view(dtype).reshape(shape)
+
+
+class _File:
+    """The bytes of one weight file."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.bytes = zeros((size,), np.uint8)
+        with path.open("rb", buffering=0) as file:
+            view, done = memoryview(self.bytes.data), 0
+            while done < size and (count := file.readinto(view[done:])):
+                done += count
+
+
+def read(path: Path) -> _File:
+    """The bytes of `path`, read once for all that hold them at the same time. Raises OSError, MemoryError."""
+    status = path.stat()
+    key = (path.resolve(), status.st_size, status.st_mtime_ns)
+    with _lock:
+        if (file := _files.get(key)) is None:
+            file = _files[key] = _File(path, status.st_size)
+        return file
+
+
+def initializers(graph: Path) -> tuple[list[str], list[Any], list[_File]]:
+    """Names and values of the external weights of `graph`, and what has to be kept as long as they are used."""
+    names: list[str] = []
+    values: list[Any] = []
+    files: dict[str, _File] = {}
+    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        name, start = place["location"], int(place.get("offset", 0))
+        file = files.setdefault(name, read(graph.parent / name))
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        data = file.bytes[start : start + int(place["length"])].view(dtype).reshape(tuple(tensor.dims))
+        names.append(tensor.name)
+        values.append(onnxruntime.OrtValue.ortvalue_from_numpy(data))
+    return names, values, list(files.values())

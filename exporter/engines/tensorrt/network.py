@@ -1,0 +1,148 @@
+"""ONNX → INetworkDefinition, and that network as plain data for verification."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from exporter.engines.tensorrt.library import Library, Messages, logger
+from exporter.engines.tensorrt.weights import Source
+from exporter.errors import EngineError, GraphError
+
+DTYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
+
+
+@dataclass
+class Parsed:
+    """A parsed network and what must outlive it. `source` has to stay open until the engine is built."""
+
+    library: Library
+    messages: Messages
+    log: Any
+    builder: Any
+    definition: Any  # INetworkDefinition
+    parser: Any
+
+
+def parse(library: Library, source: Source, messages: Messages) -> Parsed:
+    """Raises EngineError where the library cannot start, GraphError in one line where it does not take the graph."""
+    trt, log = library.trt, logger(library.trt, messages)
+    builder = trt.Builder(log)
+    if not builder:
+        raise EngineError(f"{trt.__name__} {library.version} has no builder here: {messages.reason()}")
+    kinds = trt.NetworkDefinitionCreationFlag
+    flags = 1 << int(kinds.STRONGLY_TYPED) if hasattr(kinds, "STRONGLY_TYPED") else 0
+    definition = builder.create_network(flags)
+    parser = trt.OnnxParser(definition, log)
+    loaded = parser.load_model_proto(source.model.SerializeToString(), str(source.path))
+    loaded = loaded and all(parser.load_initializer(name, *place) for name, place in source.places.items())
+    if not loaded or not parser.parse_model_proto():
+        raise GraphError(f"{library.trt.__name__} {library.version} does not take {source.path.name}: {_parse_errors(parser)}")
+    return Parsed(library, messages, log, builder, definition, parser)
+
+
+def _parse_errors(parser: Any) -> str:
+    if parser.num_errors == 0:
+        return "the parser gave no reason"
+    error = parser.get_error(0)
+    lines = [line for line in error.desc().splitlines() if line.strip() and "cudaError" not in line]
+    return " ".join(f"node {error.node_name()}: {' '.join(lines)}".split())[:400]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the network; −1 is an open dimension."""
+
+    name: str
+    dtype: str  # fp32, fp16, bf16, int64, …
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer with its tensors. `kind` is TensorRT's LayerType in capitals; an input it does without is None."""
+
+    kind: str
+    name: str
+    inputs: tuple[Tensor | None, ...]
+    outputs: tuple[Tensor, ...]
+    details: dict[str, Any]
+
+
+class Network:
+    """The layers of an INetworkDefinition, and who makes and who takes each tensor."""
+
+    def __init__(self, trt: Any, definition: Any) -> None:
+        self.inputs = {t.name: t for t in (tensor(definition.get_input(i)) for i in range(definition.num_inputs))}
+        self.outputs = {t.name: t for t in (tensor(definition.get_output(i)) for i in range(definition.num_outputs))}
+        self.layers = [_layer(trt, definition.get_layer(index)) for index in range(definition.num_layers)]
+        self.producer = {out.name: layer for layer in self.layers for out in layer.outputs}
+        self.takers: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            for given in layer.inputs:
+                if given is not None:
+                    self.takers.setdefault(given.name, []).append(layer)
+
+    def of(self, kind: str) -> list[Layer]:
+        return [layer for layer in self.layers if layer.kind == kind]
+
+    def before(self, name: str) -> Iterator[str]:
+        """`name` and every tensor that it is made from."""
+        seen, open_names = {name}, [name]
+        while open_names:
+            yield (current := open_names.pop())
+            layer = self.producer.get(current)
+            for given in layer.inputs if layer is not None else ():
+                if given is not None and given.name not in seen:
+                    seen.add(given.name)
+                    open_names.append(given.name)
+
+    def is_scalar_constant(self, name: str) -> bool:
+        """Whether it is one number, known at build time, whatever was cast or reshaped on the way."""
+        makers = [self.producer.get(made) for made in self.before(name)]
+        return all(layer is not None and all(math.prod(out.shape) == 1 for out in layer.outputs) for layer in makers)
+
+
+def tensor(given: Any) -> Tensor:
+    kind = given.dtype.name
+    try:
+        shape = tuple(given.shape)
+    except ValueError:  # the rank is not known
+        shape = ()
+    return Tensor(given.name, DTYPES.get(kind, kind.lower()), shape)
+
+
+def _layer(trt: Any, layer: Any) -> Layer:
+    given = [layer.get_input(index) for index in range(layer.num_inputs)]
+    outputs = tuple(tensor(layer.get_output(index)) for index in range(layer.num_outputs))
+    kind = layer.type.name
+    inputs = tuple(None if value is None else tensor(value) for value in given)
+    return Layer(kind, layer.name, inputs, outputs, _details(trt, kind, layer))
+
+
+def _details(trt: Any, kind: str, layer: Any) -> dict[str, Any]:
+    """What only a layer's own class tells. `get_layer` gives the base class; its own is put on, as TensorRT's samples do."""
+    if kind == "ATTENTION_INPUT":
+        layer.__class__ = trt.IAttentionInputLayer
+        attention = layer.attention
+        causal = getattr(attention, "causal_kind", None)
+        return {
+            "name": attention.name,
+            "causal": causal.name if causal is not None else "UPPER_LEFT" if attention.causal else "NONE",
+            "mask": None if attention.mask is None else tensor(attention.mask),
+            "norm": attention.norm_op.name,
+            "decomposable": bool(attention.decomposable),
+            "lengths": [n for n in ("query_lengths", "key_value_lengths") if getattr(attention, n, None) is not None],
+        }
+    if kind == "KV_CACHE_UPDATE":
+        layer.__class__ = trt.IKVCacheUpdateLayer
+        return {"mode": layer.cache_mode.name}
+    if kind == "ELEMENTWISE":
+        layer.__class__ = trt.IElementWiseLayer
+        return {"op": layer.op.name}
+    if kind == "CAST":
+        layer.__class__ = trt.ICastLayer
+        return {"to": DTYPES.get(layer.to_type.name, layer.to_type.name.lower())}
+    return {}

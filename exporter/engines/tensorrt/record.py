@@ -1,0 +1,216 @@
+"""engine.json: what lies in a folder of engines, how it came about, and which of them fits a session.
+
+BUNDLE/engines/<backend>-<targets>/engine.json
+                                   model[.gN…].engine    a plan
+                                   model[.gN…].log       what the builder said
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.bundle import Bundle, Variant
+from exporter.decode import decode, parse
+from exporter.errors import BundleError, EngineError, UserError
+from exporter.units import size
+
+SCHEMA = 1
+MANIFEST = "engine.json"
+FOLDER = "engines"
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An optimisation profile: new tokens T a call, fewest, tuned for and most."""
+
+    name: str  # prefill, decode
+    least: int
+    best: int
+    most: int
+
+
+@dataclass(frozen=True)
+class EngineBinding:
+    """An input or output of an engine. −1 in `shape` is T; `alias` names the input whose memory an output is."""
+
+    name: str
+    mode: str  # input, output
+    dtype: str
+    shape: tuple[int, ...]
+    alias: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that an engine depends on. An engine whose recipe is the same need not be built again."""
+
+    graph_sha256: str
+    weights_sha256: dict[str, str]  # by file
+    backend: str
+    module: str
+    version: str
+    targets: tuple[str, ...]
+    batch: int
+    capacity: int
+    prefill: int
+    optimisation: int | None
+    workspace_bytes: int | None
+    strip: bool
+    compatible: tuple[str, ...]
+    quantize: str | None
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One engine. `seconds` is parsing, verifying and building; `network` what verification found."""
+
+    variant: str
+    file: str
+    log: str
+    bytes: int
+    sha256: str
+    seconds: float
+    recipe: Recipe
+    profiles: tuple[Profile, ...]
+    bindings: tuple[EngineBinding, ...]
+    network: dict[str, Any]
+
+    def intact(self, folder: Path) -> bool:
+        """Whether the plan on disk is the one that was built."""
+        path = folder / self.file
+        return path.is_file() and path.stat().st_size == self.bytes and sha256(path) == self.sha256
+
+
+def folder_name(backend: str, targets: tuple[str, ...]) -> str:
+    return "-".join((backend, *targets))
+
+
+def read(folder: Path) -> tuple[EngineRecord, ...]:
+    """The engines of one folder; none where it has no engine.json. Raises BundleError."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return ()
+    try:
+        data = parse(path.read_text("utf-8"))
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise UserError(f"its schema is not {SCHEMA}")
+        records = decode(tuple[EngineRecord, ...], data.get("engines"), "engines")
+        for record in records:
+            for name in (record.file, record.log):
+                if Path(name).name != name or name in ("", ".", ".."):
+                    raise UserError(f"it names {name!r}, which is not a file name in its own folder")
+        return records
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} is damaged: {' '.join(str(error).split())}; remove the folder and build again") from None
+
+
+def write(folder: Path, records: tuple[EngineRecord, ...]) -> None:
+    """Put engine.json in place of the one there, in one step."""
+    data = {"schema": SCHEMA, "engines": [dataclasses.asdict(record) for record in records]}
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a file name beside `path` that takes its place when the block ends, and vanishes when it raises."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def engines_of(bundle: Path) -> Iterator[tuple[Path, EngineRecord]]:
+    """Every engine of a bundle with its folder, in order of names."""
+    root = bundle / FOLDER
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        for record in read(folder):
+            yield folder, record
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a session asks of an engine. `quantize` None takes any, plain weights first."""
+
+    backend: str
+    version: str
+    batch: int
+    capacity: int
+    quantize: str | None = None
+
+
+def choose(bundle: Bundle, variant: Variant, wanted: Wanted, device: str | None = None) -> tuple[Path, EngineRecord]:
+    """The engine of `variant` that a session can use on `device` ("sm89"; None where that is not known yet).
+
+    Of several, one with plain weights, and then the smallest capacity. Raises EngineError that says what is there instead.
+    """
+    name, w = variant.name, wanted
+    command = f"headpool build {bundle.path} --backend {w.backend} --variant {name}"
+    fitting = [(f, r) for f, r in engines_of(bundle.path) if r.recipe.backend == w.backend and r.variant == name]
+    if not fitting:
+        raise EngineError(f"{bundle.path} has no {w.backend} engine of variant {name}; make one: {command}")
+
+    def narrow(fits: Callable[[Recipe], bool], what: Callable[[Recipe], object], refusal: str) -> None:
+        nonlocal fitting
+        there = ", ".join(sorted({str(what(r.recipe)) for _, r in fitting}))
+        fitting = [(f, r) for f, r in fitting if fits(r.recipe)]
+        if not fitting:
+            raise EngineError(f"variant {name} has {w.backend} engines {refusal.replace('…', there)}")
+
+    narrow(lambda r: r.version == w.version, lambda r: r.version, f"built by …, here is {w.version}; {command}")
+    if device is not None:
+        narrow(
+            lambda r: device in r.targets,
+            lambda r: "+".join(r.targets),
+            f"for …, this GPU is {device}; {command} --target {device}",
+        )
+    if w.quantize is not None:
+        refusal = f"with weights …, not {w.quantize}; {command} --quantize {w.quantize}"
+        narrow(lambda r: r.quantize == w.quantize, lambda r: r.quantize or "as exported", refusal)
+    narrow(lambda r: r.batch == w.batch, lambda r: r.batch, f"for batch …, this run has {w.batch}; {command} --batch {w.batch}")
+    refusal = (
+        f"for … tokens a sequence, this run wants {w.capacity}; take less --capacity, or {command} --capacity {w.capacity}"
+    )
+    narrow(lambda r: r.capacity >= w.capacity, lambda r: r.capacity, refusal)
+    return min(fitting, key=lambda item: (item[1].recipe.quantize is not None, item[1].recipe.capacity))
+
+
+def describe(bundle: Path) -> list[dict[str, Any]]:
+    """What `headpool inspect` says of a bundle's engines."""
+    return [{"folder": folder.name, **dataclasses.asdict(record)} for folder, record in engines_of(bundle)]
+
+
+def render(engines: list[dict[str, Any]]) -> list[str]:
+    """Lines of `describe` for a person."""
+    lines = []
+    for engine in engines:
+        recipe, network = engine["recipe"], engine["network"]
+        weights = f", weights {recipe['quantize']}" if recipe["quantize"] else ""
+        module = f"{recipe['module']} {recipe['version']}"
+        kind = f"{network['fused_attention']} fused attention layers" if network["fused_attention"] else "grouped products"
+        lines.append(f"  engines/{engine['folder']}/{engine['file']}: {size(engine['bytes'])}, {module}")
+        lines.append(f"    batch {recipe['batch']}, {recipe['capacity']} tokens, prefill to {recipe['prefill']}{weights}")
+        lines.append(f"    verified: {kind}, {network['cache_updates']} caches in place, heads {network['heads']}")
+    return lines

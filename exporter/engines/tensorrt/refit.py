@@ -1,0 +1,30 @@
+"""Weights for a plan that was built without them (--strip), from the bundle it lies in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exporter.bundle import Bundle, Variant
+from exporter.engines.tensorrt.library import Library, Messages
+from exporter.engines.tensorrt.quantize import quantize_weights
+from exporter.engines.tensorrt.record import Recipe, sha256
+from exporter.engines.tensorrt.weights import open_source
+from exporter.errors import EngineError
+
+
+def refit(
+    library: Library, engine: Any, log: Any, messages: Messages, bundle: Bundle, variant: Variant, recipe: Recipe
+) -> None:
+    """Give `engine` the weights it was built from. Raises EngineError where the bundle's are others or do not fit."""
+    for name, built in recipe.weights_sha256.items():
+        if (found := sha256(bundle.path / name)) != built:
+            raise EngineError(f"{bundle.path / name} has the SHA-256 {found[:12]}…, the engine was built from {built[:12]}…")
+    source = open_source(bundle, variant, recipe.batch, recipe.capacity)
+    if recipe.quantize is not None:
+        quantize_weights(source, recipe.quantize, variant.dtype)
+    refitter = library.trt.Refitter(engine, log)
+    parser = library.trt.OnnxParserRefitter(refitter, log)
+    done = parser.load_model_proto(source.model.SerializeToString(), str(source.path))
+    done = done and all(parser.load_initializer(name, *place) for name, place in source.places.items())
+    if not (done and parser.refit_model_proto() and refitter.refit_cuda_engine()):
+        raise EngineError(f"the weights of variant {variant.name} do not go into its engine: {messages.reason()}")

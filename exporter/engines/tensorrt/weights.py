@@ -1,0 +1,71 @@
+"""A variant's graph as TensorRT is given it: shapes fixed, weights mapped from the bundle's files and never copied by us."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from exporter.bundle import Bundle, Variant
+from exporter.errors import BundleError
+
+
+@dataclass
+class Source:
+    """A graph without its large weights, and where those are: initialiser → (address, bytes). It keeps their memory."""
+
+    model: onnx.ModelProto
+    path: Path
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    maps: dict[str, mmap.mmap] = field(default_factory=dict)  # by file name
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)  # uint8 [n] of each weight, mapped or memory of our own
+
+    def release(self) -> None:
+        """Hand read pages back: they count as this process's memory, and come again from the page cache when needed."""
+        for mapped in self.maps.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def place(self, name: str, data: np.ndarray) -> None:
+        """Give the weight `name` the contiguous memory of `data`."""
+        self.arrays[name] = data
+        self.places[name] = (int(data.ctypes.data), data.nbytes)
+
+
+def open_source(bundle: Bundle, variant: Variant, batch: int, capacity: int) -> Source:
+    """The variant's graph with B and S fixed, T left open; TensorRT's cache layer wants S as a number. Raises BundleError."""
+    path = bundle.graph_path(variant)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf raises classes of its own
+        raise BundleError(
+            f"{path} is not an ONNX graph: {' '.join(str(error).split())[:200]}; export the bundle again"
+        ) from None
+    fix_shapes(model, {"batch": batch, "capacity": capacity})
+    source = Source(model, path)
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        name, offset, length = place["location"], int(place.get("offset", 0)), int(place["length"])
+        if name not in variant.weights:
+            raise BundleError(f"{path}: weight {tensor.name} lies in {name}, which is not a file of variant {variant.name}")
+        if name not in source.maps:
+            with open(bundle.path / name, "rb") as file:
+                source.maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if offset + length > len(source.maps[name]):
+            raise BundleError(f"{bundle.path / name} ends inside weight {tensor.name}; it is damaged, export the bundle again")
+        source.place(tensor.name, np.frombuffer(source.maps[name], np.uint8, length, offset))
+    return source
+
+
+def fix_shapes(model: onnx.ModelProto, sizes: dict[str, int]) -> None:
+    """Give the named dimensions of inputs and outputs their numbers."""
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
+    del model.graph.value_info[:]  # inner shapes are inferred again

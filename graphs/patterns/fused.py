@@ -1,0 +1,92 @@
+"""`fused`: headpool's own operators for ONNX Runtime (runtime/ops), fp32 and static cache.
+
+The attention of a layer is one node, `headpool::FusedAttention`:
+
+Inputs   query [B,T,H·D] or [B·T,H·D], key, value, past_key [B,G,S,D], past_value [B,G,S,Dv], position_ids int64 [B,T] as the
+         canonical node has them, but before RoPE; cos, sin [B,T,rotary/2] (optional).
+Outputs  output, of query's form with H·Dv channels, present_key, present_value.
+
+It rotates, writes the new rows into the cache where that lies, and reads the used rows of the cache once a group, whatever
+the capacity. The linear layers around it become `headpool::Linear` and `headpool::GatedLinear` (graphs/linear.py), which read
+their weights at the memory's speed.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphs import canonical
+from graphs.canonical import GroupedAttention
+from graphs.emit import Emitter
+from graphs.linear import fuse_linears
+
+
+def check(node: GroupedAttention) -> str | None:
+    if not node.static:
+        return "its cache is concat; headpool's operators work on a static cache"
+    if node.dtype != ir.DataType.FLOAT:
+        return f"it is {node.dtype.name}; headpool's operators are for fp32"
+    return None
+
+
+def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, ir.Value]:
+    query, angles = _before_rotation(node.query)
+    key, key_angles = _before_rotation(node.key)
+    if angles != key_angles:  # not both rotated, and by the same angles: the operator does both or none
+        query, key, angles = node.query, node.key, []
+    return emit.op(
+        "FusedAttention",
+        "FusedAttention",
+        _before_reshape(query),
+        _before_reshape(key),
+        _before_reshape(node.value),
+        node.past_key,
+        node.past_value,
+        node.position_ids,
+        *angles,
+        domain=canonical.DOMAIN,
+        outputs=3,
+        num_heads=node.num_heads,
+        kv_num_heads=node.kv_num_heads,
+        scale=node.scale,
+    )
+
+
+def finish(model: ir.Model) -> None:
+    for node in model.graph:
+        if (node.domain, node.op_type) == (canonical.DOMAIN, "FusedAttention"):
+            _drop_reshapes(model.graph, node)
+    fuse_linears(model)
+
+
+def _drop_reshapes(graph: ir.Graph, node: ir.Node) -> None:
+    """The operator's output is as flat as its query; Reshapes to [−1, H·Dv] after it have nothing left to do."""
+    query, output = node.inputs[0], node.outputs[0]
+    if query is None or query.shape is None or len(query.shape) != 2:
+        return
+    reshapes = [use.node for use in output.uses()]
+    targets = [node.inputs[1].const_value if node.op_type == "Reshape" and node.inputs[1] else None for node in reshapes]
+    if not all(target is not None and target.shape == (2,) and target.numpy()[0] == -1 for target in targets):
+        return
+    for reshape in reshapes:
+        output.shape = reshape.outputs[0].shape
+        reshape.outputs[0].replace_all_uses_with(output)
+        graph.remove(reshape, safe=True)
+
+
+def _before_rotation(x: ir.Value) -> tuple[ir.Value, list[ir.Value | None]]:
+    producer = x.producer()
+    if producer is None or (producer.domain, producer.op_type) != ("", "RotaryEmbedding"):
+        return x, []
+    interleaved = producer.attributes.get("interleaved")
+    if len(producer.inputs) > 3 or producer.inputs[0] is None or (interleaved is not None and interleaved.as_int()):
+        return x, []
+    return producer.inputs[0], list(producer.inputs[1:])
+
+
+def _before_reshape(x: ir.Value) -> ir.Value:
+    """Only the order of the elements matters to the operator, and a Reshape keeps it."""
+    producer = x.producer()
+    if producer is not None and (producer.domain, producer.op_type) == ("", "Reshape") and producer.inputs[0] is not None:
+        return producer.inputs[0]
+    return x

@@ -1,0 +1,80 @@
+"""What a TensorRT for RTX engine costs to build on a machine without a GPU.
+
+Promise: SmolLM2-135M (fp16, G = 9, 3, 1) and four layers of Llama-3.1-8B's shape (random weights: equal ones are stored once)
+build, verified, in at most 120 s each and in at most 2.5 × the bytes of their weights.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from exporter.bundle import Bundle
+from profiles.benchmarks.export import LLAMA_8B
+from profiles.benchmarks.record import save
+
+PROMISE = "SmolLM2 (fp16, G = 9, 3, 1) and 4 layers of 8B shape build in ≤ 120 s and ≤ 2.5 × their weights in memory"
+TARGETS = "sm86,sm89,sm120"
+LAYERS = {**LLAMA_8B, "num_hidden_layers": 4}
+# One child at a time, in a process of its own: the peak of children is that of the largest so far.
+MEASURE = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
+assert done.returncode == 0, done.returncode
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+engine = json.loads(done.stdout.splitlines()[-1])["engines"][0]
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "peak_bytes": peak, "engine_bytes": engine["bytes"], **engine["network"]}))
+"""
+
+
+def headpool(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "exporter", *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def build(bundle: Path, variant: str, *options: str) -> dict[str, Any]:
+    """One engine, built in a process of its own: seconds of the whole command, its peak resident bytes, what was verified."""
+    command = [sys.executable, "-m", "exporter", "build", str(bundle), "--variant", variant, "--target", TARGETS, "--json"]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *command, *options], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
+
+
+def rows_of(what: str, bundle: Path, *options: str) -> list[dict[str, Any]]:
+    rows = []
+    for variant in Bundle.open(bundle).variants:
+        sizes = {name: (bundle / name).stat().st_size for name in variant.weights}
+        cost = build(bundle, variant.name, *options)
+        weights = sum(sizes.values())
+        ratio = cost["peak_bytes"] / weights
+        row = {"what": what, "variant": variant.name, "options": list(options), "weight_bytes": weights, **cost}
+        rows.append({**row, "peak_ratio": ratio, "kept": cost["seconds"] <= 120 and ratio <= 2.5})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    out, checkpoint = Path(sys.argv[1]), sys.argv[2]
+    with tempfile.TemporaryDirectory(dir=sys.argv[3] if len(sys.argv) > 3 else None) as name:
+        folder = Path(name)
+        (folder / "8b.json").write_text(json.dumps(LAYERS))
+        made = {
+            "SmolLM2-135M": (checkpoint, "--groups", "9,3,1"),
+            "4 layers, 8B": (str(folder / "8b.json"),),
+        }
+        rows = []
+        for what, (source, *options) in made.items():
+            bundle = folder / what.split()[0]
+            headpool("export", source, str(bundle), "--pattern", "attention", "--dtype", "fp16", *options)
+            rows += rows_of(what, bundle)
+    kept = all(row["kept"] for row in rows)
+    print(f"kept: {kept} ({PROMISE})")
+    save(out, "build", PROMISE, rows, kept, targets=TARGETS, shape=LAYERS)
+
+
+if __name__ == "__main__":
+    main()

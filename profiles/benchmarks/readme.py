@@ -1,0 +1,209 @@
+"""The figures of README.md and profiles/results/README.md, written from the measured JSON, so that no number is typed.
+
+    python -m profiles.benchmarks.readme [FOLDER]
+
+FOLDER (default: profiles/results/xeon-2core) holds what the benchmarks and ./scripts/demo measured. Only what stands between
+a pair of marks, <!-- NAME:begin --> and <!-- NAME:end -->, is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exporter.decode import decode
+from exporter.files import write_text
+from exporter.units import size
+from profiles import stats
+from profiles.benchmarks.decoder import LIMITS
+from profiles.machine import ROOT
+from profiles.noise import busy
+from profiles.results import Cell, Results
+from profiles.units import milliseconds
+
+FOLDER = ROOT / "profiles" / "results" / "xeon-2core"
+LOSS = "cross-entropy, nats a token"
+# What a pattern is, where the table names it first.
+PATTERNS = {
+    "fused": "`fused` (headpool's operators; static cache)",
+    "grouped": "`grouped` (headpool's; static cache)",
+    "attention": "`attention` (ONNX's operator; static)",
+    "gqa": "`gqa` (ORT's fused operator; static)",
+    "repeat": "`repeat` (the usual export; concat)",
+}
+
+
+def texts(folder: Path) -> dict[Path, dict[str, str]]:
+    """What belongs between which marks of which page."""
+    decoder = _decoder(folder)
+    pages = {ROOT / "README.md": {"results": results(folder), "limit": limit(decoder)}}
+    compared = "tokens and logits" if "largest_logit_difference" in _read(folder / "parity.json")["rows"][0] else "tokens"
+    return {**pages, ROOT / "profiles" / "results" / "README.md": {"decoder": targets(decoder), "parity": f"greedy {compared}"}}
+
+
+def replace(text: str, marks: dict[str, str]) -> str:
+    """`text` with each marked part made anew; every pair of marks must be there once."""
+    for name, new in marks.items():
+        pattern = rf"(?<=<!-- {name}:begin -->).*?(?=<!-- {name}:end -->)"
+        text, count = re.subn(pattern, lambda _, new=new: new, text, flags=re.DOTALL)  # type: ignore[misc]
+        assert count == 1, f"{count} parts are marked {name}"
+    return text
+
+
+def results(folder: Path) -> str:
+    """The README's first screen: the real model's table, and what the benchmarks found."""
+    run = Results.load(folder / "smollm2.json")
+    grouped = [cell.subject for cell in run.cells if cell.subject.conversion and cell.subject.groups == 1]
+    method = (grouped[0].conversion or {}).get("method", "mean")
+    warning = f"\n\n**{text}**" if (text := busy(run)) else ""
+    title = f"**SmolLM2-135M-Instruct on {run.machine.cores} CPU cores** (its Q4_1 weights as fp32)"
+    words = (
+        f"{title}, ms a token (p50) by KV heads, as `./scripts/demo` measured it.\nG = 3 is the model as it was trained, 9 the "
+        f"same model as multi-head attention (exact), 1 its heads pooled by `{method}` and not trained after."
+    )
+    return f"\n{words}{warning}\n\n{table(run)}\n\n{_benchmarks(folder, run)}\n"
+
+
+def table(run: Results) -> str:
+    """Markdown: decode p50 of each pattern at the two longest contexts, KV bytes and cross-entropy, by KV heads."""
+    decode_cells = [cell for cell in run.cells if cell.kind == "decode" and cell.batch == 1]
+    counts = sorted({cell.subject.groups for cell in decode_cells if isinstance(cell.subject.groups, int)}, reverse=True)
+    contexts = sorted({cell.context for cell in decode_cells})[-2:]
+    patterns = [name for name in PATTERNS if name in {cell.subject.pattern for cell in decode_cells}]
+    cells = {(c.subject.pattern, c.context, c.subject.groups): c for c in decode_cells}
+    lines = [["pattern", "context", *(f"G = {count}" for count in counts), f"G = {counts[0]} → {counts[-1]}"]]
+    lines += [["---"] * len(lines[0])]
+    for context in contexts:
+        for pattern in patterns:
+            times = [stats.median(cells[pattern, context, count].samples) for count in counts]
+            name = PATTERNS[pattern] if context == contexts[0] else f"`{pattern}`"
+            ratio = f"{times[0] / times[-1]:.2f} ×" + (" as fast" if len(lines) == 2 else "")
+            lines.append([name, f"{context:,}", *map(milliseconds, times), ratio])
+    of_count = [cells[patterns[0], contexts[0], count] for count in counts]
+    kv = [cell.subject.kv_bytes_per_token for cell in of_count]
+    lines.append(["KV cache a token", "", *map(size, kv), f"{kv[0] / kv[-1]:.3g} × less"])
+    if all(cell.quality and LOSS in cell.quality for cell in of_count):
+        loss = [f"{(cell.quality or {})[LOSS]:.2f}" for cell in of_count]
+        lines.append(
+            ["cross-entropy, nats a token", "", *loss[:-1], f"**{loss[-1]}**", "the price of pooling without training"]
+        )
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+
+
+def limit(cells: Sequence[Cell]) -> str:
+    """The line of the README's known limits; none where the targets are met."""
+    if _met(cells):
+        return "\n"
+    spans = " and ".join(_span(_ratios(cells, context)) for context in LIMITS)
+    return f"\n- The decode targets of {_targets()} are not met in `{cells[0].subject.pattern}` ({spans}).\n"
+
+
+def targets(cells: Sequence[Cell]) -> str:
+    """What became of the targets, in a table cell."""
+    ratios = " and ".join(" / ".join(f"{ratio:.2f}" for ratio in _ratios(cells, context)) for context in LIMITS)
+    counts = " / ".join(dict.fromkeys(cell.subject.groups_label for cell in cells))
+    verdict = "met" if _met(cells) else "**not met**"
+    return f"its targets, {_targets()} in `{cells[0].subject.pattern}`, are {verdict}: {ratios} at G = {counts}"
+
+
+def _benchmarks(folder: Path, run: Results) -> str:
+    lines = [
+        _attention(_read(folder / "attention.json")),
+        *_floor(_decoder(folder), run),
+        _parity(_read(folder / "parity.json")),
+    ]
+    lines += [_export(_read(folder / "export.json"))]
+    return "\n".join([*lines, "Every sample, the machine and the commands: [profiles/results](profiles/results/README.md)."])
+
+
+def _attention(record: dict[str, Any]) -> str:
+    where = "{heads} query heads of {head_dim}, {context:,} tokens, fp32".format(**record["settings"])
+    first, *others = (
+        f"{row['grouped_speed_up']:.1f} ×{{}} at G = {row['groups']}" for row in record["rows"] if row["groups"] <= 4
+    )
+    fast = ", ".join([first.format(" as fast as ORT's fused operator"), *(other.format("") for other in others)])
+    return f"Attention alone ({where}): `grouped` is {fast}."
+
+
+def _floor(cells: Sequence[Cell], run: Results) -> list[str]:
+    weights = [cell.subject.weight_bytes / 1e6 for cell in cells]
+    spans = _at_contexts({context: _span(_ratios(cells, context)) for context in LIMITS})
+    pattern, model = cells[0].subject.pattern, f"12-layer model ({min(weights):.0f} to {max(weights):.0f} MB of weights)"
+    own = [_ratio(cell) for cell in run.cells if cell.floor and cell.subject.pattern == pattern]
+    smollm = f"; one of SmolLM2 {_span(own)}" if own else ""
+    return [
+        f"A decode step of a {model} in `{pattern}` takes {spans}{smollm}.",
+        f"Our targets for the former, {_targets()}, are {'met' if _met(cells) else 'not met yet'}.",
+    ]
+
+
+def _parity(record: dict[str, Any]) -> str:
+    logits = [row["largest_logit_difference"] for row in record["rows"] if "largest_logit_difference" in row]
+    close = f", and logits differ by at most {max(logits) * 1e6:.0f} millionths" if logits else ""
+    tokens = f"{record['settings']['tokens']} greedy tokens from each of {len(record['settings']['prompts'])} prompts"
+    verdict = "are those" if record["kept"] else "are **not all** those"
+    return f"{tokens} {verdict} of transformers in every pattern and cache form{close}."
+
+
+def _export(record: dict[str, Any]) -> str:
+    rows = [row for row in record["rows"] if row["what"] == "8B, linked"]
+    seconds, memory = max(row["seconds"] for row in rows), size(max(row["peak_bytes"] for row in rows))
+    return f"A checkpoint of Llama-3.1-8B's shape exports in {seconds:.0f} s and {memory} of memory."
+
+
+def _decoder(folder: Path) -> list[Cell]:
+    """The promised pattern's cells of the decoder benchmark."""
+    if (path := folder / "decoder.json").exists():
+        record = _read(path)
+        run, pattern = decode(Results, record["run"], "run"), record["settings"]["patterns"][0]
+    else:
+        run, pattern = Results.load(folder / "decoder-12.json"), "grouped"
+    return [cell for cell in run.cells if cell.subject.pattern == pattern and cell.kind == "decode"]
+
+
+def _ratio(cell: Cell) -> float:
+    assert cell.floor
+    return stats.median(cell.samples) / cell.floor
+
+
+def _ratios(cells: Sequence[Cell], context: int) -> list[float]:
+    return [_ratio(cell) for cell in cells if cell.context == context]
+
+
+def _met(cells: Sequence[Cell]) -> bool:
+    return all(ratio <= most for context, most in LIMITS.items() for ratio in _ratios(cells, context))
+
+
+def _targets() -> str:
+    return _at_contexts({context: f"{most:g} ×" for context, most in LIMITS.items()})
+
+
+def _at_contexts(figures: dict[int, str]) -> str:
+    first, *others = (f"{figure}{{}} at {context:,}{{}}" for context, figure in figures.items())
+    return " and ".join([first.format(" the floor", " tokens"), *(other.format("", "") for other in others)])
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return f"{low} ×" if low == high else f"{low} to {high} ×"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return record
+
+
+def main(folder: Path = FOLDER) -> None:
+    for page, marks in texts(folder).items():
+        new = write_text(page.with_name(f".{page.name}.new"), replace(page.read_text("utf-8"), marks))
+        os.replace(new, page)
+        print(f"wrote the figures of {page}")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:2]))

@@ -1,0 +1,66 @@
+// What the operators compute, apart from ONNX Runtime: one table of functions an instruction set, chosen once at load.
+//
+// Letters: B batch, T new tokens a sequence, S rows of the cache, H query heads, G KV heads, R = H/G query heads a group,
+// D channels of a K head, Dv of a V head, K and N inputs and outputs of a linear layer, M its rows (B·T).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace headpool {
+
+enum class Activation { identity, relu, silu, sigmoid, gelu, gelu_tanh };
+
+constexpr size_t FEW_ROWS = 24;  // rows of x up to which a linear layer is bound by reading its weights
+
+// y[M,N] = x[M,K] · wᵀ (+ bias[N]) (+ residual[M,N]), w [N,K]; all row-major and dense.
+struct Linear {
+  const float* x;
+  const float* w;
+  const float* bias;      // or null
+  const float* residual;  // or null
+  float* y;
+  size_t M, K, N;
+};
+
+// M ≤ FEW_ROWS: y[M,N] = act(x · gateᵀ + gate_bias) ⊙ (x · upᵀ + up_bias)
+struct Gated {
+  const float* x;
+  const float *gate, *up;
+  const float *gate_bias, *up_bias;  // or null
+  float* y;
+  size_t M, K, N;
+  Activation activation;
+};
+
+// Grouped-query attention of T new tokens over a cache that already holds their keys and values.
+struct Attention {
+  const float* query;                 // [B,T,H,D], not rotated
+  const float *keys, *values;         // [B,G,S,D], [B,G,S,Dv]
+  const int64_t* positions;           // [B,T]: query t of row b sees cache rows ≤ positions[b,t]
+  const float *cos, *sin;             // [B,T,rotary/2], or null
+  float* output;                      // [B,T,H,Dv]
+  size_t B, T, S, H, G, D, Dv, rotary;
+  float scale;
+};
+
+// A part of the work that one thread does: query tokens [t0,t1) of group g of sequence b against cache rows [s0,s1).
+struct Tile {
+  size_t b, g, t0, t1, s0, s1;
+  // Where a row's cache rows are split over tiles: its maximum, its sum and its unnormalised output; else null.
+  float *maximum, *sum, *partial;  // [R·(t1−t0)], [R·(t1−t0)], [R·(t1−t0),Dv]
+};
+
+struct Kernels {
+  const char* name;
+  void (*linear)(const Linear&, size_t n0, size_t n1);  // outputs [n0,n1)
+  void (*gated)(const Gated&, size_t n0, size_t n1);
+  void (*activate)(const float* gate, float* up, size_t count, Activation);  // up = act(gate) ⊙ up
+  void (*rotate)(float* to, const float* from, const float* cos, const float* sin, size_t D, size_t rotary);  // one head
+  void (*attend)(const Attention&, const Tile&, float* scratch);
+  size_t (*scratch_floats)(const Attention&, const Tile&);
+};
+
+const Kernels& kernels();  // the best this processor runs
+
+}  // namespace headpool

@@ -1,0 +1,120 @@
+"""What each command does when all is well."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import hf
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        (["doctor"], {"machine", "checks"}),
+        (["inspect", "model"], {"kind", "path", "dtypes", "model"}),
+        (["inspect", "model/config.json"], {"kind", "path", "dtypes", "model"}),
+        (["inspect", "bundle"], {"kind", "path", "source", "tools", "variants"}),
+        (["convert", "model", "OUT", "--groups", "1"], {"out", "conversion", "kv_heads"}),
+        (["export", "model", "OUT"], {"out", "schema", "source", "tools", "variants"}),
+        (["run", "bundle", "--prompt", "Hello", "--max-new-tokens", "3"], {"variant", "tokens", "texts", "prompt_tokens"}),
+        (["eval", "bundle", "--tokens", "40", "--window", "16"], {"nats_per_token", "tokens", "seconds"}),
+        (
+            ["profile", "bundle", "--contexts", "4", "--samples", "2", "--kinds", "decode", "--threads", "1", "--out", "OUT"],
+            {"out", "cells"},
+        ),
+        (["compare", "fast.json", "fast.json"], {"pairs", "only_a", "only_b"}),
+        (["report", "fast.json", "--out", "OUT"], {"out"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_the_last_line_of_json_parses(
+    command: list[str], keys: set[str], headpool, made: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(made)
+    code, out, _ = headpool(*(str(tmp_path / "out") if word == "OUT" else word for word in command), "--json")
+    assert code == 0
+    assert keys <= set(json.loads(out.splitlines()[-1]))
+    assert headpool(*(str(tmp_path / "again") if word == "OUT" else word for word in command))[0] == 0
+
+
+def test_sweep_makes_a_bundle_results_and_a_page(headpool, made: Path, tmp_path: Path) -> None:
+    arguments = ["--contexts", "4", "--samples", "2", "--prefill-samples", "1", "--quality-tokens", "40", "--threads", "1"]
+    code, out, _ = headpool("sweep", made / "model", tmp_path / "out", "--groups", "2,1", *arguments, "--json")
+    assert code == 0
+    data = json.loads(out.splitlines()[-1])
+    assert {(cell["groups"], cell["kind"]) for cell in data["cells"]} == {
+        (g, k) for g in (2, 1) for k in ("decode", "prefill", "ttft")
+    }
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bundle", "report.html", "results.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_run_answers_as_the_torch_model_does(headpool, made: Path) -> None:
+    """Greedy, streamed; against transformers' own generation."""
+    import torch
+
+    prompt = [5, 9, 33, 17]
+    theirs = hf.model("llama").generate(
+        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0
+    )
+    expected = theirs[0, 4:].tolist()
+    command = ["run", made / "bundle", "--max-new-tokens", "12"]
+    code, out, err = headpool(*command, "--tokens", ",".join(map(str, prompt)))
+    assert code == 0
+    assert [int(word) for word in out.split()] == [token for token in expected if token != 2]
+    assert err.startswith("first token after ")
+    for capacity in (16, 100):
+        data = json.loads(headpool(*command, "--tokens", "5,9,33,17", "--capacity", capacity, "--json")[1])
+        assert data["tokens"] == [expected]
+
+
+def test_run_prompts(headpool, made: Path, monkeypatch) -> None:
+    command = ["run", made / "bundle", "--max-new-tokens", "6"]
+    one = headpool(*command, "--prompt", "Hello")
+    assert one[0] == 0
+    two = headpool(*command, "--prompt", "Hello", "--prompt", "to all of you")
+    assert two[1].splitlines()[0] == f"[0] {one[1].rstrip(chr(10))}"
+    assert two[1].splitlines()[1].startswith("[1] ")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
+    assert headpool(*command)[1] == one[1]
+    chat = json.loads(headpool(*command, "--prompt", "Hello", "--chat", "--json")[1])
+    assert chat["prompt_tokens"] == [len("Q Hello A ")]
+
+
+def test_seeds_make_samples_repeat(headpool, made: Path) -> None:
+    command = ["run", made / "bundle", "--prompt", "Hello", "--max-new-tokens", "20", "--temperature", "1.5"]
+    assert headpool(*command, "--seed", "3")[1] == headpool(*command, "--seed", "3")[1]
+    assert headpool(*command, "--seed", "3")[1] != headpool(*command, "--seed", "4")[1]
+    assert headpool(*command, "--top-k", "1")[1] == headpool(*command[:-2])[1]
+
+
+def test_eval_of_a_model_against_itself(headpool, made: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4, "utf-8")
+    words = ["--tokens", "120", "--window", "32", "--text", tmp_path / "text.txt", "--json"]
+    model, bundle = made / "model", made / "bundle"
+    results = [
+        json.loads(headpool("eval", path, *words, "--reference", reference)[1])
+        for path, reference in ((bundle, bundle), (bundle, model), (model, bundle))
+    ]
+    for data in results:
+        assert data["same_token"] == 1.0
+        assert abs(data["mean_kl"]) < 1e-6
+        assert data["nats_per_token"] == pytest.approx(results[0]["nats_per_token"], abs=1e-4)
+        assert (data["tokens"], data["compared_positions"]) == (119, 96)
+    other = json.loads(headpool("eval", bundle, "--variant", "g1", *words, "--reference", bundle)[1])
+    assert other["same_token"] < 1
+    assert other["mean_kl"] > 0.01
+
+
+def test_compare_fails_above_a_ratio(headpool, made: Path, tmp_path: Path) -> None:
+    data = json.loads((made / "fast.json").read_text())
+    for cell in data["cells"]:
+        cell["samples"] = [10 * sample for sample in cell["samples"]]
+    (tmp_path / "slow.json").write_text(json.dumps(data))
+    assert headpool("compare", made / "fast.json", tmp_path / "slow.json")[0] == 0
+    assert headpool("compare", made / "fast.json", tmp_path / "slow.json", "--fail-above", "1.5")[0] == 1
+    assert headpool("compare", tmp_path / "slow.json", made / "fast.json", "--fail-above", "1.5")[0] == 0

@@ -1,0 +1,291 @@
+"""Engines built on a machine without a GPU: what is written, kept, taken up again, refused, and left behind by a failure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import tiny
+
+from exporter.bundle import Bundle
+from exporter.cli import _run
+from exporter.engines.tensorrt import build as stage
+from exporter.engines.tensorrt import record
+from exporter.engines.tensorrt.build import BuildOptions, build
+from exporter.errors import BundleError, EngineError, GraphError
+
+OPTIONS = BuildOptions(targets=("sm86", "sm89"), batch=2, capacity=32, prefill=8)
+FOLDER = "tensorrt-rtx-sm86-sm89"
+
+
+def partial_files(bundle: Bundle) -> list[str]:
+    return [path.name for path in bundle.path.rglob("*") if "partial" in path.name]
+
+
+def test_an_engine_is_built_and_recorded(attention):
+    seen: list[tuple[str, int, int]] = []
+    (built,) = build(attention, OPTIONS, lambda *args: seen.append(args))
+    folder = attention.path / "engines" / FOLDER
+    engine = built.record
+    assert built.fresh
+    assert built.folder == folder
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["engine.json", engine.file, engine.log])
+    plan = (folder / engine.file).read_bytes()
+    assert len(plan) == engine.bytes
+    assert record.sha256(folder / engine.file) == engine.sha256
+    assert record.read(folder) == (engine,)
+    assert engine.file == "attention.static.fp16.last.engine"
+    assert [dataclasses.astuple(profile) for profile in engine.profiles] == [("prefill", 1, 8, 8), ("decode", 1, 1, 1)]
+    assert engine.recipe.targets == ("sm86", "sm89")
+    assert (engine.recipe.module, engine.recipe.version) == ("tensorrt_rtx", stage.load("tensorrt-rtx").version)
+    by_name = {binding.name: binding for binding in engine.bindings}
+    assert by_name["input_ids"].shape == (2, -1)
+    assert by_name["past_key_values.1.value"].shape == (2, 3, 32, 16)
+    assert by_name["present.1.value"].alias == "past_key_values.1.value"
+    assert engine.network["cache_updates"] == 4
+    assert engine.seconds > 0
+    assert "[info]" in (folder / engine.log).read_text()
+    parts = [done for what, done, _ in seen if what == "building v"]
+    assert parts == sorted(parts)
+    assert parts[-1] > 900
+    assert seen[-1] == ("engines", 1, 1)
+
+
+def test_what_is_unchanged_is_kept(attention):
+    (first,) = build(attention, OPTIONS)
+    path = first.folder / first.record.file
+    written = path.stat().st_mtime_ns, (first.folder / "engine.json").stat().st_mtime_ns
+    (again,) = build(attention, OPTIONS)
+    assert not again.fresh
+    assert (path.stat().st_mtime_ns, (first.folder / "engine.json").stat().st_mtime_ns) == written
+    assert again.record == first.record
+
+
+@pytest.mark.parametrize("change", ["options", "graph", "plan", "missing"])
+def test_what_changed_is_built_again(attention, change):
+    (first,) = build(attention, OPTIONS)
+    options, path = OPTIONS, first.folder / first.record.file
+    if change == "options":
+        options = dataclasses.replace(OPTIONS, capacity=64)
+    elif change == "graph":
+        graph = attention.path / attention.variants[0].graph
+        graph.write_bytes(graph.read_bytes() + b"\x12\x00")  # an empty producer name: the same graph in other bytes
+    elif change == "plan":
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    else:
+        path.unlink()
+    (again,) = build(attention, options)
+    assert again.fresh
+    assert again.record.intact(again.folder)
+    assert len(record.read(again.folder)) == 1
+
+
+def test_a_stopped_build_goes_on_where_it_was(attention, decoder, monkeypatch):
+    """Of two variants the second fails; the next build keeps the first."""
+    other = tiny.bundle(attention.path, decoder, "grouped", dtype="fp16").variants[0]
+    both = Bundle(attention.path, (*attention.variants, dataclasses.replace(other, name="w")))
+    compile_ = stage._compile
+    calls: list[int] = []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise EngineError("no more")
+        return compile_(*args)
+
+    monkeypatch.setattr(stage, "_compile", failing)
+    with pytest.raises(EngineError, match=r"no more \(log: .*grouped.static.fp16.last.log\)"):
+        build(both, OPTIONS)
+    assert partial_files(both) == []
+    monkeypatch.undo()
+    assert [item.fresh for item in build(both, OPTIONS)] == [False, True]
+    assert [engine.variant for engine in record.read(both.path / "engines" / FOLDER)] == ["v", "w"]
+
+
+def test_a_deviation_stops_the_build_and_leaves_its_log(decoder, tmp_path, monkeypatch):
+    bundle = tiny.bundle(tmp_path, decoder, "grouped", dtype="fp16")
+    wrong = Bundle(tmp_path, (dataclasses.replace(bundle.variants[0], pattern="attention"),))
+    with pytest.raises(GraphError, match=r"layer 0 has 0 fused attention layers .*log: "):
+        build(wrong, OPTIONS)
+    assert [path.name for path in (tmp_path / "engines" / FOLDER).iterdir()] == ["grouped.static.fp16.last.log"]
+
+
+def test_a_failed_build_gives_the_builders_reason(attention, monkeypatch):
+    """Weights of fp8 on a chip that has none, past our own check."""
+    monkeypatch.setattr(stage, "check_quantize", lambda *_: None)
+    config = dataclasses.replace(attention.variants[0].config, intermediate_size=64)
+    bundle = tiny.bundle(attention.path, tiny.Decoder(config).eval(), "attention", dtype="fp16")
+    with pytest.raises(EngineError, match=r"did not build .*fp8_e4m3.*log:"):
+        build(bundle, dataclasses.replace(OPTIONS, quantize="fp8"))
+    assert not list(bundle.path.rglob("*.engine"))
+    assert partial_files(bundle) == []
+
+
+def test_an_interrupt_ends_the_build_and_leaves_nothing(attention):
+    def interrupt(what: str, done: int, total: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        build(attention, OPTIONS, interrupt)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not list(attention.path.rglob("*.engine"))
+    assert partial_files(attention) == []
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(attention, monkeypatch):
+    real = stage._writer
+
+    class Full:
+        def write(self, _data):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stage, "_writer", lambda trt, _file: real(trt, Full()))
+    with pytest.raises(OSError, match=r"No space left"):
+        build(attention, OPTIONS)
+    assert not list(attention.path.rglob("*.engine"))
+    assert partial_files(attention) == []
+
+
+def test_builds_outside_the_main_thread(attention):
+    results: list[list[stage.Built]] = []
+    thread = threading.Thread(target=lambda: results.append(build(attention, OPTIONS)))
+    thread.start()
+    thread.join()
+    assert results[0][0].record.intact(results[0][0].folder)
+
+
+REFUSALS = [
+    ({"capacity": 401}, "capacity 401 is not a whole number from 1 to 400, the model's context"),
+    ({"prefill": 33}, "prefill 33 is not a whole number from 1 to 32, the capacity"),
+    ({"batch": 0}, "batch 0 is not a whole number from 1 to 65536"),
+    ({"optimisation": 6}, "optimisation level 6 is not a whole number from 0 to 5"),
+    ({"workspace": 0}, "workspace 0 MiB is not a whole number from 1"),
+    ({"targets": ("sm90",)}, "target 'sm90' is not one of sm75, sm80, sm86, sm89, sm120, sm121, here"),
+    ({"targets": ("sm89", "sm89")}, "targets sm89, sm89: name each once, and here alone"),
+    ({"targets": ("here", "sm89")}, "targets here, sm89: name each once, and here alone"),
+    ({"targets": ("here",)}, "TensorRT engines run on an NVIDIA GPU: "),
+    ({"backend": "tensorrt"}, "backend tensorrt needs tensorrt, which is not installed: pip install"),
+    ({"backend": "openvino"}, "backend 'openvino' is not one of tensorrt, tensorrt-rtx"),
+    ({"compatible": ("version",)}, "--compatible is of backend tensorrt"),
+    ({"quantize": "fp8"}, "sm86 lack fp8, which starts with sm89; leave them out of --target"),
+    ({"variants": ("x",)}, "variant 'x' is not one of v"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSALS, ids=[str(changes) for changes, _ in REFUSALS])
+def test_what_cannot_be_is_refused_before_anything_is_built(attention, changes, words):
+    with pytest.raises((EngineError, BundleError)) as caught:
+        build(attention, dataclasses.replace(OPTIONS, **changes))
+    assert words in str(caught.value)
+    assert not (attention.path / "engines").exists()
+
+
+def test_bf16_is_refused_for_a_chip_without_it(decoder, tmp_path):
+    bundle = tiny.bundle(tmp_path, decoder, "attention", dtype="bf16")
+    with pytest.raises(EngineError, match=r"variant v is bf16, which sm75 lacks"):
+        build(bundle, dataclasses.replace(OPTIONS, targets=("sm75", "sm89")))
+
+
+def test_heads_that_no_kernel_takes_are_refused(tmp_path, attention):
+    variant = attention.variants[0]
+    small = dataclasses.replace(variant, config=dataclasses.replace(variant.config, head_dim=12))
+    with pytest.raises(EngineError, match=r"heads of 12 channels; .*--pattern grouped"):
+        build(Bundle(attention.path, (small,)), OPTIONS)
+
+
+@pytest.mark.parametrize(("pattern", "cache"), [("gqa", "static"), ("attention", "concat"), ("repeat", "concat")])
+def test_a_bundle_without_a_static_cache_graph_is_refused(decoder, tmp_path, pattern, cache):
+    bundle = tiny.bundle(tmp_path, decoder, pattern, cache=cache)
+    with pytest.raises(BundleError, match=rf"v \({pattern}, {cache} cache\) cannot become an engine; .*--pattern attention"):
+        build(bundle, OPTIONS)
+
+
+def test_a_damaged_engine_json_is_refused(attention):
+    (built,) = build(attention, OPTIONS)
+    (built.folder / "engine.json").write_text('{"schema": 1, "engines": [{}]}')
+    with pytest.raises(BundleError, match=r"engine.json is damaged: engines\[0\] lacks variant"):
+        build(attention, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A bundle of three graphs with its weights in files, made by the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    arguments = ["export", str(folder / "config.json"), str(folder / "bundle"), "--groups", "4,1", "--dtype", "fp16"]
+    assert _run([*arguments, "--pattern", "attention,grouped,gqa"]) == 0
+    return folder / "bundle"
+
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+
+
+def test_the_command_builds_every_graph_that_fits(exported, capsys):
+    assert _run(["build", str(exported), "--target", "sm89,sm120", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names = [f"model.{group}.{pattern}.engine" for group in ("g4", "g1") for pattern in ("attention", "grouped")]
+    assert [engine["file"] for engine in report["engines"]] == names
+    assert [engine["network"]["heads"] for engine in report["engines"]] == ["4:4", "4:4", "4:1", "4:1"]
+    assert all(engine["recipe"]["capacity"] == 128 for engine in report["engines"])
+    assert _run(["build", str(exported), "--target", "sm120,sm89"]) == 0
+    assert capsys.readouterr().out.count("unchanged") == 4
+    assert _run(["inspect", str(exported)]) == 0
+    out = capsys.readouterr().out
+    assert "engines/tensorrt-rtx-sm89-sm120/model.g1.attention.engine" in out
+    assert "verified: 2 fused attention layers, 4 caches in place, heads 4:1" in out
+
+
+def test_damaged_weights_are_refused(exported, tmp_path):
+    bundle = Bundle.open(exported)
+    broken = tmp_path / "bundle"
+    broken.mkdir()
+    for path in exported.iterdir():
+        if path.is_file():
+            (broken / path.name).write_bytes(path.read_bytes())
+    shared = broken / bundle.variants[0].weights[-1]
+    shared.write_bytes(shared.read_bytes()[:-1000])
+    with pytest.raises(BundleError, match=r"ends inside weight .*; it is damaged, export the bundle again"):
+        build(Bundle.open(broken), dataclasses.replace(OPTIONS, batch=1))
+
+
+def test_a_graph_that_is_no_onnx_is_refused(attention):
+    (attention.path / attention.variants[0].graph).write_bytes(b"not protobuf")
+    with pytest.raises(BundleError, match=r"is not an ONNX graph"):
+        build(attention, OPTIONS)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(exported):
+    command = [sys.executable, "-m", "exporter", "build", str(exported), "--variant", "g4.gqa"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "g4.gqa (gqa, static cache) cannot become an engine" in line
+
+
+def test_building_imports_neither_torch_nor_transformers(exported):
+    """Their memory would count on top of the builder's."""
+    code = (
+        "import sys; from exporter.cli import _run; "
+        f"assert _run(['build', {str(exported)!r}, '--target', 'sm86', '--variant', 'g4.attention']) == 0; "
+        "assert not {'torch', 'transformers', 'onnxruntime'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

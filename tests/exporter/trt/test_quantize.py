@@ -1,0 +1,100 @@
+"""Quantised weights: their layout against ONNX Runtime's DequantizeLinear, and engines that hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnxruntime
+import pytest
+import tiny
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from exporter.engines.tensorrt.build import BuildOptions, build
+from exporter.engines.tensorrt.library import Messages
+from exporter.engines.tensorrt.network import Network, parse
+from exporter.engines.tensorrt.quantize import KINDS, quantize, quantize_weights
+from exporter.engines.tensorrt.verify import Sizes, verify
+from exporter.engines.tensorrt.weights import open_source
+from exporter.errors import EngineError, GraphError
+
+CONFIG = dataclasses.replace(tiny.CONFIG, hidden_size=96, intermediate_size=64)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> tiny.Decoder:
+    generator = torch.Generator().manual_seed(3)
+    model = tiny.Decoder(CONFIG).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def dequantised(data: np.ndarray, scale: np.ndarray, shape: tuple[int, int], kind: str, block: int) -> np.ndarray:
+    """What ONNX Runtime makes of it."""
+    q = helper.make_tensor("q", KINDS[kind].element, shape, data.tobytes(), raw=True)
+    node = helper.make_node("DequantizeLinear", ["q", "s"], ["y"], axis=1, block_size=block)
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT16, shape)
+    graph = helper.make_graph([node], "g", [], [output], [q, numpy_helper.from_array(scale, "s")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    return onnxruntime.InferenceSession(model.SerializeToString()).run(None, {})[0]
+
+
+@pytest.mark.parametrize(("kind", "levels"), [("int8", 127), ("int4", 7)])
+def test_quantised_weights_are_what_onnxruntime_reads(kind, levels):
+    weight = np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32) * np.arange(1, 7)[:, None]
+    weight[2, 32:64] = 0  # a block of zeros has no scale of its own
+    data, scale = quantize(weight, kind, 32, np.dtype(np.float16))
+    assert scale.shape == (6, 3)
+    back = dequantised(data, scale, weight.shape, kind, 32).astype(np.float32)
+    step = np.abs(weight.reshape(6, 3, 32)).max(2) / levels
+    assert (np.abs(back - weight).reshape(6, 3, 32) <= 0.51 * step[:, :, None] + 1e-6).all()
+    assert not np.array_equal(back, weight)
+
+
+def test_fp8_keeps_the_relative_error_of_three_bits():
+    weight = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    data, scale = quantize(weight, "fp8", 64, np.dtype(np.float16))
+    back = dequantised(data, scale, weight.shape, "fp8", 64).astype(np.float32)
+    large = np.abs(weight) > 0.05
+    assert (np.abs(back - weight) <= np.abs(weight) * 2**-4 * 1.01)[large].all()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", "fp16"), ("int4", "fp16"), ("int4", "bf16"), ("fp8", "bf16")])
+def test_an_engine_with_quantised_weights(decoder, tmp_path, kind, dtype):
+    bundle = tiny.bundle(tmp_path, decoder, "attention", dtype=dtype)
+    options = BuildOptions(targets=("sm89", "sm120"), capacity=32, prefill=8, quantize=kind)
+    (built,) = build(bundle, options)
+    assert built.record.file == f"attention.static.{dtype}.last.{kind}.engine"
+    assert built.record.network["dequantised_weights"] == 14  # 7 linear layers in each of 2; not the head
+    assert built.record.recipe.quantize == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "least"), [("int4", "sm75", "sm80"), ("fp8", "sm80", "sm89"), ("fp8", "sm86", "sm89")]
+)
+def test_what_a_target_lacks_is_refused_before_building(decoder, tmp_path, kind, target, least):
+    bundle = tiny.bundle(tmp_path, decoder, "attention", dtype="fp16")
+    with pytest.raises(EngineError, match=f"{target} lack {kind}, which starts with {least}"):
+        build(bundle, BuildOptions(targets=(target, "sm89"), capacity=32, quantize=kind))
+    assert not (tmp_path / "engines").exists()
+
+
+def test_columns_that_no_block_divides_are_refused(tmp_path):
+    bundle = tiny.bundle(tmp_path, tiny.decoder(), "attention", dtype="fp16")
+    with pytest.raises(
+        GraphError, match=r"weight model.layers.0.mlp.down_proj.weight has 40 columns, which is no multiple of 16"
+    ):
+        build(bundle, BuildOptions(targets=("sm89",), capacity=32, quantize="int8"))
+
+
+def test_a_weight_left_as_it_was_is_refused(library, decoder, tmp_path):
+    """One dequantisation fewer than planned, as where a parser folds it."""
+    bundle = tiny.bundle(tmp_path, decoder, "attention", dtype="fp16")
+    variant = bundle.variants[0]
+    source = open_source(bundle, variant, 1, 32)
+    count = len(quantize_weights(source, "int8", "fp16"))
+    network = Network(library.trt, parse(library, source, Messages()).definition)
+    with pytest.raises(GraphError, match=f"there are {count} dequantised weights, planned {count + 1}"):
+        verify(network, variant, Sizes(1, 32), count + 1)

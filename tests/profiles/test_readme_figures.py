@@ -1,0 +1,72 @@
+"""What the pages say of the measurements is what the committed measurements say."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from profiles.benchmarks import readme
+from profiles.results import Results
+
+PAGES = readme.texts(readme.FOLDER)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(readme.ROOT)))
+def test_pages_hold_the_measured_figures(page):
+    text = page.read_text("utf-8")
+    assert readme.replace(text, PAGES[page]) == text, "run python -m profiles.benchmarks.readme"
+
+
+def test_the_table_is_of_the_samples():
+    """Against medians taken here by sorting, for every figure of the table."""
+    run = Results.load(readme.FOLDER / "smollm2.json")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.table(run).splitlines()]
+    counts = [int(heading.removeprefix("G = ")) for heading in rows[0][2:-1]]
+    found = {}
+    for name, context, *figures, _ in rows[2:]:
+        if context:
+            pattern = re.match("`(.*?)`", name)[1]
+            found |= {(pattern, int(context.replace(",", "")), g): float(f) for g, f in zip(counts, figures, strict=True)}
+    assert len(found) == len({cell.subject.pattern for cell in run.cells}) * 2 * len(counts)
+    for cell in run.cells:
+        ordered = sorted(cell.samples)
+        middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+        shown = found.pop((cell.subject.pattern, cell.context, cell.subject.groups), None)
+        assert shown is None or shown == pytest.approx(middle * 1e3, abs=0.0501)
+    assert not found
+
+
+def test_targets_that_are_met_are_no_limit(factory):
+    def cells(over):
+        return [
+            factory.cell(factory.subject(g, "grouped"), context=context, samples=(over * 0.01,), floor=0.01)
+            for g in (16 - 8, 1)
+            for context in readme.LIMITS
+        ]
+
+    assert readme.limit(cells(1.1)) == "\n"
+    assert "are met: 1.10 / 1.10 and 1.10 / 1.10 at G = 8 / 1" in readme.targets(cells(1.1))
+    assert "(1.25 × and 1.25 ×)" in readme.limit(cells(1.25))
+    assert "are **not met**" in readme.targets(cells(1.25))
+
+
+def test_only_marked_parts_change_and_marks_must_be_there():
+    page = "a <!-- x:begin -->old\n\\1<!-- x:end --> b"
+    assert readme.replace(page, {"x": "new \\1"}) == "a <!-- x:begin -->new \\1<!-- x:end --> b"
+    with pytest.raises(AssertionError, match="0 parts are marked y"):
+        readme.replace(page, {"y": ""})
+
+
+def test_a_busy_run_says_so_on_the_first_page(tmp_path):
+    for path in readme.FOLDER.glob("*.json"):
+        (tmp_path / path.name).symlink_to(path)
+    run = Results.load(readme.FOLDER / "smollm2.json")
+    (tmp_path / "smollm2.json").unlink()
+    dataclasses.replace(run, bandwidth=dataclasses.replace(run.bandwidth, samples=(3e10, 1e10, 1e10))).save(
+        tmp_path / "smollm2.json"
+    )
+    text = readme.results(tmp_path)
+    assert 0 < text.index("Busy machine") < text.index("| pattern |")
+    assert "Busy" not in readme.results(readme.FOLDER)
