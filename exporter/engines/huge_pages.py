@@ -57,19 +57,25 @@ def read(path: Path) -> _File:
         return file
 
 
-def initializers(graph: Path) -> tuple[list[str], list[Any], list[_File]]:
-    """Names and values of the external weights of `graph`, and what has to be kept as long as they are used."""
-    names: list[str] = []
-    values: list[Any] = []
+def initializers(graph: Path) -> tuple[dict[str, Any], list[_File]]:
+    """The external weights of `graph` as values of ONNX Runtime, by name, and the files they lie in.
+
+    Both have to be kept as long as a session uses them: the runtime does not. Raises as `read` does, and ValueError for a file
+    that ends too early.
+    """
+    values: dict[str, Any] = {}
     files: dict[str, _File] = {}
     for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         place = {entry.key: entry.value for entry in tensor.external_data}
         name, start = place["location"], int(place.get("offset", 0))
-        file = files.setdefault(name, read(graph.parent / name))
+        if name not in files:
+            files[name] = read(graph.parent / name)
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        data = file.bytes[start : start + int(place["length"])].view(dtype).reshape(tuple(tensor.dims))
-        names.append(tensor.name)
-        values.append(onnxruntime.OrtValue.ortvalue_from_numpy(data))
-    return names, values, list(files.values())
+        data = files[name].bytes[start : start + int(place["length"])]
+        if len(data) < int(place["length"]):
+            raise ValueError(f"{name} is cut short, it has {len(files[name].bytes)} bytes; export the bundle again")
+        data = data.view(dtype).reshape(tuple(tensor.dims))
+        values[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(data)
+    return values, list(files.values())

@@ -75,6 +75,23 @@ def operator_library() -> Path:
     return path
 
 
+def _use_own_operators(options: Any, graph: Path) -> list[Any]:
+    """headpool's operators, and the weights in memory of ours, which is returned: the session needs it as long as it lives."""
+    library = operator_library()
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:  # as with sessions
+        reason = " ".join(str(error).split())
+        raise EngineError(f"{library} does not load ({reason[:300]}); delete it and run scripts/ops again") from None
+    try:
+        values, files = huge_pages.initializers(graph)
+    except (OSError, MemoryError, ValueError) as error:
+        raise EngineError(f"the weights of {graph} cannot be read: {str(error) or 'not enough memory'}") from None
+    for name, value in values.items():
+        options.add_initializer(name, value)
+    return [*values.values(), *files]
+
+
 def physical_cores() -> int:
     """Cores this process may use, hyper-threads not counted: both threads of a core share the units that attention needs."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -92,10 +109,7 @@ def _load(
     options.enable_mem_pattern = variant.cache == "static"  # concat has new shapes each step, and each would be planned
     held: list[Any] = []
     if variant.pattern == "fused":
-        options.register_custom_ops_library(str(operator_library()))
-        names, values, held = huge_pages.initializers(graph)
-        for name, value in zip(names, values, strict=True):
-            options.add_initializer(name, value)
+        held = _use_own_operators(options, graph)
     if profile_to is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_to)

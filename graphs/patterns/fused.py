@@ -4,7 +4,8 @@ The attention of a layer is one node, `headpool::FusedAttention`:
 
 Inputs   query [B,T,H·D] or [B·T,H·D], key, value, past_key [B,G,S,D], past_value [B,G,S,Dv], position_ids int64 [B,T] as the
          canonical node has them, but before RoPE; cos, sin [B,T,rotary/2] (optional).
-Outputs  output, of query's form with H·Dv channels, present_key, present_value.
+         Of query, key and value only the order of the elements counts: with QK-norm they come as [B·T·H,D].
+Outputs  output [B,T,H·Dv], or [B·T,H·Dv] where query has two dimensions, present_key, present_value.
 
 It rotates, writes the new rows into the cache where that lies, and reads the used rows of the cache once a group, whatever
 the capacity. The linear layers around it become `headpool::Linear` and `headpool::GatedLinear` (graphs/linear.py), which read
@@ -60,7 +61,7 @@ def finish(model: ir.Model) -> None:
 
 
 def _drop_reshapes(graph: ir.Graph, node: ir.Node) -> None:
-    """The operator's output is as flat as its query; Reshapes to [−1, H·Dv] after it have nothing left to do."""
+    """The operator's output has as few dimensions as its query; Reshapes to [−1, H·Dv] after it have nothing left to do."""
     query, output = node.inputs[0], node.outputs[0]
     if query is None or query.shape is None or len(query.shape) != 2:
         return

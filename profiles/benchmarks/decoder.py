@@ -28,7 +28,7 @@ from profiles.results import Bandwidth, Cell, Results
 
 CONFIG = Path(__file__).parent.parent / "configs" / "decoder-12.json"
 GROUPS = (16, 4, 1)
-PATTERNS = ("grouped", "gqa", "repeat")
+PATTERNS = ("fused", "grouped", "gqa", "repeat")
 LIMITS = {512: 1.2, 4096: 1.3}  # tokens of context: the most that p50 may be of the floor
 
 

@@ -2,10 +2,16 @@
 
 namespace headpool {
 
-namespace plain { extern const Kernels table; }
+namespace plain {
+extern const Kernels table;
+}
 #if defined(__x86_64__)
-namespace avx2 { extern const Kernels table; }
-namespace avx512 { extern const Kernels table; }
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
 #endif
 
 const Kernels& kernels() {

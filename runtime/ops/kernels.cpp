@@ -17,8 +17,8 @@ inline void fill(float* to, size_t count, float value) {
 
 inline void copy(float* to, const float* from, size_t count) { std::memcpy(to, from, count * sizeof(float)); }
 
-// ---- Linear layers. A decode step is bound by reading w. Measured: one row of w at a time, in order, one vector a turn and the
-// line 2 kB ahead asked for, reads at the memory's full speed; unrolled, or several rows side by side, a fifth slower.
+// ---- Linear layers. A decode step is bound by reading w. Measured: one row of w at a time, in order, one vector a turn and
+// the line 2 kB ahead asked for, reads at the memory's full speed; unrolled, or several rows side by side, a fifth slower.
 
 constexpr size_t AHEAD = 512;  // floats
 
@@ -67,18 +67,29 @@ void linear(const Linear& a, size_t n0, size_t n1) {
     });
 }
 
-inline Vec tanh(Vec x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
+// e^x that stays finite: `exp` itself, for the softmax, never meets numbers so large. NaN stays NaN.
+inline Vec exp_bounded(Vec x) {
+  const Vec high = splat(88.0f);
+  return exp(x > high ? high : x);
+}
+
+inline Vec tanh(Vec x) { return 1.0f - 2.0f / (exp_bounded(x + x) + 1.0f); }
 
 inline Vec act(Vec x, Activation kind) {
   switch (kind) {
-    case Activation::relu: return max(x, Vec{});
-    case Activation::silu: return x / (1.0f + exp(-x));
-    case Activation::sigmoid: return 1.0f / (1.0f + exp(-x));
-    case Activation::gelu_tanh: return 0.5f * x * (1.0f + tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+    case Activation::relu:
+      return max(x, Vec{});
+    case Activation::silu:
+      return x / (1.0f + exp_bounded(-x));
+    case Activation::sigmoid:
+      return 1.0f / (1.0f + exp_bounded(-x));
+    case Activation::gelu_tanh:
+      return 0.5f * x * (1.0f + tanh(0.79788456f * (x + 0.044715f * x * x * x)));
     case Activation::gelu:
       for (size_t i = 0; i < LANES; ++i) x[i] *= 0.5f * (1 + std::erf(x[i] * 0.70710678f));
       return x;
-    case Activation::identity: break;
+    case Activation::identity:
+      break;
   }
   return x;
 }
@@ -107,6 +118,16 @@ void gated(const Gated& a, size_t n0, size_t n1) {
       copy(a.y + m * a.N + start, up[m], width);
     }
   }
+}
+
+void normalise(float* to, const float* from, const float* weight, size_t K, float epsilon) {
+  Vec squares{};
+  size_t k = 0;
+  for (; k + LANES <= K; k += LANES) squares += load(from + k) * load(from + k);
+  float total = sum(squares);
+  for (; k < K; ++k) total += from[k] * from[k];
+  const float factor = 1 / std::sqrt(total / K + epsilon);
+  for (k = 0; k < K; ++k) to[k] = from[k] * factor * weight[k];
 }
 
 // ---- Attention
@@ -185,8 +206,7 @@ template <size_t COUNT>
 inline void score_rows(const float* query, const float* keys, size_t D, float* scores, Ahead& ahead) {
   constexpr size_t COLUMNS = LANES == 16 ? 4 : 2;  // 4 × 4 + 4 of 32 registers, 4 × 2 + 2 of 16
   static_assert(WIDE % COLUMNS == 0);
-  for (size_t j = 0; j < WIDE; j += COLUMNS)
-    score_tile<COUNT, COLUMNS>(query, keys + j * LANES, D, scores + j * LANES, ahead);
+  for (size_t j = 0; j < WIDE; j += COLUMNS) score_tile<COUNT, COLUMNS>(query, keys + j * LANES, D, scores + j * LANES, ahead);
 }
 
 // output[m] += Σ scores[m][i] · values[i], COUNT rows and COLUMNS vectors of channels at a time
@@ -278,7 +298,9 @@ void attend(const Attention& a, const Tile& tile, float* scratch) {
   const float* values = a.values + (tile.b * a.G + tile.g) * a.S * Dv;
   for (size_t s = tile.s0; s < tile.s1; s += BLOCK) {
     const size_t count = tile.s1 - s < BLOCK ? tile.s1 - s : BLOCK;
-    Ahead ahead(values + s * Dv, count * Dv, keys + (s + count) * D, BLOCK * D);
+    // After the last block this thread's next tile is likely the group after this one, as long as this one.
+    const float* next = s + count < tile.s1 ? keys + (s + count) * D : keys + (a.S + tile.s0) * D;
+    Ahead ahead(values + s * Dv, count * Dv, next, BLOCK * D);
     transpose_keys(keys + s * D, count, D, key_block, ahead);
     in_fours(M, [&]<size_t COUNT>(size_t m) {
       float* const rows = scores + m * BLOCK;
@@ -310,6 +332,6 @@ void attend(const Attention& a, const Tile& tile, float* scratch) {
 #define HEADPOOL_TEXT_(x) #x
 #define HEADPOOL_TEXT(x) HEADPOOL_TEXT_(x)
 extern const Kernels table;
-const Kernels table{HEADPOOL_TEXT(HEADPOOL_ISA), linear, gated, activate, rotate, attend, scratch_floats};
+const Kernels table{HEADPOOL_TEXT(HEADPOOL_ISA), linear, gated, activate, normalise, rotate, attend, scratch_floats};
 
 }  // namespace headpool::HEADPOOL_ISA

@@ -35,11 +35,11 @@ struct Gated {
 
 // Grouped-query attention of T new tokens over a cache that already holds their keys and values.
 struct Attention {
-  const float* query;                 // [B,T,H,D], not rotated
-  const float *keys, *values;         // [B,G,S,D], [B,G,S,Dv]
-  const int64_t* positions;           // [B,T]: query t of row b sees cache rows ≤ positions[b,t]
-  const float *cos, *sin;             // [B,T,rotary/2], or null
-  float* output;                      // [B,T,H,Dv]
+  const float* query;          // [B,T,H,D], not rotated
+  const float *keys, *values;  // [B,G,S,D], [B,G,S,Dv]
+  const int64_t* positions;    // [B,T]: query t of row b sees cache rows ≤ positions[b,t]
+  const float *cos, *sin;      // [B,T,rotary/2], or null
+  float* output;               // [B,T,H,Dv]
   size_t B, T, S, H, G, D, Dv, rotary;
   float scale;
 };
@@ -55,7 +55,8 @@ struct Kernels {
   const char* name;
   void (*linear)(const Linear&, size_t n0, size_t n1);  // outputs [n0,n1)
   void (*gated)(const Gated&, size_t n0, size_t n1);
-  void (*activate)(const float* gate, float* up, size_t count, Activation);  // up = act(gate) ⊙ up
+  void (*activate)(const float* gate, float* up, size_t count, Activation);                       // up = act(gate) ⊙ up
+  void (*normalise)(float* to, const float* from, const float* weight, size_t K, float epsilon);  // RMSNorm of one row
   void (*rotate)(float* to, const float* from, const float* cos, const float* sin, size_t D, size_t rotary);  // one head
   void (*attend)(const Attention&, const Tile&, float* scratch);
   size_t (*scratch_floats)(const Attention&, const Tile&);

@@ -12,6 +12,8 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -48,8 +50,9 @@ class Gemm {
   Gemm(const OrtKernelInfo* info, bool bias) : bias_(bias) {
     const float one = 1;
     const int64_t no = 0, yes = 1;
-    Ort::OpAttr attributes[] = {Ort::OpAttr("alpha", &one, 1, ORT_OP_ATTR_FLOAT), Ort::OpAttr("beta", &one, 1, ORT_OP_ATTR_FLOAT),
-                                Ort::OpAttr("transA", &no, 1, ORT_OP_ATTR_INT), Ort::OpAttr("transB", &yes, 1, ORT_OP_ATTR_INT)};
+    Ort::OpAttr attributes[] = {Ort::OpAttr("alpha", &one, 1, ORT_OP_ATTR_FLOAT),
+                                Ort::OpAttr("beta", &one, 1, ORT_OP_ATTR_FLOAT), Ort::OpAttr("transA", &no, 1, ORT_OP_ATTR_INT),
+                                Ort::OpAttr("transB", &yes, 1, ORT_OP_ATTR_INT)};
     const char* names[] = {"T"};
     const ONNXTensorElementDataType types[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT};
     op_ = Ort::Op::Create(info, "Gemm", "", 13, names, types, 1, attributes, 4, bias ? 3 : 2, 1);
@@ -90,37 +93,62 @@ struct Operator : Ort::CustomOpBase<Op, K, true> {
   }
 };
 
-// ---- Linear: x [M,K], residual [M,N]?, then weights [N_i,K] and, with `bias`, as many biases [N_i] → y_i [M,N_i]
+// Each row of x divided by its root mean square and multiplied by the norm's weight; nothing where the node has no norm.
+std::optional<Ort::Value> normalise(const Ort::KernelContext& context, const Ort::ConstValue& x, const Ort::ConstValue& weight,
+                                    float epsilon) {
+  if (!weight) return std::nullopt;
+  const auto x_shape = shape(x);
+  const size_t M = x_shape[0], K = x_shape[1], step = std::max<size_t>(1, TASK_BYTES / (K * sizeof(float)));
+  expect(shape(weight) == std::vector<int64_t>{x_shape[1]}, "headpool: the weight of a norm does not fit x");
+  Ort::AllocatorWithDefaultOptions allocator;
+  auto normed = Ort::Value::CreateTensor<float>(allocator, x_shape.data(), x_shape.size());
+  float* to = normed.GetTensorMutableData<float>();
+  const float *from = floats(x), *scale = floats(weight);
+  if (M)
+    parallel(context, divide_up(M, step), [&](size_t task) {
+      for (size_t m = task * step; m < std::min(M, (task + 1) * step); ++m)
+        kernels().normalise(to + m * K, from + m * K, scale, K, epsilon);
+    });
+  return normed;
+}
+
+// ---- Linear: x [M,K], residual [M,N]?, norm [K]?, then weights [N_i,K] and, with `bias`, as many biases [N_i] → y_i [M,N_i]
 
 struct LinearKernel : Kernel<LinearKernel> {
   explicit LinearKernel(const OrtKernelInfo* info)
-      : bias(Ort::ConstKernelInfo(info).GetAttribute<int64_t>("bias") != 0), gemm(info, bias) {}
+      : bias(Ort::ConstKernelInfo(info).GetAttribute<int64_t>("bias") != 0),
+        epsilon(Ort::ConstKernelInfo(info).GetAttribute<float>("epsilon")),
+        gemm(info, bias) {}
 
   void compute(OrtKernelContext* raw) {
     const Ort::KernelContext context(raw);
     const size_t count = context.GetOutputCount();
-    expect(context.GetInputCount() == 2 + (bias ? 2 : 1) * count, "headpool::Linear: weights and outputs differ in number");
+    expect(context.GetInputCount() == FIRST + (bias ? 2 : 1) * count, "headpool::Linear: weights and outputs differ in number");
     const auto x = context.GetInput(0), residual = context.GetInput(1);
     const auto x_shape = shape(x);
     expect(x_shape.size() == 2, "headpool::Linear: x must have two dimensions");
     const size_t M = x_shape[0], K = x_shape[1];
+    const auto normed = normalise(context, x, context.GetInput(2), epsilon);
+    const OrtValue* source = normed ? static_cast<const OrtValue*>(*normed) : static_cast<const OrtValue*>(x);
 
     std::vector<Linear> parts;
     std::vector<Ort::UnownedValue> outputs;
     std::vector<size_t> ends;  // of the tasks of each part
     for (size_t i = 0; i < count; ++i) {
-      const auto w = context.GetInput(2 + i);
+      const auto w = context.GetInput(FIRST + i);
       const auto w_shape = shape(w);
       expect(w_shape.size() == 2 && static_cast<size_t>(w_shape[1]) == K, "headpool::Linear: a weight does not fit x");
       const size_t N = w_shape[0];
       outputs.push_back(context.GetOutput(i, {x_shape[0], w_shape[0]}));
-      const float* b = bias ? floats(context.GetInput(2 + count + i)) : nullptr;
-      parts.push_back({floats(x), floats(w), b, floats(residual), outputs[i].GetTensorMutableData<float>(), M, K, N});
+      const float* b = bias ? floats(context.GetInput(FIRST + count + i)) : nullptr;
+      parts.push_back(
+          {floats(Ort::ConstValue(source)), floats(w), b, floats(residual), outputs[i].GetTensorMutableData<float>(), M, K, N});
       ends.push_back((i ? ends[i - 1] : 0) + divide_up(N, rows_per_task(K)));
     }
-    if (residual) expect(count == 1 && shape(residual) == std::vector<int64_t>{x_shape[0], shape(context.GetInput(2))[0]},
-                         "headpool::Linear: the residual does not fit the output");
-    if (M > FEW_ROWS) return many_rows(context, raw, parts, outputs);
+    if (residual)
+      expect(count == 1 && shape(residual) == std::vector<int64_t>{x_shape[0], shape(context.GetInput(FIRST))[0]},
+             "headpool::Linear: the residual does not fit the output");
+    if (M > FEW_ROWS) return many_rows(context, raw, source, parts, outputs);
     parallel(context, ends.back(), [&](size_t task) {
       const size_t i = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
       const size_t rows = rows_per_task(K), n = (task - (i ? ends[i - 1] : 0)) * rows;
@@ -131,11 +159,11 @@ struct LinearKernel : Kernel<LinearKernel> {
   static size_t rows_per_task(size_t K) { return std::max<size_t>(4, TASK_BYTES / (K * sizeof(float)) / 4 * 4); }
 
  private:
-  void many_rows(const Ort::KernelContext& context, OrtKernelContext* raw, const std::vector<Linear>& parts,
+  void many_rows(const Ort::KernelContext& context, OrtKernelContext* raw, const OrtValue* x, const std::vector<Linear>& parts,
                  const std::vector<Ort::UnownedValue>& outputs) {
     for (size_t i = 0; i < parts.size(); ++i) {
-      const OrtValue* b = bias ? static_cast<const OrtValue*>(context.GetInput(2 + parts.size() + i)) : nullptr;
-      gemm(raw, context.GetInput(0), context.GetInput(2 + i), b, outputs[i]);
+      const OrtValue* b = bias ? static_cast<const OrtValue*>(context.GetInput(FIRST + parts.size() + i)) : nullptr;
+      gemm(raw, x, context.GetInput(FIRST + i), b, outputs[i]);
       const Linear& part = parts[i];
       if (!part.residual) continue;
       const size_t total = part.M * part.N, step = TASK_BYTES / sizeof(float);
@@ -145,27 +173,30 @@ struct LinearKernel : Kernel<LinearKernel> {
     }
   }
 
+  static constexpr size_t FIRST = 3;  // of the weights among the inputs
   bool bias;
+  float epsilon;
   Gemm gemm;
 };
 
 struct LinearOp : Operator<LinearOp, LinearKernel> {
   const char* GetName() const { return "Linear"; }
-  size_t GetInputTypeCount() const { return 3; }
+  size_t GetInputTypeCount() const { return 4; }
   ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
-    return i == 0 ? INPUT_OUTPUT_REQUIRED : i == 1 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_VARIADIC;
+    return i == 0 ? INPUT_OUTPUT_REQUIRED : i < 3 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_VARIADIC;
   }
   size_t GetOutputTypeCount() const { return 1; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t) const { return INPUT_OUTPUT_VARIADIC; }
 };
 
-// ---- GatedLinear: x [M,K], gate [N,K], up [N,K], gate_bias [N]?, up_bias [N]? → [M,N]
+// ---- GatedLinear: x [M,K], gate [N,K], up [N,K], gate_bias [N]?, up_bias [N]?, norm [K]? → [M,N]
 
 struct GatedKernel : Kernel<GatedKernel> {
   explicit GatedKernel(const OrtKernelInfo* info)
       : activation(activation_of(Ort::ConstKernelInfo(info).GetAttribute<std::string>("activation"))),
+        epsilon(Ort::ConstKernelInfo(info).GetAttribute<float>("epsilon")),
         gemm(info, false),
         gemm_bias(info, true) {}
 
@@ -176,10 +207,20 @@ struct GatedKernel : Kernel<GatedKernel> {
     const auto x_shape = shape(x), w_shape = shape(gate);
     expect(x_shape.size() == 2 && w_shape.size() == 2 && w_shape[1] == x_shape[1] && shape(up) == w_shape,
            "headpool::GatedLinear: the weights do not fit x");
+    const auto normed = normalise(context, x, context.GetInput(5), epsilon);
+    const OrtValue* source = normed ? static_cast<const OrtValue*>(*normed) : static_cast<const OrtValue*>(x);
     const std::vector<int64_t> y_shape{x_shape[0], w_shape[0]};
     auto y = context.GetOutput(0, y_shape);
-    const Gated part{floats(x),       floats(gate), floats(up), floats(gate_bias),    floats(up_bias),      y.GetTensorMutableData<float>(),
-                     static_cast<size_t>(x_shape[0]), static_cast<size_t>(x_shape[1]), static_cast<size_t>(w_shape[0]), activation};
+    const Gated part{floats(Ort::ConstValue(source)),
+                     floats(gate),
+                     floats(up),
+                     floats(gate_bias),
+                     floats(up_bias),
+                     y.GetTensorMutableData<float>(),
+                     static_cast<size_t>(x_shape[0]),
+                     static_cast<size_t>(x_shape[1]),
+                     static_cast<size_t>(w_shape[0]),
+                     activation};
     if (part.M <= FEW_ROWS) {
       const size_t rows = LinearKernel::rows_per_task(2 * part.K);
       parallel(context, divide_up(part.N, rows),
@@ -188,8 +229,8 @@ struct GatedKernel : Kernel<GatedKernel> {
     }
     Ort::AllocatorWithDefaultOptions allocator;
     auto gates = Ort::Value::CreateTensor<float>(allocator, y_shape.data(), y_shape.size());
-    (gate_bias ? gemm_bias : gemm)(raw, x, gate, gate_bias, gates);
-    (up_bias ? gemm_bias : gemm)(raw, x, up, up_bias, y);
+    (gate_bias ? gemm_bias : gemm)(raw, source, gate, gate_bias, gates);
+    (up_bias ? gemm_bias : gemm)(raw, source, up, up_bias, y);
     const size_t total = part.M * part.N, step = TASK_BYTES / sizeof(float) / 4;
     const float* from = gates.GetTensorData<float>();
     parallel(context, divide_up(total, step), [&](size_t task) {
@@ -208,12 +249,13 @@ struct GatedKernel : Kernel<GatedKernel> {
   }
 
   Activation activation;
+  float epsilon;
   Gemm gemm, gemm_bias;
 };
 
 struct GatedOp : Operator<GatedOp, GatedKernel> {
   const char* GetName() const { return "GatedLinear"; }
-  size_t GetInputTypeCount() const { return 5; }
+  size_t GetInputTypeCount() const { return 6; }
   ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
     return i < 3 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
@@ -222,8 +264,8 @@ struct GatedOp : Operator<GatedOp, GatedKernel> {
   ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
 };
 
-// ---- FusedAttention: query [..,H·D], key, value, past_key [B,G,S,D], past_value [B,G,S,Dv], position_ids [B,T],
-//      cos [B,T,rotary/2]?, sin? → output as query but H·Dv, present_key, present_value
+// ---- FusedAttention: query of 2 or 3 dimensions, key, value, past_key [B,G,S,D], past_value [B,G,S,Dv], position_ids [B,T],
+//      cos [B,T,rotary/2]?, sin? → output [B·T,H·Dv] or [B,T,H·Dv], as many dimensions as query has, present_key, present_value
 
 struct AttentionKernel : Kernel<AttentionKernel> {
   explicit AttentionKernel(const OrtKernelInfo* raw) {
@@ -240,13 +282,16 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     const auto past_key = context.GetInput(3), past_value = context.GetInput(4), positions = context.GetInput(5);
     const auto cos = context.GetInput(6), sin = context.GetInput(7);
     const auto k_shape = shape(past_key), v_shape = shape(past_value), tokens = shape(positions);
-    expect(k_shape.size() == 4 && v_shape.size() == 4 && tokens.size() == 2, "headpool::FusedAttention: a cache or position_ids has a wrong rank");
+    expect(k_shape.size() == 4 && v_shape.size() == 4 && tokens.size() == 2,
+           "headpool::FusedAttention: a cache or position_ids has a wrong rank");
     Attention a{};
     a.query = floats(query);
     a.B = tokens[0], a.T = tokens[1], a.S = k_shape[2], a.H = H, a.G = G, a.D = k_shape[3], a.Dv = v_shape[3];
     a.positions = positions.GetTensorData<int64_t>();
     a.scale = scale;
     a.cos = floats(cos), a.sin = floats(sin);
+    expect(!a.cos == !a.sin && (!a.cos || shape(cos).size() == 3),
+           "headpool::FusedAttention: cos or sin is missing or has a wrong rank");
     if (a.cos) a.rotary = 2 * shape(cos).back();
     const auto elements = [](const Ort::ConstValue& v) { return v.GetTensorTypeAndShapeInfo().GetElementCount(); };
     const size_t rows = a.B * a.T;
@@ -255,17 +300,18 @@ struct AttentionKernel : Kernel<AttentionKernel> {
                elements(key) == rows * G * a.D && elements(value) == rows * G * a.Dv && a.rotary <= a.D &&
                (!a.cos || (elements(cos) == rows * a.rotary / 2 && elements(sin) == elements(cos))),
            "headpool::FusedAttention: the shapes of its inputs contradict each other");
-    auto q_shape = shape(query);
-    q_shape.back() = H * a.Dv;
-    a.output = context.GetOutput(0, q_shape).GetTensorMutableData<float>();
+    std::vector<int64_t> out{tokens[0], tokens[1], static_cast<int64_t>(H * a.Dv)};
+    if (shape(query).size() == 2) out = {tokens[0] * tokens[1], out[2]};
+    a.output = context.GetOutput(0, out).GetTensorMutableData<float>();
     float* keys = in_place(past_key, context.GetOutput(1, k_shape));
     float* values = in_place(past_value, context.GetOutput(2, v_shape));
     a.keys = keys, a.values = values;
     if (!rows) return;
     for (size_t b = 0; b < a.B; ++b) {
       const int64_t* row = a.positions + b * a.T;
-      const int64_t last = *std::max_element(row, row + a.T);
-      expect(row[0] >= 0 && last < k_shape[2] && row[0] + tokens[1] <= k_shape[2], "headpool::FusedAttention: a position lies outside the cache");
+      const auto [least, most] = std::minmax_element(row, row + a.T);
+      expect(*least >= 0 && *most < k_shape[2] && row[0] <= k_shape[2] - tokens[1],
+             "headpool::FusedAttention: a position lies outside the cache");
     }
     update(context, a, floats(key), floats(value), keys, values);
     a.T == 1 ? decode(context, a) : prefill(context, a);
@@ -280,7 +326,8 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     return to;
   }
 
-  static void update(const Ort::KernelContext& context, const Attention& a, const float* key, const float* value, float* keys, float* values) {
+  static void update(const Ort::KernelContext& context, const Attention& a, const float* key, const float* value, float* keys,
+                     float* values) {
     const size_t rows = a.B * a.T, half = a.rotary / 2, step = 16;
     parallel(context, divide_up(rows, step), [&](size_t task) {
       for (size_t token = task * step; token < std::min(rows, (task + 1) * step); ++token) {
@@ -376,7 +423,8 @@ struct AttentionOp : Operator<AttentionOp, AttentionKernel> {
 }  // namespace
 }  // namespace headpool
 
-extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                               const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(ORT_API_VERSION);
   if (!api) return base->GetApi(1)->CreateStatus(ORT_FAIL, "headpool's operators need a newer ONNX Runtime");
   Ort::InitApi(api);
@@ -384,10 +432,13 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   static const headpool::GatedOp gated;
   static const headpool::AttentionOp attention;
   static OrtCustomOpDomain* domain = nullptr;
+  static std::mutex mutex;  // sessions may be opened in several threads
+  const std::lock_guard lock(mutex);
   OrtStatus* status = nullptr;
   if (!domain) {
     status = api->CreateCustomOpDomain("headpool", &domain);
-    for (const OrtCustomOp* op : {static_cast<const OrtCustomOp*>(&linear), static_cast<const OrtCustomOp*>(&gated), static_cast<const OrtCustomOp*>(&attention)})
+    for (const OrtCustomOp* op : {static_cast<const OrtCustomOp*>(&linear), static_cast<const OrtCustomOp*>(&gated),
+                                  static_cast<const OrtCustomOp*>(&attention)})
       if (!status) status = api->CustomOpDomain_Add(domain, op);
   }
   return status ? status : api->AddCustomOpDomain(options, domain);

@@ -107,11 +107,11 @@ template <size_t W, class Pick>
   Vec a[LANES];
   HEADPOOL_UNROLL
   for (size_t i = 0; i < LANES; ++i) a[i] = load(from + i * stride);
-#define HEADPOOL_SWAP(W, FIRST, SECOND)                             \
+#define HEADPOOL_SWAP(W, FIRST, SECOND)                                 \
   swap_blocks<W>(a, [](Vec& x, Vec& y) __attribute__((always_inline)) { \
-    const Vec first = __builtin_shufflevector(x, y, FIRST);         \
-    y = __builtin_shufflevector(x, y, SECOND);                      \
-    x = first;                                                      \
+    const Vec first = __builtin_shufflevector(x, y, FIRST);             \
+    y = __builtin_shufflevector(x, y, SECOND);                          \
+    x = first;                                                          \
   })
 #define HEADPOOL_LIST(...) __VA_ARGS__
 #if defined(__AVX512F__)

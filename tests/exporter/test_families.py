@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import harness
 import hf
 import numpy as np
 import pytest
@@ -78,11 +79,12 @@ def test_the_torch_model(name: str, tmp_path: Path) -> None:
         follow(session, hf.model(name), THREE)
 
 
-@pytest.mark.parametrize("cache", ["static", "concat"])  # the faster one: both forms of a family share two of three traces
+@pytest.mark.parametrize("form", ["static", "concat", "fused"])  # the faster one: all forms of a family share two of three traces
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_bundle(name: str, cache: Any, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(hf.save(name, tmp_path))
-    check_bundle(export(checkpoint, tmp_path / "out", ExportOptions(patterns=PATTERNS, cache=cache)), hf.model(name))
+def test_the_bundle(name: str, form: Any, tmp_path: Path) -> None:
+    own = form == "fused" and bool(harness.operators())
+    options = ExportOptions(patterns=("fused",)) if own else ExportOptions(patterns=PATTERNS, cache=form)
+    check_bundle(export(open_checkpoint(hf.save(name, tmp_path)), tmp_path / "out", options), hf.model(name))
 
 
 def test_logits_of_every_position(tmp_path: Path) -> None:
@@ -99,7 +101,8 @@ def test_logits_of_every_position(tmp_path: Path) -> None:
             np.testing.assert_allclose(np.concatenate(blocks, axis=1), expected[:, 5:], rtol=0, atol=TOLERANCE)
 
 
-def test_kv_heads_that_differ_from_layer_to_layer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("patterns", [("grouped", "attention", "repeat"), ("fused",)], ids="-".join)
+def test_kv_heads_that_differ_from_layer_to_layer(patterns: tuple[str, ...], tmp_path: Path) -> None:
     """Transformers knows one number for all layers, so it gets every layer degrouped to MHA, which is exact."""
     from transformers import AutoModelForCausalLM
 
@@ -109,9 +112,11 @@ def test_kv_heads_that_differ_from_layer_to_layer(tmp_path: Path) -> None:
     full_config, full_weights = convert_weights(config, weights, 6)
     write_checkpoint(dataclasses.replace(source, config=full_config, weights=full_weights), tmp_path / "mha")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "mha", attn_implementation="eager").float().eval()
-    options = ExportOptions(patterns=("grouped", "attention", "repeat"), cache="static")
-    bundle = export(mixed, tmp_path / "out", options)
-    assert [variant.name for variant in bundle.variants] == ["gsum4.grouped", "gsum4.attention", "gsum4.repeat"]
+    if "fused" in patterns:
+        harness.operators()
+    bundle = export(mixed, tmp_path / "out", ExportOptions(patterns=patterns, cache="static"))
+    names = [variant.name for variant in bundle.variants]
+    assert names == ([f"gsum4.{pattern}" for pattern in patterns] if len(patterns) > 1 else ["gsum4"])
     assert bundle.variants[0].groups == (3, 1)
     check_bundle(bundle, theirs)
 
@@ -124,9 +129,14 @@ def test_kv_heads_that_differ_from_layer_to_layer(tmp_path: Path) -> None:
         (96, 3, 3, "grouped", "concat"),
         (128, 2, 1, "repeat", "static"),
         (256, 2, 1, "gqa", "concat"),
+        (20, 6, 2, "fused", "static"),
+        (80, 9, 1, "fused", "static"),
+        (128, 2, 2, "fused", "static"),
     ],
 )
 def test_one_layer_of_odd_sizes(head_dim: int, heads: int, kv_heads: int, pattern: str, cache: Any, tmp_path: Path) -> None:
+    if pattern == "fused":
+        harness.operators()
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "num_hidden_layers": 1}
     theirs = hf.build("llama", {**sizes, "hidden_size": 11 * heads, "intermediate_size": 17, "vocab_size": 101})
     theirs.save_pretrained(tmp_path / "in")

@@ -267,4 +267,4 @@ def test_user_mistakes(bundles: dict[tuple[str, str], Bundle], tmp_path: Path, m
         EngineError, match="backend onnxruntime needs onnxruntime, which is not installed: pip install onnxruntime"
     ):
         open_session(opened)
-    assert set(BACKENDS) == {"onnxruntime", "onnxruntime-cuda"}
+    assert set(BACKENDS) == {"onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"}

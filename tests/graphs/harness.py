@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
+import pytest
 import torch
 from evaluator import BF16, evaluator
 
 from exporter import contract
 from exporter.config import ModelConfig, RopeConfig
+from exporter.engines.onnxruntime import operator_library
+from exporter.errors import EngineError
 from exporter.models.decoder import Decoder, canonical_to_module
 from exporter.trace import canonical_graph
 from exporter.weights import TORCH_DTYPES
@@ -75,10 +80,24 @@ def session(decoder: Decoder, pattern: str, cache: str, dtype: str = "fp32", log
     graph = with_weights(lower(_canonical[key], pattern), decoder)
     if dtype == "bf16":
         return evaluator(graph)
+    return ort_session(graph, own_operators=pattern == "fused")
+
+
+def ort_session(graph: onnx.ModelProto, own_operators: bool = False, threads: int = 1) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # errors come as exceptions
+    if own_operators:
+        options.register_custom_ops_library(operators())
     return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def operators() -> str:
+    """The library of headpool's operators. Where it was not built, the test that asks is skipped, but fails where CI is set."""
+    try:
+        return str(operator_library())
+    except EngineError as error:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
 
 
 def run(sess, config: ModelConfig, ids, positions, caches, mask=None):

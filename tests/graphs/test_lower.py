@@ -19,6 +19,7 @@ TIMES_TORCHS_OWN_LOSS = 4
 STANDARD, PATTERNS = ("repeat", "grouped", "attention"), ("repeat", "grouped", "attention", "gqa")
 MATRIX = [(p, c, d) for p in PATTERNS for c in ("static", "concat") for d in ("fp32", "fp16")]
 MATRIX += [(p, c, "bf16") for p in STANDARD for c in ("static", "concat")]
+MATRIX += [("fused", "static", "fp32")]
 
 
 def torch_logits(decoder, prompt: np.ndarray) -> np.ndarray:
@@ -125,7 +126,7 @@ def test_batch_of_unequal_lengths(pattern, cache, dtype):
             close(logits[row], expected[row][n + step : n + step + width], loss)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, "fused"])
 def test_last_logits_are_the_last_of_all(pattern):
     config = harness.tiny_config(tied=False)
     decoder = harness.random_decoder(config)

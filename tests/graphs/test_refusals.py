@@ -26,7 +26,7 @@ def refused(model: ir.Model, pattern: str) -> str:
 
 def test_unknown_pattern_lists_the_choices():
     message = refused(standalone(8, 2, 16), "paged")
-    assert message == "pattern 'paged' is not one of repeat, grouped, attention, gqa"
+    assert message == "pattern 'paged' is not one of repeat, grouped, attention, gqa, fused"
 
 
 def test_a_lowered_graph_is_not_lowered_again():

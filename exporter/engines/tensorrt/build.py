@@ -190,6 +190,7 @@ def _build_one(
         config = _config(parsed, variant, recipe, profiles)
         with record.replacing(plan) as temporary:
             size, digest = _compile(parsed, config, source, temporary, on_progress)
+        on_progress(1000)
     except UserError as error:
         raise type(error)(f"{error} (log: {folder / name}.log)") from None
     finally:

@@ -136,9 +136,6 @@ def _details(trt: Any, kind: str, layer: Any) -> dict[str, Any]:
             "decomposable": bool(attention.decomposable),
             "lengths": [n for n in ("query_lengths", "key_value_lengths") if getattr(attention, n, None) is not None],
         }
-    if kind == "KV_CACHE_UPDATE":
-        layer.__class__ = trt.IKVCacheUpdateLayer
-        return {"mode": layer.cache_mode.name}
     if kind == "ELEMENTWISE":
         layer.__class__ = trt.IElementWiseLayer
         return {"op": layer.op.name}

@@ -59,7 +59,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["run", MODEL + "/model.safetensors", "--tokens", "1"], "model.safetensors is not a bundle: it is a file; make one with"),
     (["run", BUNDLE + "/headpool.json", "--tokens", "1"], "headpool.json is not a bundle: it is a file; make one with"),
     ([*RUN, "--variant", "g9"], "variant 'g9' is not one of g2, g1"),
-    ([*RUN, "--backend", "tpu"], "--backend: 'tpu' is not one of onnxruntime, onnxruntime-cuda (see 'headpool run --help')"),
+    ([*RUN, "--backend", "tpu"], "--backend: 'tpu' is not one of onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx (see 'headpool run --help')"),
     ([*RUN, "--prompt", "x"], "--tokens stands instead of --prompt and --chat; give one of them"),
     ([*RUN, "--capacity", "2"], "prompt 0 needs 3 cache rows, the capacity is 2; raise --capacity"),
     ([*RUN, "--capacity", "9"], "3 tokens and 128 new ones need 130 cache rows, the capacity is 9; raise --capacity or lower"),

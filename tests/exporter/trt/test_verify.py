@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from exporter.bundle import Bundle
 from exporter.engines.tensorrt.library import Library, Messages
 from exporter.engines.tensorrt.network import Network, parse
-from exporter.engines.tensorrt.verify import Sizes, verify
+from exporter.engines.tensorrt.verify import Sizes, check_casts, check_grouped, verify
 from exporter.engines.tensorrt.weights import Source, fix_shapes, open_source
 from exporter.errors import GraphError
 from graphs.canonical import standalone
@@ -278,8 +278,6 @@ def test_a_cast_cache_is_refused(library, attention):
     with pytest.raises(GraphError, match=r"layer 0 has 0 fused .* \(and 2 more"):
         check(library, graph)
     network = Network(library.trt, parse(library, graph.source, Messages()).definition)
-    from exporter.engines.tensorrt.verify import check_casts
-
     assert list(check_casts(network, graph.variant)) == ["cache present.0.key is cast to fp32"]
 
 
@@ -314,3 +312,47 @@ def test_other_names_than_the_contracts_are_refused(library, attention):
     graph.graph.input[0].name = "ids"
     with pytest.raises(GraphError, match=r"input input_ids is missing, planned int64 \[2, -1\]"):
         check(library, graph)
+
+
+def test_values_of_another_cache_are_refused(library, attention):
+    graph = Graph(attention)
+    graph.nodes("Attention")[0].input[2] = "present.0.key"
+    with pytest.raises(GraphError, match=r"layer 0: its attention reads the values present.0.key, planned present.0.value"):
+        check(library, graph)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lengths": ["key_value_lengths"]}, "layer 1: its attention has key_value_lengths, planned none"),
+        ({"norm": "NONE"}, "layer 1: its attention normalises by NONE, planned SOFTMAX"),
+    ],
+)
+def test_what_only_other_operators_make_is_refused(library, attention, changes, words):
+    """TRT_Attention and TensorRT's own API can set these; a parsed network with them is made by hand here."""
+    graph = Graph(attention)
+    parsed = parse(library, graph.source, Messages())
+    network = Network(library.trt, parsed.definition)
+    network.of("ATTENTION_INPUT")[1].details.update(changes)
+    with pytest.raises(GraphError, match=words):
+        verify(network, graph.variant, SIZES)
+
+
+def test_values_without_a_softmax_are_refused(library, grouped):
+    graph = Graph(grouped)
+    softmax = graph.nodes("Softmax")[0]
+    softmax.op_type = "Sigmoid"
+    del softmax.attribute[:]
+    with pytest.raises(GraphError, match=r"layer 0: its values are not weighted by a softmax"):
+        check(library, graph)
+
+
+def test_grouped_heads_other_than_planned_are_refused(library, grouped):
+    graph = Graph(grouped)
+    network = Network(library.trt, parse(library, graph.source, Messages()).definition)
+    config = graph.variant.config
+    more = dataclasses.replace(graph.variant, config=dataclasses.replace(config, num_heads=12))
+    with pytest.raises(GraphError, match="layer 0: its output is not taken apart into 12 query heads"):
+        verify(network, more, SIZES)
+    fewer = dataclasses.replace(graph.variant, config=config.with_kv_heads((2, 2)))
+    assert list(check_grouped(network, fewer)) == ["layer 1 has products over 3 key and 3 value heads, planned 2"]
