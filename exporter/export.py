@@ -21,8 +21,7 @@ from exporter.background import Background
 from exporter.bundle import MANIFEST, Bundle, Variant
 from exporter.checkpoint import Checkpoint, check_finite, hf_config_for, scan
 from exporter.config import CACHE_FORMS, DTYPES, CacheForm, ModelConfig, check_groups
-from exporter.convert import conversion_record, convert_weights
-from exporter.convert.heads import METHODS, Method
+from exporter.convert import GROUPINGS, METHODS, Converter, Grouping, Method, conversion_record
 from exporter.errors import UserError, one_of
 from exporter.files import new_folder, refuse_existing
 from exporter.genai import genai_config
@@ -52,6 +51,8 @@ class ExportOptions:
 
     groups: tuple[int, ...] | None = None
     method: Method = "mean"
+    grouping: Grouping = "contiguous"
+    calibration: str | None = None  # None is `self` where the method reads tokens
     seed: int = 0
     patterns: tuple[str, ...] = ("grouped",)
     cache: CacheForm | None = None
@@ -62,7 +63,8 @@ class ExportOptions:
     def __post_init__(self) -> None:
         choices: list[tuple[str, Any, Any]] = [("pattern", pattern, PATTERNS) for pattern in self.patterns]
         choices += [("dtype", self.dtype, DTYPES), ("logits", self.logits, ("last", "all"))]
-        choices += [("method", self.method, METHODS), ("weights", self.storage, STORAGES)]
+        choices += [("method", self.method, METHODS), ("grouping", self.grouping, GROUPINGS)]
+        choices += [("weights", self.storage, STORAGES)]
         choices += [("cache", self.cache, CACHE_FORMS)] if self.cache is not None else []
         for what, value, allowed in choices:
             if value not in allowed:
@@ -72,8 +74,17 @@ class ExportOptions:
                 raise UserError(f"{what}s {', '.join(map(str, values))}: name each once, and at least one")
 
 
-def export(checkpoint: Checkpoint, out: Path, options: ExportOptions, progress: Progress | None = None) -> Bundle:
-    """Write the bundle `out` (which must not exist) and open it. Nothing is left behind when anything fails."""
+def export(
+    checkpoint: Checkpoint,
+    out: Path,
+    options: ExportOptions,
+    progress: Progress | None = None,
+    convert: Converter | None = None,
+) -> Bundle:
+    """Write the bundle `out` (which must not exist) and open it. Nothing is left behind when anything fails.
+
+    `convert` is `converter(checkpoint, options, …)`, given by callers who want its conversions for more than this.
+    """
     report = progress or (lambda *_: None)
     config = checkpoint.config
     for count in options.groups or ():
@@ -81,11 +92,12 @@ def export(checkpoint: Checkpoint, out: Path, options: ExportOptions, progress: 
     _check_patterns(config, options)
     refuse_existing(out)
     check_tokenizer(checkpoint.side_files, checkpoint.name)
+    convert = convert or converter(checkpoint, options, report)
     with new_folder(out) as folder:
         hashing = Background(scan, checkpoint.files)  # the files are read while the graphs are traced
         models: dict[str, tuple[ModelConfig, Weights]] = {}
         for kv_heads in options.groups or (config.kv_heads,):
-            converted = convert_weights(config, checkpoint.weights, kv_heads, options.method, options.seed)
+            converted = convert(kv_heads)
             models[_label(converted[0])] = converted
         layout = _lay_out(folder, models, options, report)
         checking = Background(_check_linked, layout)
@@ -98,6 +110,11 @@ def export(checkpoint: Checkpoint, out: Path, options: ExportOptions, progress: 
         _write_side_files(folder, checkpoint, variants[0])
         _write_json(folder / MANIFEST, bundle.to_json())
     return Bundle.open(out)
+
+
+def converter(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> Converter:
+    """What converts `checkpoint` as `options` say."""
+    return Converter(checkpoint, options.method, options.seed, options.grouping, options.calibration, progress)
 
 
 def _check_patterns(config: ModelConfig, options: ExportOptions) -> None:
@@ -161,7 +178,7 @@ def _write_graphs(
             ir.save(model, folder / graph)
             check_model(folder / graph)
             files = tuple(sorted({layout.place(tensor).file for tensor in weights.values()}))
-            record = conversion_record(original, config, options.method, options.seed)
+            record = conversion_record(original, config, options.method, options.seed, options.grouping, options.calibration)
             size = _weight_bytes(config, weights, layout)
             variants.append(Variant(name, graph, config, pattern, cache, options.dtype, options.logits, files, size, record))
     report("tracing and lowering graphs", total, total)

@@ -121,8 +121,9 @@ def _normed(x: ir.Value) -> tuple[ir.Value, ir.Value | None, float]:
         return x, None, 0.0
     source, weight = node.inputs[:2]
     axis, epsilon = node.attributes.get("axis"), node.attributes.get("epsilon")
-    flat = source is not None and source.shape is not None and len(source.shape) == 2
-    if source is None or not flat or weight is None or (axis is not None and axis.as_int() not in (-1, 1)):
+    if source is None or source.shape is None or weight is None or (axis is not None and axis.as_int() not in (-1, 1)):
+        return x, None, 0.0
+    if len(source.shape) != 2 or weight.shape is None or weight.shape != source.shape[1:]:  # the last: it would broadcast
         return x, None, 0.0
     return source, weight, 1e-5 if epsilon is None else epsilon.as_float()
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from exporter.checkpoint import Checkpoint
-from exporter.convert import convert_weights
+from exporter.convert import Converter
 from exporter.engines.torch_eager import open_torch
 from exporter.errors import UserError
 from exporter.evaluate import agreement, check_text, cross_entropy, cut, default_text
-from exporter.export import ExportOptions, export
+from exporter.export import ExportOptions, converter, export
 from exporter.files import new_folder, refuse_existing
 from exporter.tokenizer import TOKENIZER, Tokenizer
 from profiles.bundles import check_plan, profile_bundle
@@ -48,8 +48,9 @@ def sweep(checkpoint: Checkpoint, out: Path, options: SweepOptions, progress: Pr
     refuse_existing(out)
     check_plan(options.plan, options.breakdown, checkpoint.config)
     text = _text(checkpoint, options.quality_tokens)
+    convert = converter(checkpoint, options.export, progress)
     with new_folder(out) as folder:
-        export(checkpoint, folder / "bundle", options.export, progress)
+        export(checkpoint, folder / "bundle", options.export, progress, convert)
         results = profile_bundle(
             [folder / "bundle"],
             options.plan,
@@ -59,7 +60,7 @@ def sweep(checkpoint: Checkpoint, out: Path, options: SweepOptions, progress: Pr
             progress=lambda done, total, what: progress("measuring latency", done, total),
         )
         if text is not None:
-            results = results.with_quality(_quality(checkpoint, text, options, results, progress))
+            results = results.with_quality(_quality(checkpoint, text, convert, results, progress))
         results.save(folder / "results.json")
         write_report([results], folder / "report.html")
     return results
@@ -77,7 +78,7 @@ def _text(checkpoint: Checkpoint, count: int) -> np.ndarray | None:
 
 
 def _quality(
-    checkpoint: Checkpoint, tokens: np.ndarray, options: SweepOptions, results: Results, progress: Progress
+    checkpoint: Checkpoint, tokens: np.ndarray, convert: Converter, results: Results, progress: Progress
 ) -> dict[str, dict[str, float]]:
     """For each variant, cross-entropy (nats a token) and the share of next tokens that are the original model's, on `tokens`.
 
@@ -90,9 +91,7 @@ def _quality(
     with open_torch(checkpoint, capacity=window) as original:
         for index, count in enumerate(counts):
             progress("measuring quality", index, len(counts))
-            config, weights = convert_weights(
-                checkpoint.config, checkpoint.weights, count, options.export.method, options.export.seed
-            )
+            config, weights = convert(count)
             converted = dataclasses.replace(checkpoint, config=config, weights=weights)
             with open_torch(converted, capacity=window) as session:
                 loss = cross_entropy(session, tokens, window, window // 2)

@@ -15,24 +15,37 @@ from exporter.cli.console import finish, progress_bar
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--groups", "count", type=click.IntRange(min=1), required=True, help="KV heads G of every layer after.")
-@options.all_of(options.method, options.seed, options.as_json)
-def convert_command(checkpoint: Path, out: Path, count: int, method: Any, seed: int, as_json: bool) -> None:
+@options.all_of(options.converting, options.seed, options.as_json)
+def convert_command(
+    checkpoint: Path,
+    out: Path,
+    count: int,
+    method: Any,
+    grouping: Any,
+    calibration: str | None,
+    seed: int,
+    as_json: bool,
+) -> None:
     """Write CHECKPOINT (a Hugging Face folder or a GGUF file) to the folder OUT with G KV heads a layer.
 
     Fewer heads are pooled, group by group, as in the GQA paper; more heads repeat the ones there are, exactly.
+    --method optimal keeps most of the model: it measures each layer on calibration tokens, which takes minutes.
     OUT is a Hugging Face checkpoint that transformers loads.
 
     \b
     Examples:
       headpool convert llama/ llama-gqa8 --groups 8
       headpool convert model.gguf mqa --groups 1 --method first --json
+      headpool convert model.gguf mqa --groups 1 --method optimal --calibration text.txt
     """
     from exporter.convert import conversion_record, convert_checkpoint
 
     with progress_bar() as progress:
-        before, after = convert_checkpoint(checkpoint, out, count, method, seed, progress)
+        before, after = convert_checkpoint(
+            checkpoint, out, count, method, seed, progress, grouping=grouping, calibration=calibration
+        )
     _tell_no_tokenizer(out)
-    record = conversion_record(before, after, method, seed)
+    record = conversion_record(before, after, method, seed, grouping, calibration)
     data = {"out": str(out), "conversion": record, "kv_heads": list(after.kv_heads)}
     finish(
         as_json,

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import click
 
 # Written out here because the modules that define them import torch or onnx; a test holds them equal.
-METHODS = ("mean", "first", "random")
+METHODS = ("mean", "first", "random", "mean-renorm", "procrustes", "optimal")
+GROUPINGS = ("contiguous", "best")
 PATTERNS = ("repeat", "grouped", "attention", "gqa", "fused")
 CACHES = ("concat", "static")
 DTYPES = ("fp32", "fp16", "bf16")
@@ -77,6 +78,18 @@ groups: Option = click.option(
 method: Option = click.option(
     "--method", type=OneOf(METHODS), default="mean", show_default=True, help="How the heads of a group become one."
 )
+grouping: Option = click.option(
+    "--grouping",
+    type=OneOf(GROUPINGS),
+    default="contiguous",
+    show_default=True,
+    help="Which heads share: neighbours, or those that lose least (procrustes, optimal).",
+)
+calibration: Option = click.option(
+    "--calibration",
+    metavar="FILE|self|random|none",
+    help="Tokens that procrustes and optimal measure on: a text's, the model's own, or random ones.  [default: self]",
+)
 seed: Option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness.")
 patterns: Option = click.option(
     "--pattern",
@@ -114,7 +127,8 @@ def all_of(*options: Option) -> Option:
     return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
-making = all_of(groups, method, patterns, cache, dtype, storage)
+converting = all_of(method, grouping, calibration)
+making = all_of(groups, converting, patterns, cache, dtype, storage)
 running = all_of(backend, threads)
 
 T = TypeVar("T")

@@ -9,64 +9,50 @@ Query head h reads KV head h // R, so the heads pooled into one are contiguous. 
 Only K and V projections change, weights [G·D, d] and biases [G·D] alike, and they are computed when they are read. Every
 other tensor is the object that came in. QK-norm weights have D entries that all heads share, so they stay as they are: K is
 pooled before its norm, which then gives the pooled head the scale that the trained heads had.
+
+`mean` averages the heads of a group, `mean-renorm` gives the average the root mean square of their norms (of m orthogonal
+heads √m times its own), `first` keeps the first one, `random` keeps one that the seed and the layer number choose, the same
+for K and V.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
 from exporter.config import ModelConfig
-from exporter.errors import CheckpointError, UserError, one_of
+from exporter.errors import CheckpointError
 from exporter.weights import ComputedTensor, LazyTensor, Weights
 
-Method = Literal["mean", "first", "random"]
-METHODS: tuple[Method, ...] = get_args(Method)
+Pooling = Literal["mean", "first", "random", "mean-renorm"]
+POOLING: tuple[Pooling, ...] = get_args(Pooling)
 
 
-def convert_weights(
-    config: ModelConfig, weights: Weights, kv_heads: int | tuple[int, ...], method: Method = "mean", seed: int = 0
-) -> tuple[ModelConfig, Weights]:
-    """The model with `kv_heads` KV heads in every layer, or one number a layer.
+def pooled_tensors(
+    config: ModelConfig, weights: Weights, target: ModelConfig, method: Pooling, seed: int
+) -> dict[str, LazyTensor]:
+    """The K and V projections that differ between `config` and `target`, which have the same layers.
 
-    `mean` averages the heads of a group, `first` keeps the first one, `random` keeps one that `seed` and the layer number
-    choose, the same for K and V. Layers that keep their number keep their tensors. Raises UserError for a count that does not
-    divide the query heads, CheckpointError where a projection is missing or has another shape than the config says.
+    Raises CheckpointError where a projection is missing or has another shape than the config says.
     """
-    if method not in METHODS:
-        raise UserError(one_of("method", method, METHODS))
-    if seed < 0:
-        raise UserError(f"seed {seed} is negative; choose a whole number from 0")
-    target = config.with_kv_heads(kv_heads)
-    converted = dict(weights)
+    pooled: dict[str, LazyTensor] = {}
     for layer, (before, after) in enumerate(zip(config.kv_heads, target.kv_heads, strict=True)):
         if before == after:
             continue
         source = _source_heads(before, after, method, np.random.default_rng([seed, layer]))
-        for tensor in _projections(config, weights, layer):
+        for tensor, matrix in _projections(config, weights, layer):
             shape = (after * config.head_dim, *tensor.shape[1:])
-            compute = partial(_pool, tensor, source, config.head_dim)
-            converted[tensor.name] = ComputedTensor(tensor.name, tensor.dtype, shape, compute)
-    return target, converted
+            measured = matrix if method == "mean-renorm" else None
+            compute = partial(_pool, tensor, source, config.head_dim, measured)
+            pooled[tensor.name] = ComputedTensor(tensor.name, tensor.dtype, shape, compute)
+    return pooled
 
 
-def conversion_record(before: ModelConfig, after: ModelConfig, method: Method, seed: int = 0) -> dict[str, Any] | None:
-    """What a manifest says of a conversion: method, seed and KV heads per layer. None where no head changed."""
-    if before.kv_heads == after.kv_heads:
-        return None
-    return {
-        "method": method,
-        "seed": seed if method == "random" else None,
-        "kv_heads_before": list(before.kv_heads),
-        "kv_heads_after": list(after.kv_heads),
-    }
-
-
-def _source_heads(before: int, after: int, method: Method, rng: np.random.Generator) -> np.ndarray:
+def _source_heads(before: int, after: int, method: Pooling, rng: np.random.Generator) -> np.ndarray:
     """Which old heads are averaged into each new one: int [after, n], an index repeated where a head weighs more."""
     common = math.lcm(before, after)
     groups = np.repeat(np.arange(before), common // before).reshape(after, -1)
@@ -77,8 +63,9 @@ def _source_heads(before: int, after: int, method: Method, rng: np.random.Genera
     return groups
 
 
-def _projections(config: ModelConfig, weights: Weights, layer: int) -> list[LazyTensor]:
-    """K and V weights of one layer, and their biases where there are any; their rows checked against the config."""
+def _projections(config: ModelConfig, weights: Weights, layer: int) -> list[tuple[LazyTensor, LazyTensor]]:
+    """K and V weights of one layer, and their biases where there are any, each with the weight it belongs to; their rows
+    checked against the config."""
     prefix = f"model.layers.{layer}.self_attn."
     names = [f"{prefix}{letter}_proj.{kind}" for letter in "kv" for kind in ("weight", "bias")]
     if missing := [name for name in names if name.endswith("weight") and name not in weights]:
@@ -91,16 +78,28 @@ def _projections(config: ModelConfig, weights: Weights, layer: int) -> list[Lazy
                 f"{tensor.name} has {tensor.shape[0]} rows, its config says {rows}: "
                 f"{config.kv_heads[layer]} KV heads of {config.head_dim}"
             )
-    return found
+    return [(tensor, weights[tensor.name.rsplit(".", 1)[0] + ".weight"]) for tensor in found]
 
 
-def _pool(tensor: LazyTensor, source: np.ndarray, head_dim: int) -> torch.Tensor:
-    """The mean of the named heads, summed in float64: equal heads give themselves back to the bit."""
+def _pool(tensor: LazyTensor, source: np.ndarray, head_dim: int, measured: LazyTensor | None) -> torch.Tensor:
+    """The mean of the named heads, rescaled where `measured` is the matrix whose norms it shall keep."""
+    mean = _mean(tensor, source, head_dim)
+    if measured is None:
+        return mean.to(tensor.dtype).flatten(0, 1)
+    heads = measured.read().double().reshape(-1, head_dim * measured.shape[1])
+    wanted = heads.square().sum(1)[torch.from_numpy(source)].mean(1).sqrt()
+    pooled = _mean(measured, source, head_dim).double().flatten(1).norm(dim=1)
+    gain = torch.where(pooled > 0, wanted / pooled.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+    return (mean.double() * gain.reshape(-1, *[1] * (mean.dim() - 1))).to(tensor.dtype).flatten(0, 1)
+
+
+def _mean(tensor: LazyTensor, source: np.ndarray, head_dim: int) -> torch.Tensor:
+    """[G', D, …], summed in float64: equal heads give themselves back to the bit."""
     heads = tensor.read().reshape(-1, head_dim, *tensor.shape[1:])
     index = torch.from_numpy(source)
     if source.shape[1] == 1 or bool((source == source[:, :1]).all()):
-        return heads[index[:, 0]].flatten(0, 1)
+        return heads[index[:, 0]]
     total = heads[index[:, 0]].double()
     for column in index.T[1:]:
         total += heads[column]
-    return (total / source.shape[1]).to(tensor.dtype).flatten(0, 1)
+    return total / source.shape[1]

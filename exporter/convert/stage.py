@@ -6,11 +6,62 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from exporter.checkpoint import open_checkpoint, write_checkpoint
+import numpy as np
+
+from exporter.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from exporter.config import ModelConfig, check_groups
-from exporter.convert.heads import Method, convert_weights
+from exporter.convert.calibration import calibration_tokens
+from exporter.convert.methods import SHARINGS, Grouping, Method, check_method, convert_weights, is_exact
 from exporter.files import refuse_existing
 from exporter.tokenizer import check_tokenizer
+from exporter.weights import Weights
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+class Converter:
+    """One checkpoint to any numbers of KV heads, each once: calibration tokens and converted layers are kept.
+
+    `calibration` is what `calibration_tokens` takes; None is `self` for the methods that read tokens.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        method: Method = "mean",
+        seed: int = 0,
+        grouping: Grouping = "contiguous",
+        calibration: str | None = None,
+        progress: Progress = lambda what, done, total: None,
+    ) -> None:
+        check_method(checkpoint.config, method, seed, grouping, calibration)
+        self.checkpoint, self.method, self.seed, self.grouping, self.progress = checkpoint, method, seed, grouping, progress
+        self.calibration = calibration or ("self" if method in SHARINGS else None)
+        self._tokens: np.ndarray | None = None
+        self._made: dict[tuple[int, ...], tuple[ModelConfig, Weights]] = {}
+
+    def __call__(self, kv_heads: int | tuple[int, ...]) -> tuple[ModelConfig, Weights]:
+        """The config and weights with `kv_heads`, as `convert_weights` gives them."""
+        config, weights = self.checkpoint.config, self.checkpoint.weights
+        target = config.with_kv_heads(kv_heads)
+        if target.kv_heads not in self._made:
+            tokens = None if is_exact(config, target) else self._read_tokens()
+            self._made[target.kv_heads] = convert_weights(
+                config,
+                weights,
+                target.kv_heads,
+                self.method,
+                self.seed,
+                grouping=self.grouping,
+                tokens=tokens,
+                progress=self.progress,
+            )
+        return self._made[target.kv_heads]
+
+    def _read_tokens(self) -> np.ndarray | None:
+        if self._tokens is None and self.calibration is not None:
+            self._tokens = calibration_tokens(self.checkpoint, self.calibration, self.seed, self.progress)
+        return self._tokens
 
 
 def convert_checkpoint(
@@ -19,7 +70,10 @@ def convert_checkpoint(
     kv_heads: int,
     method: Method = "mean",
     seed: int = 0,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
+    *,
+    grouping: Grouping = "contiguous",
+    calibration: str | None = None,
 ) -> tuple[ModelConfig, ModelConfig]:
     """Write `path` to the folder `out` with `kv_heads` KV heads in every layer; the configs before and after.
 
@@ -29,7 +83,7 @@ def convert_checkpoint(
     check_groups(checkpoint.config.num_heads, kv_heads)
     refuse_existing(out)
     check_tokenizer(checkpoint.side_files, str(path))
-    config, weights = convert_weights(checkpoint.config, checkpoint.weights, kv_heads, method, seed)
+    config, weights = Converter(checkpoint, method, seed, grouping, calibration, progress)(kv_heads)
     total = sum(tensor.nbytes for tensor in weights.values())
     done = 0
 

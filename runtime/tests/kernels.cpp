@@ -175,6 +175,21 @@ void test_activate(const Kernels& kernels) {
   }
 }
 
+void test_normalise(const Kernels& kernels) {
+  for (size_t K = 1; K <= 80; ++K) {
+    const float epsilon = K % 2 ? 1e-6f : 0.5f;
+    const Floats from = normal(K, 3), weight = normal(K);
+    Floats to(K, 77);
+    kernels.normalise(to.data(), from.data(), weight.data(), K, epsilon);
+    double squares = 0;
+    for (const float x : from) squares += double(x) * x;
+    for (size_t k = 0; k < K; ++k) {
+      const double expected = from[k] / std::sqrt(squares / K + epsilon) * weight[k];
+      close(to[k], expected, 1e-6 * (1 + std::abs(expected)), named("normalise", {K}));
+    }
+  }
+}
+
 // sigmoid(−x) is e^−x to a float's precision for x above 17, so it shows the error of the exponential function itself.
 void test_exp_of_positive_numbers(const Kernels& kernels) {
   double worst = 0;
@@ -362,6 +377,7 @@ void test(const Kernels& kernels, const char* name, bool runs) {
   test_linear(kernels);
   test_gated(kernels);
   test_activate(kernels);
+  test_normalise(kernels);
   test_exp_of_positive_numbers(kernels);
   test_rotate(kernels);
   test_attend(kernels);

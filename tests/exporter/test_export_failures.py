@@ -91,7 +91,7 @@ def test_an_interrupt_does_not_wait_for_the_hash(checkpoint: Checkpoint, tmp_pat
         ({"dtype": "int8"}, "dtype 'int8' is not one of fp32, fp16, bf16"),
         ({"cache": "ring"}, "cache 'ring' is not one of concat, static"),
         ({"logits": "some"}, "logits 'some' is not one of last, all"),
-        ({"method": "sum"}, "method 'sum' is not one of mean, first, random"),
+        ({"method": "sum"}, "method 'sum' is not one of mean, first, random, mean-renorm, procrustes, optimal"),
         ({"storage": "move"}, "weights 'move' is not one of copy, link"),
     ],
 )

@@ -79,7 +79,9 @@ def test_the_torch_model(name: str, tmp_path: Path) -> None:
         follow(session, hf.model(name), THREE)
 
 
-@pytest.mark.parametrize("form", ["static", "concat", "fused"])  # the faster one: all forms of a family share two of three traces
+@pytest.mark.parametrize(
+    "form", ["static", "concat", "fused"]
+)  # the faster one: all forms of a family share two of three traces
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_bundle(name: str, form: Any, tmp_path: Path) -> None:
     own = form == "fused" and bool(harness.operators())

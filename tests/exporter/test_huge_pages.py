@@ -91,7 +91,9 @@ def test_weights_that_are_damaged_or_gone(checkpoint: Checkpoint, tmp_path: Path
     values, files = huge_pages.initializers(bundle.graph_path(bundle.variants[0]))
     del values, files
     weights.write_bytes(content[:-3])
-    with pytest.raises(ValueError, match=rf"{weights.name} is cut short, it has {len(content) - 3} bytes; export the bundle again"):
+    with pytest.raises(
+        ValueError, match=rf"{weights.name} is cut short, it has {len(content) - 3} bytes; export the bundle again"
+    ):
         huge_pages.initializers(bundle.graph_path(bundle.variants[0]))
     weights.unlink()
     with pytest.raises(FileNotFoundError):

@@ -12,7 +12,16 @@ import pytest
 from graphs.linear import fuse_linears
 
 K, N = 37, 70
-SHAPES = {"w": (N, K), "b": (N,), "down": (K, N), "one": (1, K), "wide": (1, N), "turned": (K, N)}  # by the first word
+SHAPES = {
+    "w": (N, K),
+    "b": (N,),
+    "down": (K, N),
+    "one": (1, K),
+    "wide": (1, N),
+    "turned": (K, N),
+    "norm": (K,),
+    "scalar": (1,),
+}  # by the first word
 FEW, MANY = (1, 3, 24), (25, 70)  # rows: with kernels of ours, and with ONNX Runtime's
 
 
@@ -58,7 +67,7 @@ def test_layers_of_one_input_are_one_node():
     model = graph(f"{three} a = Relu(q) b1 = Relu(k) c = Relu(v)", "a b1 c")
     assert fused(model) == ["Linear", "Relu", "Relu", "Relu"]
     (node,) = [node for node in model.graph if node.op_type == "Linear"]
-    assert [value and value.name for value in node.inputs] == ["x", None, "w1", "w2", "one"]
+    assert [value and value.name for value in node.inputs] == ["x", None, None, "w1", "w2", "one"]
 
 
 def test_with_biases():
@@ -102,6 +111,45 @@ def test_gates(name, biases, turned):
     assert fused(model) == ["GatedLinear", "Linear", "Relu"]
     (node,) = [node for node in model.graph if node.op_type == "GatedLinear"]
     assert node.attributes["activation"].as_string() == name.removesuffix(" turned")
+
+
+NORM = "n = RMSNormalization<epsilon=0.5>(x, norm)"
+
+
+@pytest.mark.parametrize("bias", ["", ", b"])
+def test_a_norm_before_layers(bias):
+    nodes = f"{NORM} h = {GEMM}(n, w1{bias}) k = {GEMM}(n, w2{bias}) a = Relu(h) c = Relu(k)"
+    assert fused(graph(nodes, "a c")) == ["Linear", "Relu", "Relu"]
+    assert fused(graph(f"{NORM} h = {GEMM}(n, w1{bias}) s = Add(h, r) y = Relu(s)")) == ["Linear", "Relu"]
+
+
+@pytest.mark.parametrize("axis", ["", "<axis=-1>", "<axis=1>"])  # its epsilon is then 1e-5
+def test_a_norm_before_a_gate(axis):
+    gate = f"g = {GEMM}(n, w1) u = {GEMM}(n, w2, b2) s = Sigmoid(g) a = Mul(g, s) m = Mul(a, u) y = Relu(m)"
+    assert fused(graph(f"n = RMSNormalization{axis}(x, norm) {gate}")) == ["GatedLinear", "Relu"]
+    assert fused(graph(f"{NORM} {gate}")) == ["GatedLinear", "Relu"]
+
+
+def test_a_norm_whose_weight_is_computed():
+    assert fused(graph(f"t = Neg(norm) n = RMSNormalization(x, t) h = {GEMM}(n, w) y = Relu(h)")) == ["Neg", "Linear", "Relu"]
+
+
+def test_a_norm_that_others_use_as_well():
+    nodes = f"{NORM} h = {GEMM}(n, w) y = Relu(h) z = Relu(n)"
+    assert sorted(fused(graph(nodes, "y z"))) == ["Linear", "RMSNormalization", "Relu", "Relu"]
+
+
+NORMS = {
+    "over all axes": "n = RMSNormalization<axis=0>(x, scalar)",
+    "whose weight broadcasts": "n = RMSNormalization(x, scalar)",
+    "with the mean": "n = LayerNormalization(x, norm)",
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_that_stay(name):
+    before, *_ = NORMS[name].removeprefix("n = ").partition("(")
+    assert fused(graph(f"{NORMS[name]} h = {GEMM}(n, w) y = Relu(h)")) == [before.partition("<")[0], "Linear", "Relu"]
 
 
 UNTOUCHED = {

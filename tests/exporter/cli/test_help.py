@@ -14,13 +14,14 @@ from exporter.cli import COMMANDS, HELP, app, options
 
 def test_constants_are_those_of_the_modules_that_define_them() -> None:
     from exporter.config import CACHE_FORMS, DTYPES
-    from exporter.convert import METHODS
+    from exporter.convert import GROUPINGS, METHODS
     from exporter.engines import BACKENDS
     from exporter.layout import STORAGES
     from graphs.patterns import PATTERNS
     from profiles.results import KINDS
 
     assert options.METHODS == METHODS
+    assert options.GROUPINGS == GROUPINGS
     assert tuple(PATTERNS) == options.PATTERNS
     assert options.CACHES == CACHE_FORMS
     assert options.DTYPES == DTYPES

@@ -46,6 +46,14 @@ MISTAKES: list[tuple[list[str], str]] = [
         ["export", MODEL, "out", "--cache", "ring"],
         "--cache: 'ring' is not one of concat, static (see 'headpool export --help')",
     ),
+    (
+        ["convert", MODEL, "out", "--groups", "1", "--method", "optimal", "--calibration", "slef"],
+        "calibration 'slef' cannot be read: No such file or directory; choose from self, random, none, or a text file",
+    ),
+    (
+        ["export", MODEL, "out", "--groups", "1", "--method", "mean", "--calibration", "self"],
+        "method mean makes no use of calibration self; leave it out, or choose from procrustes, optimal",
+    ),
     (["export", MODEL, MODEL], "model exists; choose another name or remove it"),
     (["convert", MODEL, MODEL, "--groups", "1"], "model exists; choose another name or remove it"),
     (["sweep", MODEL, MODEL], "model exists; choose another name or remove it"),
@@ -59,7 +67,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["run", MODEL + "/model.safetensors", "--tokens", "1"], "model.safetensors is not a bundle: it is a file; make one with"),
     (["run", BUNDLE + "/headpool.json", "--tokens", "1"], "headpool.json is not a bundle: it is a file; make one with"),
     ([*RUN, "--variant", "g9"], "variant 'g9' is not one of g2, g1"),
-    ([*RUN, "--backend", "tpu"], "--backend: 'tpu' is not one of onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx (see 'headpool run --help')"),
+    (
+        [*RUN, "--backend", "tpu"],
+        "--backend: 'tpu' is not one of onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx (see 'headpool run --help')",
+    ),
     ([*RUN, "--prompt", "x"], "--tokens stands instead of --prompt and --chat; give one of them"),
     ([*RUN, "--capacity", "2"], "prompt 0 needs 3 cache rows, the capacity is 2; raise --capacity"),
     ([*RUN, "--capacity", "9"], "3 tokens and 128 new ones need 130 cache rows, the capacity is 9; raise --capacity or lower"),

@@ -1,0 +1,95 @@
+"""The attention weights of one layer as arrays of heads: what conversions compute with.
+
+Biases are the last column of the projections, read by an input that ends in 1, so that no method needs to know of them:
+e is d, or d + 1 where Q, K and V have biases. L KV heads, H query heads, R = H / L of them to a KV head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exporter.config import ModelConfig
+from exporter.errors import CheckpointError
+from exporter.weights import Weights
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """query [H,D,e], key [L,D,e], value [L,Dv,e], output [d,H,Dv]; the bias of the output, where there is one, is not here."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.shape[0]
+
+    @classmethod
+    def read(cls, config: ModelConfig, weights: Weights, layer: int, dtype: torch.dtype) -> AttentionWeights:
+        """Layer `layer` of canonical `weights`, cast to `dtype`."""
+        H, G, D, Dv = config.num_heads, config.kv_heads[layer], config.head_dim, config.value_dim
+        prefix = f"model.layers.{layer}.self_attn."
+
+        def heads(name: str, count: int, size: int) -> Tensor:
+            matrix = weights[f"{prefix}{name}.weight"].read().to(dtype)
+            if config.qkv_bias:
+                matrix = torch.cat([matrix, weights[f"{prefix}{name}.bias"].read().to(dtype)[:, None]], dim=1)
+            return matrix.unflatten(0, (count, size))
+
+        output = weights[prefix + "o_proj.weight"].read().to(dtype).unflatten(1, (H, Dv))
+        return cls(heads("q_proj", H, D), heads("k_proj", G, D), heads("v_proj", G, Dv), output)
+
+    def tensors(self, config: ModelConfig, layer: int) -> dict[str, Tensor]:
+        """Canonical name → tensor, as a checkpoint holds them: those of `attention_shapes`."""
+        prefix = f"model.layers.{layer}.self_attn."
+        found = {prefix + "o_proj.weight": self.output.flatten(1)}
+        for name, heads in zip(PROJECTIONS, (self.query, self.key, self.value), strict=True):
+            rows = heads.flatten(0, 1)
+            found[f"{prefix}{name}.weight"] = rows[:, : config.hidden_size]
+            if config.qkv_bias:
+                found[f"{prefix}{name}.bias"] = rows[:, config.hidden_size]
+        return found
+
+    def to(self, dtype: torch.dtype) -> AttentionWeights:
+        return AttentionWeights(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), self.output.to(dtype))
+
+    def degrouped(self, kv_heads: int) -> AttentionWeights:
+        """The same attention with each KV head repeated until there are `kv_heads`, a multiple of those there are."""
+        times = kv_heads // self.kv_heads
+        key, value = (heads.repeat_interleave(times, 0) for heads in (self.key, self.value))
+        return AttentionWeights(self.query, key, value, self.output)
+
+    def ordered(self, order: list[int]) -> AttentionWeights:
+        """The same attention with its KV heads in another order, and with them the query heads that read them."""
+        index = torch.tensor(order)
+        reading = torch.arange(self.query.shape[0]).unflatten(0, (self.kv_heads, -1))[index].flatten()
+        return AttentionWeights(self.query[reading], self.key[index], self.value[index], self.output[:, reading])
+
+
+def attention_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Canonical name → shape of what `AttentionWeights` holds of one layer."""
+    H, G, D, Dv, d = config.num_heads, config.kv_heads[layer], config.head_dim, config.value_dim, config.hidden_size
+    prefix = f"model.layers.{layer}.self_attn."
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, rows in zip(PROJECTIONS, (H * D, G * D, G * Dv), strict=True):
+        shapes[f"{prefix}{name}.weight"] = (rows, d)
+        if config.qkv_bias:
+            shapes[f"{prefix}{name}.bias"] = (rows,)
+    return {**shapes, f"{prefix}o_proj.weight": (d, H * Dv)}
+
+
+def check_attention(config: ModelConfig, weights: Weights) -> None:
+    """Refuse, before any work, attention weights that are missing or have another shape than the config says."""
+    for layer in range(config.num_layers):
+        for name, shape in attention_shapes(config, layer).items():
+            if name not in weights:
+                raise CheckpointError(f"the checkpoint lacks {name}")
+            if weights[name].shape != shape:
+                raise CheckpointError(f"{name} is {list(weights[name].shape)}, its config says {list(shape)}")

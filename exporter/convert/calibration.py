@@ -1,0 +1,71 @@
+"""The tokens that a conversion is measured on: a text's, the model's own, or random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from exporter.checkpoint import Checkpoint
+from exporter.engines.torch_eager import open_torch
+from exporter.errors import UserError
+from exporter.generate import Sampler, generate
+from exporter.tokenizer import TOKENIZER, Tokenizer
+
+CALIBRATIONS = ("self", "random", "none")  # or the path of a text
+WINDOWS, WINDOW = 8, 512  # of how many tokens, where the model's context is not shorter
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+def calibration_tokens(
+    checkpoint: Checkpoint, source: str, seed: int = 0, progress: Progress = lambda what, done, total: None
+) -> np.ndarray | None:
+    """int64 [n,T]: windows of tokens to convert `checkpoint` on; None for `none`.
+
+    `self`: what the model writes at temperature 1 after one random token. `random`: drawn evenly from the vocabulary. Anything
+    else is the path of a UTF-8 text, from all over which up to WINDOWS windows are taken. Raises UserError for a text that
+    cannot be read or is shorter than one window.
+    """
+    if source == "none":
+        return None
+    length = min(WINDOW, checkpoint.config.max_positions)
+    drawn = np.random.default_rng(seed).integers(checkpoint.config.vocab_size, size=(WINDOWS, length))
+    if source == "random":
+        return drawn
+    if source == "self":
+        return _written(checkpoint, drawn[:, :1], length, seed, progress)
+    return windows(_read(checkpoint, Path(source)), length, source)
+
+
+def windows(ids: np.ndarray, length: int, what: str) -> np.ndarray:
+    """Up to WINDOWS windows of `length` tokens, evenly spread over `ids` [N] and apart from each other."""
+    count = min(WINDOWS, len(ids) // length)
+    if not count:
+        raise UserError(f"{what} has {len(ids)} tokens, calibration needs at least {length}; choose a longer text, or self")
+    starts = np.linspace(0, len(ids) - length, count).astype(np.int64)
+    return np.stack([ids[start : start + length] for start in starts])
+
+
+def _written(checkpoint: Checkpoint, first: np.ndarray, length: int, seed: int, progress: Progress) -> np.ndarray:
+    columns = [first[:, 0]]
+    with open_torch(checkpoint, batch=len(first), capacity=length) as session:
+        for tokens in generate(session, list(first), length - 1, Sampler(temperature=1.0, seed=seed)):
+            columns.append(tokens)
+            progress("sampling calibration text", len(columns), length)
+    return np.stack(columns, axis=1)
+
+
+def _read(checkpoint: Checkpoint, path: Path) -> np.ndarray:
+    if TOKENIZER not in checkpoint.side_files:
+        raise UserError(f"{checkpoint.name} has no {TOKENIZER}, which {path} is read with; add it, or choose self or random")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(
+            f"calibration {str(path)!r} cannot be read: {error.strerror}; choose from {', '.join(CALIBRATIONS)}, or a text file"
+        ) from None
+    return Tokenizer.from_files(checkpoint.side_files, checkpoint.name).encode(text, special=False)

@@ -1,0 +1,75 @@
+"""One layer's KV heads shared group by group, and the maps from the shared heads folded into W_Q and W_O.
+
+K_g ≈ A_g K̃ makes q · K_g a = (A_gᴴ q) · K̃ a: exact under RoPE where A_g is one complex scalar a frequency. V_g ≈ B_g Ṽ makes
+W_O,h V_g = (W_O,h B_g) Ṽ. What comes out is plain grouped-query attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exporter.config import ModelConfig
+from exporter.convert.attention import AttentionWeights
+from exporter.convert.sharing import Sharing, gram
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Heads taken apart into what may be mixed: `pairs` complex [D_rot/2, heads, 1, e], `rest` real [heads, D − D_rot, e]."""
+
+    pairs: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, heads: Tensor, rotary_dim: int) -> Blocks:
+        """Heads [n, D, e] whose first `rotary_dim` channels rotate in half-split pairs (i, i + rotary_dim / 2)."""
+        half = rotary_dim // 2
+        pairs = torch.complex(heads[:, :half], heads[:, half:rotary_dim])
+        return cls(pairs.transpose(0, 1)[:, :, None], heads[:, rotary_dim:])
+
+    def join(self) -> Tensor:
+        pairs = self.pairs[:, :, 0].transpose(0, 1)
+        return torch.cat([pairs.real, pairs.imag, self.rest], dim=1)
+
+
+def rotating(config: ModelConfig) -> int:
+    """How many of the D channels of a key turn with its position."""
+    return 0 if config.rope.kind == "none" else config.rotary_dim
+
+
+def fold(layer: AttentionWeights, kv_heads: int, rotary_dim: int, sharing: Sharing, moments: Tensor) -> AttentionWeights:
+    """`layer` with its L KV heads shared in `kv_heads` runs of L / kv_heads.
+
+    moments [e, e] are the second moments of the layer's inputs; query heads weigh K by what they read of it, W_O weighs V.
+    """
+    G, m = kv_heads, layer.kv_heads // kv_heads
+    keys, queries = Blocks.of(layer.key, rotary_dim), Blocks.of(layer.query, rotary_dim)
+    folded = [_fold_keys(*parts, G, m, sharing, moments) for parts in ((keys.pairs, queries.pairs), (keys.rest, queries.rest))]
+    (pairs, pair_queries), (rest, rest_queries) = folded
+    output = layer.output.permute(1, 0, 2).unflatten(0, (G, m, -1))  # [G,m,R,d,Dv]
+    value, basis = sharing(layer.value.unflatten(0, (G, m)), output_weights(output), moments)
+    output = (output @ basis[:, :, None]).flatten(0, 2).permute(1, 0, 2)
+    return AttentionWeights(Blocks(pair_queries, rest_queries).join(), Blocks(pairs, rest).join(), value, output)
+
+
+def _fold_keys(keys: Tensor, queries: Tensor, G: int, m: int, sharing: Sharing, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """keys [..., G·m, r, e] and queries [..., H, r, e] → [..., G, r, e] and the queries that read them."""
+    if keys.shape[-2] == 0 or keys.shape[0] == 0:
+        return keys[..., :G, :, :], queries
+    moments = moments.to(keys.dtype)
+    grouped = queries.unflatten(-3, (G, m, -1))
+    shared, basis = sharing(keys.unflatten(-3, (G, m)), query_weights(grouped, moments), moments)
+    return shared, (basis.mH[..., None, :, :] @ grouped).flatten(-5, -3)
+
+
+def query_weights(queries: Tensor, moments: Tensor) -> Tensor:
+    """Queries [..., R, r, e] → [..., r, r]: the second moments of what the R query heads ask of one key head."""
+    return gram(queries, moments).sum(-3)
+
+
+def output_weights(output: Tensor) -> Tensor:
+    """W_O of R query heads, [..., R, d, Dv] → [..., Dv, Dv]."""
+    return (output.mH @ output).sum(-3)

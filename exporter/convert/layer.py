@@ -1,0 +1,49 @@
+"""What is done to one layer: KV heads repeated where counts do not divide, put in order, shared, folded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exporter.config import ModelConfig
+from exporter.convert.attention import AttentionWeights
+from exporter.convert.fold import fold, rotating
+from exporter.convert.partition import best_order
+from exporter.convert.sharing import Sharing
+from exporter.weights import Weights
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """`partition` looks for the best groups (else they are contiguous), `correct` follows sharing with least squares."""
+
+    sharing: Sharing
+    partition: bool
+    correct: bool
+    seed: int
+
+    def regroup(self, config: ModelConfig, layer: AttentionWeights, kv_heads: int, moments: Tensor) -> AttentionWeights:
+        """The same attention with a multiple of `kv_heads` KV heads, in the order in which they are to share."""
+        layer = layer.degrouped(math.lcm(layer.kv_heads, kv_heads))
+        if not self.partition:
+            return layer
+        return layer.ordered(best_order(layer, kv_heads, rotating(config), moments, self.seed))
+
+    def fold(self, config: ModelConfig, layer: AttentionWeights, kv_heads: int, moments: Tensor) -> AttentionWeights:
+        """What `regroup` gave with `kv_heads` KV heads; the same where it has as many."""
+        if layer.kv_heads == kv_heads:
+            return layer
+        return fold(layer, kv_heads, rotating(config), self.sharing, moments)
+
+
+def expected_moments(config: ModelConfig, weights: Weights, layer: int) -> Tensor:
+    """float64 [e,e]: second moments of a layer's inputs were its normalised hidden states white. No tokens are needed."""
+    prefix = f"model.layers.{layer}.input_layernorm."
+    gain = weights[prefix + "weight"].read().double() + config.norm_offset
+    mean = weights[prefix + "bias"].read().double() if config.norm == "layer" else torch.zeros_like(gain)
+    if config.qkv_bias:
+        gain, mean = torch.cat([gain, gain.new_zeros(1)]), torch.cat([mean, mean.new_ones(1)])
+    return torch.diag(gain**2) + torch.outer(mean, mean)

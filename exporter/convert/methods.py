@@ -1,0 +1,132 @@
+"""A conversion as a whole: every method and grouping, on lazy weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporter.config import ModelConfig
+from exporter.convert.attention import AttentionWeights, attention_shapes, check_attention
+from exporter.convert.calibrate import Progress, convert_on_tokens
+from exporter.convert.heads import Pooling, pooled_tensors
+from exporter.convert.layer import LayerChange, expected_moments
+from exporter.convert.sharing import aligned, leading
+from exporter.errors import UserError, one_of
+from exporter.weights import ComputedTensor, LazyTensor, Weights
+
+Method = Literal["mean", "first", "random", "mean-renorm", "procrustes", "optimal"]
+METHODS: tuple[Method, ...] = get_args(Method)
+SHARINGS = {"procrustes": aligned, "optimal": leading}  # the methods that fold into W_Q and W_O
+Grouping = Literal["contiguous", "best"]
+GROUPINGS: tuple[Grouping, ...] = get_args(Grouping)
+
+
+def convert_weights(
+    config: ModelConfig,
+    weights: Weights,
+    kv_heads: int | tuple[int, ...],
+    method: Method = "mean",
+    seed: int = 0,
+    *,
+    grouping: Grouping = "contiguous",
+    tokens: np.ndarray | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[ModelConfig, Weights]:
+    """The model with `kv_heads` KV heads in every layer, or one number a layer.
+
+    The pooling methods are exporter/convert/heads.py. `procrustes` aligns the heads of a group before it averages them,
+    `optimal` loses least in the second moments of what layers read (exporter/convert/sharing.py); both fold what heads differ
+    in into W_Q and W_O (exporter/convert/fold.py). `grouping` best lets them choose which heads share, too.
+
+    tokens, int64 [n,T], are n windows of text to measure those moments on; `optimal` then also corrects each layer by least
+    squares (exporter/convert/refine.py), all of it now. Without tokens only the weights decide, when tensors are read.
+    Layers that keep their number keep their tensors. Raises UserError for a count that does not divide the query heads and a
+    method that does not fit the model, CheckpointError where a projection is missing or has another shape than the config says.
+    """
+    check_method(config, method, seed, grouping, None if tokens is None else "tokens")
+    target = config.with_kv_heads(kv_heads)
+    if method not in SHARINGS or is_exact(config, target):
+        pooling: Pooling = "mean" if method == "procrustes" or method == "optimal" else method
+        return target, {**weights, **pooled_tensors(config, weights, target, pooling, seed)}
+    check_attention(config, weights)
+    change = LayerChange(SHARINGS[method], grouping == "best", method == "optimal", seed)
+    if tokens is None:
+        return target, {**weights, **_folded_tensors(config, weights, target, change)}
+    changed = convert_on_tokens(config, weights, target, change, tokens, progress)
+    return target, {**weights, **{name: held(name, tensor) for name, tensor in changed.items()}}
+
+
+def conversion_record(
+    before: ModelConfig,
+    after: ModelConfig,
+    method: Method,
+    seed: int = 0,
+    grouping: Grouping = "contiguous",
+    calibration: str | None = None,
+) -> dict[str, Any] | None:
+    """What a manifest says of a conversion: how, and KV heads per layer. None where no head changed."""
+    if before.kv_heads == after.kv_heads:
+        return None
+    folded = {"grouping": grouping, "calibration": calibration or "self"} if method in SHARINGS else {}
+    return {
+        "method": method,
+        **folded,
+        "seed": seed if method == "random" or folded else None,
+        "kv_heads_before": list(before.kv_heads),
+        "kv_heads_after": list(after.kv_heads),
+    }
+
+
+def is_exact(before: ModelConfig, after: ModelConfig) -> bool:
+    """Whether heads are only repeated, or not even that: nothing is lost, whatever the method."""
+    return all(new % old == 0 for old, new in zip(before.kv_heads, after.kv_heads, strict=True))
+
+
+def check_method(config: ModelConfig, method: str, seed: int, grouping: str, calibration: str | None) -> None:
+    """Refuse an unknown or unfitting way to convert this model. `calibration` is what tokens it was given, if any."""
+    for what, value, choices in (("method", method, METHODS), ("grouping", grouping, GROUPINGS)):
+        if value not in choices:
+            raise UserError(one_of(what, value, choices))
+    if seed < 0:
+        raise UserError(f"seed {seed} is negative; choose a whole number from 0")
+    if method in SHARINGS and config.qk_norm:
+        pooling = ", ".join(name for name in METHODS if name not in SHARINGS)
+        raise UserError(
+            f"method {method} folds into W_Q what heads differ in, and this model's QK-norm does not let it through; "
+            f"choose from {pooling}"
+        )
+    if method not in SHARINGS and (grouping != "contiguous" or calibration is not None):
+        what = f"calibration {calibration}" if calibration is not None else f"grouping {grouping}"
+        raise UserError(f"method {method} makes no use of {what}; leave it out, or choose from {', '.join(SHARINGS)}")
+
+
+def _folded_tensors(config: ModelConfig, weights: Weights, target: ModelConfig, change: LayerChange) -> dict[str, LazyTensor]:
+    """Computed when read; a layer is computed once for its tensors when they are read in turn."""
+
+    @functools.lru_cache(maxsize=1)
+    def computed(layer: int) -> dict[str, Tensor]:
+        moments = expected_moments(config, weights, layer)
+        before = AttentionWeights.read(config, weights, layer, torch.float64)
+        ordered = change.regroup(config, before, target.kv_heads[layer], moments)
+        return change.fold(config, ordered, target.kv_heads[layer], moments).tensors(config, layer)
+
+    def reader(layer: int, name: str) -> Callable[[], Tensor]:
+        return lambda: computed(layer)[name]
+
+    changed: dict[str, LazyTensor] = {}
+    for layer, (before, after) in enumerate(zip(config.kv_heads, target.kv_heads, strict=True)):
+        if before == after:
+            continue
+        for name, shape in attention_shapes(target, layer).items():
+            changed[name] = ComputedTensor(name, weights[name].dtype, shape, reader(layer, name))
+    return changed
+
+
+def held(name: str, tensor: Tensor) -> LazyTensor:
+    """A tensor in memory as a lazy one."""
+    return ComputedTensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)

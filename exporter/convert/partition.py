@@ -1,0 +1,92 @@
+"""Which KV heads share: the partition into equal groups that loses least, in the metric that sharing minimises.
+
+A group loses what a truncated SVD of its heads leaves out (exporter/convert/sharing.py), as a share of what all heads hold:
+keys and values count alike. The search works on the losses of pairs, by swaps from several starts; of what it finds, and the
+contiguous groups, the partition with the least loss of whole groups is taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporter.convert.attention import AttentionWeights
+from exporter.convert.fold import Blocks, output_weights, query_weights
+from exporter.convert.sharing import gram, square_root
+
+STARTS = 8
+
+
+def best_order(layer: AttentionWeights, kv_heads: int, rotary_dim: int, moments: Tensor, seed: int) -> list[int]:
+    """The L KV heads of `layer` in an order whose runs of L / kv_heads are the groups. `seed` draws the starts."""
+    L = layer.kv_heads
+    if kv_heads in (1, L):
+        return list(range(L))
+    grams = _grams(layer, rotary_dim, moments)
+    pairs = np.zeros((L, L))
+    for one, other in itertools.combinations(range(L), 2):
+        pairs[one, other] = pairs[other, one] = _loss(grams, [one, other])
+    generator = np.random.default_rng(seed)
+    starts = [np.arange(L), *(generator.permutation(L) for _ in range(STARTS))]
+    found = [_improve(start.reshape(kv_heads, -1), pairs) for start in starts]
+    candidates = [np.arange(L).reshape(kv_heads, -1), *found]
+    losses = [sum(_loss(grams, group.tolist()) for group in groups) for groups in candidates]
+    groups = candidates[int(np.argmin(losses))]  # the first of equals: contiguous where nothing is better
+    return [int(head) for group in sorted(map(sorted, groups.tolist())) for head in group]
+
+
+def _grams(layer: AttentionWeights, rotary_dim: int, moments: Tensor) -> list[Tensor]:
+    """Weighted inner products of all heads, [blocks, L, r, L, r] each, scaled so that keys and values hold 1 each."""
+    keys, queries = Blocks.of(layer.key, rotary_dim), Blocks.of(layer.query, rotary_dim)
+    key_grams = []
+    for heads, asked in ((keys.pairs, queries.pairs), (keys.rest[None], queries.rest[None])):
+        if heads.shape[0] and heads.shape[2]:
+            weights = query_weights(asked.unflatten(1, (layer.kv_heads, -1)), moments.to(heads.dtype))
+            key_grams.append(_gram(heads, weights, moments))
+    output = layer.output.permute(1, 0, 2).unflatten(0, (layer.kv_heads, -1))
+    value_gram = _gram(layer.value[None], output_weights(output)[None], moments)
+    held = sum(_trace(gram) for gram in key_grams)
+    return [*(gram / held for gram in key_grams), value_gram / _trace(value_gram)]
+
+
+def _gram(heads: Tensor, weights: Tensor, moments: Tensor) -> Tensor:
+    rows = square_root(weights)[0] @ heads
+    L, r = rows.shape[-3:-1]
+    return gram(rows.flatten(-3, -2), moments.to(rows.dtype)).unflatten(-1, (L, r)).unflatten(-3, (L, r))
+
+
+def _trace(gram: Tensor) -> float:
+    return float(torch.einsum("blrlr->", gram).real)
+
+
+def _loss(grams: list[Tensor], group: list[int]) -> float:
+    """What one shared head leaves out of the heads in `group`."""
+    total = 0.0
+    for products in grams:
+        r = products.shape[2]
+        inside = products[:, group][:, :, :, group].flatten(3, 4).flatten(1, 2)
+        total += float(torch.linalg.eigvalsh(inside)[:, :-r].clamp_min(0).sum())
+    return total
+
+
+def _improve(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Swaps heads of two groups [G,m] as long as that lowers the sum of `pairs` [L,L] inside groups."""
+    groups = groups.copy()
+    member = np.zeros((len(groups), len(pairs)))
+    for index, group in enumerate(groups):
+        member[index, group] = 1
+    while True:
+        near = member @ pairs  # [G,L]: how far each head is from each group
+        place = member.argmax(0)
+        own = near[place, np.arange(len(pairs))]
+        # heads i and j change places: each leaves its own group for the other's, where the other no longer is
+        change = near[place].T + near[place] - own[:, None] - own[None, :] - 2 * pairs
+        change[place[:, None] == place[None, :]] = 0
+        one, other = np.unravel_index(change.argmin(), change.shape)
+        if change[one, other] > -1e-12:
+            return np.stack([np.flatnonzero(row) for row in member])
+        member[place[one], one] = member[place[other], other] = 0
+        member[place[other], one] = member[place[one], other] = 1

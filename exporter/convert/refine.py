@@ -1,0 +1,270 @@
+"""One layer corrected on what it reads: least squares on calibration activations, all of it linear in one weight at a time.
+
+1. W_Q, then W_K: attention scores as the original's. A score's error counts with the original attention probability of its
+   place, and after the mean error of its row is taken off, which a softmax does not see. That is the second-order expansion of
+   KL(original ‖ converted) of the attention probabilities.
+2. W_O, then W_V: the attention's output as wanted, given the probabilities that 1 leads to.
+
+W_O is solved directly, with a ridge. The others have too many unknowns for that: conjugate gradients, started where they are,
+preconditioned with the second moments of the inputs, and stopped after few steps, which keeps what the tokens say little about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from exporter.config import ModelConfig
+from exporter.convert.attention import AttentionWeights
+from exporter.convert.fold import rotating
+from exporter.models.decoder import Rotary
+
+RIDGE = 0.02  # of the mean second moment
+ROUNDS = 2  # W_Q and W_K in turns
+SCORE_STEPS = 5
+VALUE_ROUNDS = 1  # W_O and W_V in turns
+VALUE_STEPS = 3
+
+
+class CausalAttention:
+    """Attention over windows of T tokens from position 0, and the adjoints of its linear parts.
+
+    Inputs are [T,e] of one window, weights [heads,D,e], rotated projections [heads,T,D], scores and probabilities [H,T,T].
+    """
+
+    def __init__(self, config: ModelConfig, length: int) -> None:
+        self.half, self.scale = rotating(config) // 2, config.head_dim**-0.5
+        if self.half:
+            cos, sin = Rotary(config, torch.float32)(torch.arange(length)[None])
+            self.cos, self.sin = cos[0], sin[0]
+        self.hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+
+    def project(self, weights: Tensor, inputs: Tensor) -> Tensor:
+        flat = inputs @ weights.flatten(0, 1).T
+        return self._turn(flat.unflatten(1, weights.shape[:2]).transpose(0, 1), 1)
+
+    def project_adjoint(self, projected: Tensor, inputs: Tensor) -> Tensor:
+        flat = self._turn(projected, -1).transpose(0, 1).flatten(1)
+        return (flat.T @ inputs).unflatten(0, (projected.shape[0], projected.shape[2]))
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        groups = query.unflatten(0, (key.shape[0], -1)).flatten(1, 2)
+        return (groups @ key.mT).unflatten(1, (-1, key.shape[1])).flatten(0, 1) * self.scale
+
+    def scores_adjoint_query(self, scores: Tensor, key: Tensor) -> Tensor:
+        return self.mix(scores, key) * self.scale
+
+    def scores_adjoint_key(self, scores: Tensor, query: Tensor, kv_heads: int) -> Tensor:
+        return self.mix_adjoint(scores, query, kv_heads) * self.scale
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        return scores.masked_fill_(self.hidden, -torch.inf).softmax(-1)
+
+    def mix(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        """[H,T,T] and [G,T,Dv] → [H,T,Dv]."""
+        G, T = value.shape[:2]
+        return (probabilities.unflatten(0, (G, -1)).flatten(1, 2) @ value).unflatten(1, (-1, T)).flatten(0, 1)
+
+    def mix_adjoint(self, probabilities: Tensor, mixed: Tensor, kv_heads: int) -> Tensor:
+        """[H,T,T] and [H,T,Dv] → [G,T,Dv]."""
+        return probabilities.unflatten(0, (kv_heads, -1)).flatten(1, 2).mT @ mixed.unflatten(0, (kv_heads, -1)).flatten(1, 2)
+
+    def attend(self, layer: AttentionWeights, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The probabilities, and the attention's output [T,d] without its bias."""
+        query, key = self.project(layer.query, inputs), self.project(layer.key, inputs)
+        probabilities = self.probabilities(self.scores(query, key))
+        return probabilities, self.output(layer, probabilities, inputs)
+
+    def mixed(self, value_weights: Tensor, probabilities: Tensor, inputs: Tensor) -> Tensor:
+        """What W_O reads, [T, H·Dv]."""
+        return self.mix(probabilities, (inputs @ value_weights.mT)).transpose(0, 1).flatten(1)
+
+    def output(self, layer: AttentionWeights, probabilities: Tensor, inputs: Tensor) -> Tensor:
+        return self.mixed(layer.value, probabilities, inputs) @ layer.output.flatten(1).T
+
+    def _turn(self, x: Tensor, sign: int) -> Tensor:
+        """Rotary positions; with sign −1 their transpose."""
+        if not self.half:
+            return x
+        one, other, rest = x[..., : self.half], x[..., self.half : 2 * self.half], x[..., 2 * self.half :]
+        sin = self.sin * sign
+        return torch.cat([one * self.cos - other * sin, other * self.cos + one * sin, rest], -1)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a layer is fitted on, n windows: the original attention's probabilities, its scores times those, and its output.
+
+    inputs [n,T,e] are what the converted layer reads; `wanted` [n,T,d] is what its attention shall give.
+    """
+
+    inputs: Tensor
+    probabilities: list[Tensor]  # [H,T,T] each
+    wanted: Tensor
+
+
+Operator = Callable[[Tensor], Tensor]
+
+
+def refine(
+    attention: CausalAttention, original: AttentionWeights, folded: AttentionWeights, read: Tensor, examples: Examples
+) -> AttentionWeights:
+    """`folded` with all four weights corrected. `original` has the same query heads and reads `read` [n,T,e]."""
+    moments = second_moments(examples.inputs)
+    inverse = ridge_inverse(moments).to(examples.inputs.dtype)
+    layer = folded
+    for _ in range(ROUNDS):
+        query = _fit_queries(attention, original, layer, read, examples, inverse)
+        layer = replace(layer, query=query)
+        layer = replace(layer, key=_fit_keys(attention, original, layer, read, examples, inverse))
+    seen = []
+    for inputs in examples.inputs:
+        query, key = attention.project(layer.query, inputs), attention.project(layer.key, inputs)
+        seen.append(attention.probabilities(attention.scores(query, key)))
+    examples = replace(examples, probabilities=seen)
+    layer = replace(layer, output=_solve_output(attention, layer, examples))
+    for _ in range(VALUE_ROUNDS):
+        layer = replace(layer, value=_fit_values(attention, layer, examples, inverse))
+        layer = replace(layer, output=_solve_output(attention, layer, examples))
+    return layer
+
+
+def second_moments(inputs: Tensor) -> Tensor:
+    """Inputs [n,T,e] → float64 [e,e], the mean over tokens."""
+    total = inputs.new_zeros(inputs.shape[2], inputs.shape[2], dtype=torch.float64)
+    for window in inputs:
+        total += (window.T @ window).double()
+    return total / inputs[..., 0].numel()
+
+
+def ridge_inverse(moments: Tensor) -> Tensor:
+    ridge = RIDGE * moments.diagonal().mean()
+    return torch.linalg.inv(moments + ridge * torch.eye(len(moments), dtype=moments.dtype))
+
+
+def _fit_queries(
+    attention: CausalAttention,
+    original: AttentionWeights,
+    layer: AttentionWeights,
+    read: Tensor,
+    examples: Examples,
+    inverse: Tensor,
+) -> Tensor:
+    keys = [attention.project(layer.key, inputs) for inputs in examples.inputs]
+
+    def adjoint(window: int, errors: Tensor) -> Tensor:
+        return attention.project_adjoint(attention.scores_adjoint_query(errors, keys[window]), examples.inputs[window])
+
+    def normal(query: Tensor) -> Tensor:
+        return _total(
+            adjoint(i, _weighted(examples.probabilities[i], attention.scores(attention.project(query, inputs), keys[i])))
+            for i, inputs in enumerate(examples.inputs)
+        )
+
+    wanted = _total(adjoint(i, errors) for i, errors in enumerate(_wanted_scores(attention, original, read, examples)))
+    return conjugate_gradients(normal, wanted, layer.query, inverse, SCORE_STEPS, apart=True)
+
+
+def _fit_keys(
+    attention: CausalAttention,
+    original: AttentionWeights,
+    layer: AttentionWeights,
+    read: Tensor,
+    examples: Examples,
+    inverse: Tensor,
+) -> Tensor:
+    queries = [attention.project(layer.query, inputs) for inputs in examples.inputs]
+
+    def adjoint(window: int, errors: Tensor) -> Tensor:
+        back = attention.scores_adjoint_key(errors, queries[window], layer.kv_heads)
+        return attention.project_adjoint(back, examples.inputs[window])
+
+    def normal(key: Tensor) -> Tensor:
+        return _total(
+            adjoint(i, _weighted(examples.probabilities[i], attention.scores(queries[i], attention.project(key, inputs))))
+            for i, inputs in enumerate(examples.inputs)
+        )
+
+    wanted = _total(adjoint(i, errors) for i, errors in enumerate(_wanted_scores(attention, original, read, examples)))
+    return conjugate_gradients(normal, wanted, layer.key, inverse, SCORE_STEPS, apart=True)
+
+
+def _wanted_scores(
+    attention: CausalAttention, original: AttentionWeights, read: Tensor, examples: Examples
+) -> Iterator[Tensor]:
+    for inputs, probabilities in zip(read, examples.probabilities, strict=True):
+        query, key = attention.project(original.query, inputs), attention.project(original.key, inputs)
+        yield _weighted(probabilities, attention.scores(query, key))
+
+
+def _weighted(probabilities: Tensor, scores: Tensor) -> Tensor:
+    """Scores less their mean under the probabilities, times those."""
+    weighted = probabilities * scores
+    return weighted - probabilities * weighted.sum(-1, keepdim=True)
+
+
+def _fit_values(attention: CausalAttention, layer: AttentionWeights, examples: Examples, inverse: Tensor) -> Tensor:
+    output = layer.output.flatten(1)
+
+    def adjoint(window: int, errors: Tensor) -> Tensor:
+        """Errors of the output, [T,d] → [G,Dv,e]."""
+        heads = (errors @ output).unflatten(1, layer.output.shape[1:]).transpose(0, 1)
+        mixed = attention.mix_adjoint(examples.probabilities[window], heads, layer.kv_heads)
+        return mixed.mT @ examples.inputs[window]
+
+    def normal(value: Tensor) -> Tensor:
+        return _total(
+            adjoint(i, attention.mixed(value, examples.probabilities[i], inputs) @ output.T)
+            for i, inputs in enumerate(examples.inputs)
+        )
+
+    wanted = _total(adjoint(i, errors) for i, errors in enumerate(examples.wanted))
+    return conjugate_gradients(normal, wanted, layer.value, inverse, VALUE_STEPS, apart=False)
+
+
+def _solve_output(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> Tensor:
+    """W_O [d,H,Dv] by least squares, the ridge drawing towards the W_O there is: where that fits, it stays."""
+    size = layer.output[0].numel()
+    moments = layer.output.new_zeros(size, size, dtype=torch.float64)
+    errors = layer.output.new_zeros(size, len(layer.output), dtype=torch.float64)
+    for inputs, probabilities, wanted in zip(examples.inputs, examples.probabilities, examples.wanted, strict=True):
+        mixed = attention.mixed(layer.value, probabilities, inputs)
+        moments += (mixed.T @ mixed).double()
+        errors += (mixed.T @ (wanted - mixed @ layer.output.flatten(1).T)).double()
+    ridge = RIDGE * moments.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    change = torch.linalg.solve(moments + ridge, errors).T.to(layer.output.dtype)
+    return layer.output + change.unflatten(1, layer.output.shape[1:])
+
+
+def conjugate_gradients(normal: Operator, wanted: Tensor, start: Tensor, inverse: Tensor, steps: int, apart: bool) -> Tensor:
+    """`steps` steps towards normal(x) = wanted from `start` [heads,r,e], preconditioned with `inverse` [e,e] on the right.
+
+    Heads are problems of their own where `apart`, else one problem. Hestenes and Stiefel 1952.
+    """
+
+    def inner(one: Tensor, other: Tensor) -> Tensor:
+        products = (one * other).sum((1, 2), keepdim=True)
+        return products if apart else products.sum(0, keepdim=True)
+
+    tiny = torch.finfo(start.dtype).tiny
+    residual = wanted - normal(start)
+    found, solved = start, residual @ inverse
+    direction, size = solved, inner(residual, solved)
+    for _ in range(steps):
+        image = normal(direction)
+        length = size / inner(direction, image).clamp_min(tiny)
+        found, residual = found + length * direction, residual - length * image
+        solved = residual @ inverse
+        before, size = size, inner(residual, solved)
+        direction = solved + size / before.clamp_min(tiny) * direction
+    return found
+
+
+def _total(terms: Iterator[Tensor]) -> Tensor:
+    total = next(terms)
+    for term in terms:
+        total = total + term
+    return total

@@ -1,0 +1,80 @@
+"""m heads of r channels become one, and each of them a linear map of it: the two ways to choose both.
+
+A sharing takes
+
+    heads    [..., m, r, e]   rows that read an input of e channels
+    weights  [..., m, r, r]   Hermitian: how much an error of each head counts, |error|² = errorᴴ · weights · error
+    moments  [e, e]           second moments of the inputs, E[a aᴴ]
+
+and returns `shared` [..., r, e] and `basis` [..., m, r, r] with heads_g ≈ basis_g · shared. Values and keys that do not rotate
+are real, with r = D. A frequency of RoPE is one complex channel, r = 1: multiplying by a complex scalar is all that commutes
+with the rotation, and mixing one frequency across heads commutes too, so `basis` folds into the queries of each head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Sharing = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+ALIGNMENTS = 50  # of generalised Procrustes; it settles in a few
+NEGLIGIBLE = 1e-12  # of the largest eigenvalue
+
+
+def leading(heads: Tensor, weights: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """The least expected weighted error that any `shared` and `basis` have: a truncated SVD (Eckart and Young 1936).
+
+    With r = 1 it is the leading eigenvector of the m × m matrix of weighted inner products.
+    """
+    r = heads.shape[-2]
+    root, inverse = square_root(weights)
+    rows = (root @ heads).flatten(-3, -2)
+    _, vectors = torch.linalg.eigh(gram(rows, moments))
+    leading = vectors[..., -r:]
+    shared = leading.mH @ rows
+    basis = inverse @ leading.unflatten(-2, heads.shape[-3:-1])
+    gain = _gain(heads, shared, moments)
+    return shared * gain, basis / gain[..., None]
+
+
+def aligned(heads: Tensor, weights: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads turned towards each other by unitary matrices, averaged, and given back the norm that averaging takes.
+
+    Generalised Procrustes analysis (Gower 1975), on heads as in "Align Attention Heads Before Merging Them" (Jin et al. 2024,
+    arXiv 2412.20677, section 3.2). Every head counts the same: `weights` is not read.
+    """
+    del weights
+    read = heads @ moments
+    shared = heads[..., 0, :, :]
+    for _ in range(ALIGNMENTS):
+        left, _, right = torch.linalg.svd(read @ shared.mH[..., None, :, :])
+        basis = left @ right
+        shared = (basis.mH @ heads).mean(-3)
+    return shared * _gain(heads, shared, moments), basis
+
+
+def gram(rows: Tensor, moments: Tensor) -> Tensor:
+    """Expected inner products of what rows [..., n, e] read: [..., n, n]."""
+    return rows @ moments @ rows.mH
+
+
+def square_root(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """S with Sᴴ S = weights, and its inverse. Directions that count for nothing count for next to nothing."""
+    values, vectors = torch.linalg.eigh(weights)
+    largest = values[..., -1:].amax(dim=-2, keepdim=True)  # of all heads that share
+    roots = torch.maximum(values, largest * NEGLIGIBLE).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    return roots[..., None] * vectors.mH, vectors / roots[..., None, :]
+
+
+def _gain(heads: Tensor, shared: Tensor, moments: Tensor) -> Tensor:
+    """[..., 1, 1]: what makes the expected norm of `shared` the root mean square of the heads'."""
+    wanted = _energy(heads, moments).mean(-1)
+    found = _energy(shared, moments)
+    gain = torch.where(found > 0, wanted / found.clamp_min(torch.finfo(found.dtype).tiny), 1.0).sqrt()
+    return gain[..., None, None]
+
+
+def _energy(heads: Tensor, moments: Tensor) -> Tensor:
+    return ((heads @ moments) * heads.conj()).sum((-2, -1)).real

@@ -1,0 +1,227 @@
+"""Whole conversions: transformers loads what comes out, exactness, what calibration improves, seeds, and refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import hf
+import numpy as np
+import pytest
+import torch
+
+from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.convert import METHODS, Converter, convert_checkpoint, convert_weights
+from exporter.convert import calibration as calibrating
+from exporter.engines import open_session
+from exporter.errors import CheckpointError, UserError
+from exporter.export import ExportOptions, export
+from exporter.models.decoder import Decoder
+from exporter.weights import ComputedTensor, Weights
+
+FOLDING = ("procrustes", "optimal")
+TOKENS = np.random.default_rng(1).integers(0, 67, (6, 48))
+NAMES = [name for name, (_, changes) in hf.MODELS.items() if changes.get("num_key_value_heads") != 1]
+FOLDABLE = [name for name in NAMES if not name.startswith("qwen3")]
+
+
+def logits(checkpoint: Checkpoint, tokens: np.ndarray = TOKENS) -> torch.Tensor:
+    model = Decoder.from_weights(checkpoint.config, checkpoint.weights)
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    return model(torch.from_numpy(tokens), positions, model.empty_cache(*tokens.shape))[0]
+
+
+def with_heads(checkpoint: Checkpoint, kv_heads: Any, method: Any = "mean", **options: Any) -> Checkpoint:
+    config, weights = convert_weights(checkpoint.config, checkpoint.weights, kv_heads, method, **options)
+    return dataclasses.replace(checkpoint, config=config, weights=weights)
+
+
+def divergence(checkpoint: Checkpoint, other: Checkpoint, tokens: np.ndarray) -> float:
+    ours, theirs = (logits(each, tokens).double().log_softmax(-1) for each in (checkpoint, other))
+    return float((ours.exp() * (ours - theirs)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("method", ["mean-renorm", *FOLDING])
+@pytest.mark.parametrize("name", FOLDABLE)
+def test_transformers_reads_what_comes_out(name: str, method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every family: biases, partial rotary, tied or not. Our logits of what was written are transformers'."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(calibrating, "WINDOWS", 2)
+    monkeypatch.setattr(calibrating, "WINDOW", 24)
+    options = {"grouping": "best", "calibration": "random"} if method in FOLDING else {}
+    source = hf.save(name, tmp_path)
+    convert_checkpoint(source, tmp_path / "out", 1, method, **options)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").float().eval()
+    assert theirs.config.num_key_value_heads == 1
+    ours = logits(open_checkpoint(tmp_path / "out"), TOKENS[:1])
+    np.testing.assert_allclose(ours[0], hf.logits(theirs, TOKENS[0]), rtol=0, atol=5e-4)
+    assert (ours - logits(open_checkpoint(source), TOKENS[:1])).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("tokens", [None, TOKENS], ids=["weights", "tokens"])
+@pytest.mark.parametrize("method", FOLDING)
+@pytest.mark.parametrize("name", ["llama-tied-biased", "phi3-partial", "gemma", "starcoder2"])
+def test_heads_repeated_are_found_again(name: str, method: Any, tokens: Any, tmp_path: Path) -> None:
+    """Degrouped, dealt out in another order, and converted back: nothing is lost, whichever way the groups are found."""
+    source = open_checkpoint(hf.save(name, tmp_path))
+    before, G = logits(source), source.config.kv_heads[0]
+    many = with_heads(source, 6)
+    for grouping in ("contiguous", "best"):
+        back = with_heads(many, G, method, grouping=grouping, tokens=tokens)
+        assert back.config == source.config
+        torch.testing.assert_close(logits(back), before, rtol=0, atol=1e-4 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_number_and_multiples_are_exact(method: Any, tmp_path: Path) -> None:
+    source = open_checkpoint(hf.save("llama", tmp_path))
+    same = with_heads(source, 2, method)
+    assert all(same.weights[name] is tensor for name, tensor in source.weights.items())
+    more = with_heads(source, 6, method)
+    assert {name for name in more.weights if more.weights[name] is not source.weights[name]} == {
+        f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in "kv"
+    }
+    torch.testing.assert_close(logits(more), logits(source), rtol=0, atol=1e-5)
+
+
+def test_layers_of_their_own(tmp_path: Path) -> None:
+    """A layer that keeps its number keeps its tensors; one that gets more is exact."""
+    source = open_checkpoint(hf.save("llama-mha-gelu", tmp_path))
+    for tokens in (None, TOKENS):
+        mixed = with_heads(source, (6, 2), "optimal", tokens=tokens)
+        changed = {name for name in mixed.weights if mixed.weights[name] is not source.weights[name]}
+        assert changed == {f"model.layers.1.self_attn.{kind}_proj.weight" for kind in "qkvo"}
+        up = with_heads(with_heads(source, (2, 6)), (6, 3), "optimal", tokens=tokens)
+        assert up.config.kv_heads == (6, 3)
+
+
+def test_the_methods_in_their_order(tmp_path: Path) -> None:
+    """On tokens that were not calibrated on: KL(original ‖ converted) of the next token, 6 → 2 KV heads."""
+    source = open_checkpoint(hf.save("llama-mha-gelu", tmp_path))
+    calibration, held_out = np.random.default_rng(5).integers(0, 67, (2, 24, 48))
+    found = {
+        "mean": divergence(source, with_heads(source, 2), held_out),
+        "weights": divergence(source, with_heads(source, 2, "optimal"), held_out),
+        "procrustes": divergence(source, with_heads(source, 2, "procrustes", tokens=calibration), held_out),
+        "optimal": divergence(source, with_heads(source, 2, "optimal", tokens=calibration), held_out),
+        "best": divergence(source, with_heads(source, 2, "optimal", tokens=calibration, grouping="best"), held_out),
+    }
+    assert found["optimal"] < found["weights"] < found["mean"], found
+    assert found["optimal"] < found["procrustes"] < found["mean"], found
+    assert found["best"] < 1.1 * found["optimal"], found
+
+
+def test_mean_renorm_keeps_norms(tmp_path: Path) -> None:
+    source = open_checkpoint(hf.save("llama-tied-biased", tmp_path))
+    mean, renormed = (with_heads(source, 1, method).weights for method in ("mean", "mean-renorm"))
+    for kind in "kv":
+        name = f"model.layers.1.self_attn.{kind}_proj"
+        old = source.weights[name + ".weight"].read().double().numpy().reshape(2, -1)
+        new = renormed[name + ".weight"].read().double().numpy()
+        assert np.linalg.norm(new) == pytest.approx(np.sqrt((old**2).sum(1).mean()), rel=1e-6)
+        gain = new / mean[name + ".weight"].read().numpy()
+        np.testing.assert_allclose(gain, gain[0, 0], rtol=1e-4)
+        np.testing.assert_allclose(
+            renormed[name + ".bias"].read(), mean[name + ".bias"].read() * gain[0, 0], rtol=1e-4, atol=1e-6
+        )
+
+
+def test_weights_keep_their_dtypes(tmp_path: Path) -> None:
+    source = open_checkpoint(hf.save("llama", tmp_path))
+    half: Weights = {
+        name: ComputedTensor(name, torch.bfloat16, tensor.shape, lambda tensor=tensor: tensor.read().bfloat16())  # type: ignore[misc]
+        for name, tensor in source.weights.items()
+    }
+    for tokens in (None, TOKENS):
+        config, converted = convert_weights(source.config, half, 1, "optimal", tokens=tokens)
+        assert config.kv_heads == (1, 1)
+        assert {tensor.read().dtype for tensor in converted.values()} == {torch.bfloat16}
+
+
+def test_seeds_and_sources(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrating, "WINDOWS", 3)
+    monkeypatch.setattr(calibrating, "WINDOW", 20)
+    (tmp_path / "text").write_text("abcdefghij" * 9)
+    for source in ("self", "random", str(tmp_path / "text")):
+        drawn = [calibrating.calibration_tokens(checkpoint, source, seed) for seed in (0, 0, 1)]
+        assert drawn[0].shape == (3, 20)
+        assert drawn[0].dtype == np.int64
+        np.testing.assert_array_equal(drawn[0], drawn[1])
+        assert np.array_equal(drawn[0], drawn[2]) == source.endswith("text")
+    assert calibrating.calibration_tokens(checkpoint, "none") is None
+    text = calibrating.windows(np.arange(100), 20, "text")
+    np.testing.assert_array_equal(text[:, 0], [0, 40, 80])
+
+
+def test_a_converter_works_once_for_each_count(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrating, "WINDOW", 16)
+    convert = Converter(checkpoint, "optimal", calibration="random")
+    assert convert(1) is convert((1, 1))
+    assert convert.calibration == "random"
+    assert Converter(checkpoint, "optimal").calibration == "self"
+    assert Converter(checkpoint, "mean").calibration is None
+
+
+def test_export_takes_the_same_methods(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exported graph's logits are those of the weights that `convert_weights` makes of the same tokens."""
+    monkeypatch.setattr(calibrating, "WINDOWS", 2)
+    monkeypatch.setattr(calibrating, "WINDOW", 16)
+    options = ExportOptions(groups=(2, 1), method="optimal", calibration="random", seed=3)
+    bundle = export(checkpoint, tmp_path / "out", options)
+    records = {variant.name: variant.conversion for variant in bundle.variants}
+    assert records["g2"] is None
+    assert records["g1"] == {
+        "method": "optimal",
+        "grouping": "contiguous",
+        "calibration": "random",
+        "seed": 3,
+        "kv_heads_before": [2, 2],
+        "kv_heads_after": [1, 1],
+    }
+    tokens = calibrating.calibration_tokens(checkpoint, "random", 3)
+    expected = logits(with_heads(checkpoint, 1, "optimal", seed=3, tokens=tokens), TOKENS[:1])[0, -1]
+    with open_session(bundle, bundle.variant("g1"), batch=1, capacity=60, threads=1) as session:
+        np.testing.assert_allclose(session.prefill([TOKENS[0]])[0], expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", FOLDING)
+def test_qk_norm_is_refused(method: Any, tmp_path: Path) -> None:
+    source = open_checkpoint(hf.save("qwen3", tmp_path))
+    with pytest.raises(UserError, match=f"method {method} folds .* QK-norm .*; choose from mean, first, random, mean-renorm$"):
+        convert_weights(source.config, source.weights, 1, method)
+    assert with_heads(source, 1, "mean-renorm").config.kv_heads == (1, 1)
+
+
+def test_mistakes(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, weights = checkpoint.config, checkpoint.weights
+    with pytest.raises(UserError, match="grouping 'nearest' is not one of contiguous, best"):
+        convert_weights(config, weights, 1, "optimal", grouping="nearest")  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match="method mean makes no use of grouping best; leave it out, or choose from procrustes, op"
+    ):
+        convert_weights(config, weights, 1, "mean", grouping="best")
+    with pytest.raises(UserError, match="method first makes no use of calibration self; leave it out"):
+        Converter(checkpoint, "first", calibration="self")
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.0\.self_attn\.q_proj\.weight"):
+        convert_weights(config, {}, 1, "optimal")
+
+    def refused(source: str) -> str:
+        with pytest.raises(UserError) as caught:
+            calibrating.calibration_tokens(checkpoint, source)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert refused("slef") == (
+        "calibration 'slef' cannot be read: No such file or directory; choose from self, random, none, or a text file"
+    )
+    (tmp_path / "short").write_text("abc")
+    assert refused(str(tmp_path / "short")).endswith(
+        "short has 3 tokens, calibration needs at least 128; choose a longer text, or self"
+    )
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert refused(str(tmp_path / "binary")).endswith("binary is not UTF-8 text")
+    bare = dataclasses.replace(checkpoint, side_files={})
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        calibrating.calibration_tokens(bare, str(tmp_path / "short"))
