@@ -105,7 +105,7 @@ def _load(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = OPTIMISATIONS[optimisation]
-    options.log_severity_level = 3  # errors; they come as exceptions besides
+    options.log_severity_level = 4  # errors come as exceptions
     options.enable_mem_pattern = variant.cache == "static"  # concat has new shapes each step, and each would be planned
     held: list[Any] = []
     if variant.pattern == "fused":
