@@ -14,7 +14,7 @@ import psutil
 from profiles.results import Machine
 
 PACKAGES = ("headpool", "torch", "onnx", "onnxruntime", "transformers", "numpy")
-CODE = ("exporter", "graphs", "profiles", "pyproject.toml", ":(exclude)profiles/results")  # what can change a figure
+CODE = ("exporter", "graphs", "profiles", "runtime", "pyproject.toml", ":(exclude)profiles/results")  # what can change a figure
 ROOT = Path(__file__).resolve().parent.parent
 
 # What decides the speed of a matrix product or of a conversion between dtypes on x86-64 and Arm.

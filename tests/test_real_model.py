@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from harness import operators
 
 from exporter.cli import _run
 
@@ -37,7 +38,7 @@ def mha(gguf, tmp_path_factory) -> Path:
 def bundle(mha, tmp_path_factory) -> Path:
     """Back to 3, and to 9, from the multi-head checkpoint; its own bytes linked."""
     out = tmp_path_factory.mktemp("real") / "bundle"
-    arguments = ["export", str(mha), str(out), "--groups", "9,3", "--pattern", "grouped,gqa,repeat", "--weights", "link"]
+    arguments = ["export", str(mha), str(out), "--groups", "9,3", "--pattern", "fused,grouped,gqa,repeat", "--weights", "link"]
     assert _run(arguments) == 0
     return out
 
@@ -57,10 +58,23 @@ def last_json(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("variant", ["g9.grouped", "g9.gqa", "g9.repeat", "g3.grouped", "g3.gqa", "g3.repeat"])
-def test_greedy_tokens_are_those_of_transformers(variant, bundle, greedy, capsys):
+@pytest.mark.parametrize("pattern", ["fused", "grouped", "gqa", "repeat"])
+@pytest.mark.parametrize("kv_heads", [9, 3])
+def test_greedy_tokens_are_those_of_transformers(kv_heads, pattern, bundle, greedy, capsys):
     """At 9 and at 3: the heads of a group are equal, so pooling them back loses nothing."""
-    arguments = ["run", str(bundle), "--variant", variant, "--prompt", PROMPT, "--max-new-tokens", str(TOKENS), "--json"]
+    if pattern == "fused":
+        operators()
+    arguments = [
+        "run",
+        str(bundle),
+        "--variant",
+        f"g{kv_heads}.{pattern}",
+        "--prompt",
+        PROMPT,
+        "--max-new-tokens",
+        str(TOKENS),
+        "--json",
+    ]
     assert _run(arguments) == 0
     report = last_json(capsys)
     assert report["prompt_tokens"] == [len(greedy["prompt"])]

@@ -37,13 +37,19 @@ class AttentionWeights:
         H, G, D, Dv = config.num_heads, config.kv_heads[layer], config.head_dim, config.value_dim
         prefix = f"model.layers.{layer}.self_attn."
 
+        def read(name: str) -> Tensor:
+            value = weights[prefix + name].read()
+            if not value.isfinite().all():  # no decomposition of such a matrix ends well
+                raise CheckpointError(f"tensor {prefix + name!r} holds NaN or infinite values; the checkpoint is damaged")
+            return value.to(dtype)
+
         def heads(name: str, count: int, size: int) -> Tensor:
-            matrix = weights[f"{prefix}{name}.weight"].read().to(dtype)
+            matrix = read(f"{name}.weight")
             if config.qkv_bias:
-                matrix = torch.cat([matrix, weights[f"{prefix}{name}.bias"].read().to(dtype)[:, None]], dim=1)
+                matrix = torch.cat([matrix, read(f"{name}.bias")[:, None]], dim=1)
             return matrix.unflatten(0, (count, size))
 
-        output = weights[prefix + "o_proj.weight"].read().to(dtype).unflatten(1, (H, Dv))
+        output = read("o_proj.weight").unflatten(1, (H, Dv))
         return cls(heads("q_proj", H, D), heads("k_proj", G, D), heads("v_proj", G, Dv), output)
 
     def tensors(self, config: ModelConfig, layer: int) -> dict[str, Tensor]:

@@ -49,7 +49,11 @@ def _grams(layer: AttentionWeights, rotary_dim: int, moments: Tensor) -> list[Te
     output = layer.output.permute(1, 0, 2).unflatten(0, (layer.kv_heads, -1))
     value_gram = _gram(layer.value[None], output_weights(output)[None], moments)
     held = sum(_trace(gram) for gram in key_grams)
-    return [*(gram / held for gram in key_grams), value_gram / _trace(value_gram)]
+    return [*(_share(gram, held) for gram in key_grams), _share(value_gram, _trace(value_gram))]
+
+
+def _share(gram: Tensor, held: float) -> Tensor:
+    return gram / held if held > 0 else gram  # heads that hold nothing lose nothing
 
 
 def _gram(heads: Tensor, weights: Tensor, moments: Tensor) -> Tensor:
@@ -86,7 +90,7 @@ def _improve(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         change = near[place].T + near[place] - own[:, None] - own[None, :] - 2 * pairs
         change[place[:, None] == place[None, :]] = 0
         one, other = np.unravel_index(change.argmin(), change.shape)
-        if change[one, other] > -1e-12:
+        if not change[one, other] < -1e-12:
             return np.stack([np.flatnonzero(row) for row in member])
         member[place[one], one] = member[place[other], other] = 0
         member[place[other], one] = member[place[one], other] = 1

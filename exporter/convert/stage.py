@@ -36,7 +36,7 @@ class Converter:
     ) -> None:
         check_method(checkpoint.config, method, seed, grouping, calibration)
         self.checkpoint, self.method, self.seed, self.grouping, self.progress = checkpoint, method, seed, grouping, progress
-        self.calibration = calibration or ("self" if method in SHARINGS else None)
+        self.calibration = "self" if calibration is None and method in SHARINGS else calibration
         self._tokens: np.ndarray | None = None
         self._made: dict[tuple[int, ...], tuple[ModelConfig, Weights]] = {}
 

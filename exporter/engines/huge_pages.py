@@ -7,6 +7,7 @@ kernel for pages of 2 MB, and sessions share them. Where the kernel has none to 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import threading
@@ -29,8 +30,12 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     if count < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):  # which only Linux has
         return np.zeros(shape, dtype)
     # Private, because shared memory has huge pages under other rules; a page more than is used, to start on a whole one.
-    memory = mmap.mmap(-1, count + PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        memory = mmap.mmap(-1, count + PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(str(error)) from None
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % PAGE
     return whole[start : start + count].view(dtype).reshape(shape)

@@ -4,7 +4,7 @@
 //   Linear          several linear layers of one input, each x · wᵀ (+ bias), or one with a residual added
 //   GatedLinear     act(x · gateᵀ) ⊙ (x · upᵀ)
 //
-// Inputs, outputs and attributes are described in graphs/fused.py, which writes these nodes.
+// Inputs, outputs and attributes are described in graphs/patterns/fused.py and graphs/linear.py, which write these nodes.
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
 

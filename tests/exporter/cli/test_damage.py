@@ -85,7 +85,7 @@ def test_damaged_checkpoints(how: str, refused, made: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_damaged_tokenizers(file: str, refused, made: Path, tmp_path: Path, monkeypatch) -> None:
     """Known before anything is written or measured, and not only when the bundle runs."""
-    for place in ("exporter.export.convert_weights", "exporter.convert.stage.convert_weights", "profiles.sweep.profile_bundle"):
+    for place in ("exporter.export.converter", "exporter.convert.stage.convert_weights", "profiles.sweep.profile_bundle"):
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("the work has begun"))
     model = Path(shutil.copytree(made / "model", tmp_path / "damaged"))
     (model / file).write_bytes((made / "model" / "tokenizer.json").read_bytes()[:300])
