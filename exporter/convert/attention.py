@@ -6,7 +6,7 @@ e is d, or d + 1 where Q, K and V have biases. L KV heads, H query heads, R = H 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,12 +20,16 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """query [H,D,e], key [L,D,e], value [L,Dv,e], output [d,H,Dv]; the bias of the output, where there is one, is not here."""
+    """query [H,D,e], key [L,D,e], value [L,Dv,e], output [d,H,Dv]; the bias of the output, where there is one, is not here.
+
+    `norms` are what QK-norm multiplies with, [D] for queries and for keys, which all heads share.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     output: Tensor
+    norms: tuple[Tensor, Tensor] | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -50,7 +54,9 @@ class AttentionWeights:
             return matrix.unflatten(0, (count, size))
 
         output = read("o_proj.weight").unflatten(1, (H, Dv))
-        return cls(heads("q_proj", H, D), heads("k_proj", G, D), heads("v_proj", G, Dv), output)
+        offset = float(config.norm_offset)
+        norms = (read("q_norm.weight") + offset, read("k_norm.weight") + offset) if config.qk_norm else None
+        return cls(heads("q_proj", H, D), heads("k_proj", G, D), heads("v_proj", G, Dv), output, norms)
 
     def tensors(self, config: ModelConfig, layer: int) -> dict[str, Tensor]:
         """Canonical name → tensor, as a checkpoint holds them: those of `attention_shapes`."""
@@ -64,19 +70,22 @@ class AttentionWeights:
         return found
 
     def to(self, dtype: torch.dtype) -> AttentionWeights:
-        return AttentionWeights(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), self.output.to(dtype))
+        norms = None if self.norms is None else (self.norms[0].to(dtype), self.norms[1].to(dtype))
+        return AttentionWeights(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), self.output.to(dtype), norms)
 
     def degrouped(self, kv_heads: int) -> AttentionWeights:
         """The same attention with each KV head repeated until there are `kv_heads`, a multiple of those there are."""
         times = kv_heads // self.kv_heads
         key, value = (heads.repeat_interleave(times, 0) for heads in (self.key, self.value))
-        return AttentionWeights(self.query, key, value, self.output)
+        return replace(self, key=key, value=value)
 
     def ordered(self, order: list[int]) -> AttentionWeights:
         """The same attention with its KV heads in another order, and with them the query heads that read them."""
         index = torch.tensor(order)
         reading = torch.arange(self.query.shape[0]).unflatten(0, (self.kv_heads, -1))[index].flatten()
-        return AttentionWeights(self.query[reading], self.key[index], self.value[index], self.output[:, reading])
+        return replace(
+            self, query=self.query[reading], key=self.key[index], value=self.value[index], output=self.output[:, reading]
+        )
 
 
 def attention_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """Conversion on tokens: layer by layer, each one measured on what the layers converted before it make of them.
 
 Two streams of hidden states run through the model, the original's and the converted one's, a layer's weights in memory at a
-time: 2 · tokens · d floats, and of one layer the attention probabilities, windows · H · T² floats.
+time: 2 · tokens · d floats, and of one layer the attention probabilities, windows · H · T² floats. Converted layers wait on
+disk until they are written.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights
-from exporter.convert.layer import LayerChange
-from exporter.convert.refine import CausalAttention, Examples, refine, second_moments
-from exporter.models.decoder import Layer
-from exporter.weights import Weights
+from exporter.convert.causal import CausalAttention
+from exporter.convert.layer import LayerChange, check_finite, solvable
+from exporter.convert.refine import Examples, refine, second_moments
+from exporter.convert.scratch import Scratch
+from exporter.convert.walk import Walk
+from exporter.weights import LazyTensor, Weights
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -25,34 +28,37 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 @torch.no_grad()
 def convert_on_tokens(
     config: ModelConfig, weights: Weights, target: ModelConfig, change: LayerChange, tokens: np.ndarray, progress: Progress
-) -> dict[str, Tensor]:
-    """The tensors that differ, by canonical name, in the dtypes of `weights`. tokens is int64 [n,T]: n windows."""
+) -> dict[str, LazyTensor]:
+    """The tensors that differ, by canonical name, in the dtypes of `weights`. tokens is int64 [n,T]: n windows.
+
+    Raises CheckpointError, with the number of the layer, where weights are so large that no solution is finite.
+    """
     windows = torch.from_numpy(tokens)
-    attention = CausalAttention(config, windows.shape[1])
-    original = weights["model.embed_tokens.weight"].read()[windows].float() * config.embed_scale
+    walk, scratch = Walk(config, weights, windows.shape[1]), Scratch()
+    original = walk.embed(windows)
     converted = original.clone()
-    changed: dict[str, Tensor] = {}
+    changed: dict[str, LazyTensor] = {}
     for index, (before, after) in enumerate(zip(config.kv_heads, target.kv_heads, strict=True)):
         progress("converting layers", index, config.num_layers)
-        block = _load_layer(config, weights, index)
-        read, inputs = (_inputs(config, block, stream) for stream in (original, converted))
-        layer = AttentionWeights.read(config, weights, index, torch.float32)
+        read, inputs = walk.inputs(index, original), walk.inputs(index, converted)
         if before == after:
-            wanted = torch.stack([attention.attend(layer, window)[1] for window in read])
-            given = torch.stack([attention.attend(layer, window)[1] for window in inputs])
+            layer = walk.layer(index)
+            wanted, given = walk.attend(layer, read), walk.attend(layer, inputs)
         else:
-            layer, folded, wanted = _convert(attention, config, layer, after, change, read, inputs)
-            given = torch.stack([attention.attend(folded, window)[1] for window in inputs])
-            named = folded.tensors(config, index)
-            changed |= {name: tensor.to(weights[name].dtype).contiguous() for name, tensor in named.items()}
-        bias = weights[name].read().float() if (name := f"model.layers.{index}.self_attn.o_proj.bias") in weights else 0.0
-        original = _finish(block, original + wanted + bias)
-        converted = _finish(block, converted + given + bias)
+            with solvable(index):
+                folded, wanted = convert_layer(walk.attention, config, walk.layer(index), after, change, read, inputs)
+                given = walk.attend(folded, inputs)
+                check_finite(folded, wanted, given)
+            for name, tensor in folded.tensors(config, index).items():
+                changed[name] = scratch.keep(name, tensor.to(weights[name].dtype))
+            del folded
+        del read, inputs
+        walk.advance(index, (original, converted), (wanted, given))
     progress("converting layers", config.num_layers, config.num_layers)
     return changed
 
 
-def _convert(
+def convert_layer(
     attention: CausalAttention,
     config: ModelConfig,
     layer: AttentionWeights,
@@ -60,34 +66,14 @@ def _convert(
     change: LayerChange,
     read: Tensor,
     inputs: Tensor,
-) -> tuple[AttentionWeights, AttentionWeights, Tensor]:
-    """The layer with its heads in order, the converted layer, and what the first gives on `read` [n,T,d]."""
+) -> tuple[AttentionWeights, Tensor]:
+    """`layer` with `kv_heads` KV heads, and what it gives as it is on `read` [n,T,e]. `inputs` [n,T,e] is what it will read."""
     moments = second_moments(inputs)
     wide = change.regroup(config, layer.to(torch.float64), kv_heads, moments)
-    layer, folded = (weights.to(torch.float32) for weights in (wide, change.fold(config, wide, kv_heads, moments)))
-    probabilities, wanted = zip(*(attention.attend(layer, window) for window in read), strict=True)
-    if change.correct and folded.kv_heads < layer.kv_heads:
-        examples = Examples(inputs, list(probabilities), torch.stack(wanted))
-        folded = refine(attention, layer, folded, read, examples)
-    return layer, folded, torch.stack(wanted)
-
-
-def _load_layer(config: ModelConfig, weights: Weights, index: int) -> Layer:
-    """Norms and feed-forward of one layer, in float32; its attention is read apart."""
-    with torch.device("meta"):
-        block = Layer(config, config.kv_heads[index])
-    del block.self_attn
-    prefix = f"model.layers.{index}."
-    block.load_state_dict({name: weights[prefix + name].read().float() for name in block.state_dict()}, assign=True)
-    return block.eval()
-
-
-def _inputs(config: ModelConfig, block: Layer, stream: Tensor) -> Tensor:
-    """What the projections read of hidden states [n,T,d]: [n,T,e]."""
-    normed = block.input_layernorm(stream)
-    return torch.nn.functional.pad(normed, (0, 1), value=1.0) if config.qkv_bias else normed
-
-
-def _finish(block: Layer, stream: Tensor) -> Tensor:
-    """The feed-forward half of a layer, a window at a time."""
-    return torch.stack([window + block.mlp(block.post_attention_layernorm(window)) for window in stream])
+    layer, folded = wide.to(torch.float32), change.fold(config, wide, kv_heads, moments).to(torch.float32)
+    del wide, moments
+    if not change.correct or folded.kv_heads == layer.kv_heads:
+        return folded, torch.stack([attention.attend(layer, window)[1] for window in read])
+    probabilities, outputs = zip(*(attention.attend(layer, window) for window in read), strict=True)
+    wanted = torch.stack(outputs)
+    return refine(attention, layer, folded, read, Examples(inputs, list(probabilities), wanted)), wanted

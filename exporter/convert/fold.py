@@ -2,6 +2,8 @@
 
 K_g ≈ A_g K̃ makes q · K_g a = (A_gᴴ q) · K̃ a: exact under RoPE where A_g is one complex scalar a frequency. V_g ≈ B_g Ṽ makes
 W_O,h V_g = (W_O,h B_g) Ṽ. What comes out is plain grouped-query attention.
+
+QK-norm lets no map of K through to W_Q: there the keys of a group are averaged before their norm, and V alone is folded.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights
-from exporter.convert.sharing import Sharing, gram
+from exporter.convert.sharing import Sharing, averaged, gram
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,13 @@ def fold(layer: AttentionWeights, kv_heads: int, rotary_dim: int, sharing: Shari
     """
     G, m = kv_heads, layer.kv_heads // kv_heads
     keys, queries = Blocks.of(layer.key, rotary_dim), Blocks.of(layer.query, rotary_dim)
-    folded = [_fold_keys(*parts, G, m, sharing, moments) for parts in ((keys.pairs, queries.pairs), (keys.rest, queries.rest))]
+    of_keys = sharing if layer.norms is None else averaged
+    folded = [_fold_keys(*parts, G, m, of_keys, moments) for parts in ((keys.pairs, queries.pairs), (keys.rest, queries.rest))]
     (pairs, pair_queries), (rest, rest_queries) = folded
     output = layer.output.permute(1, 0, 2).unflatten(0, (G, m, -1))  # [G,m,R,d,Dv]
     value, basis = sharing(layer.value.unflatten(0, (G, m)), output_weights(output), moments)
     output = (output @ basis[:, :, None]).flatten(0, 2).permute(1, 0, 2)
-    return AttentionWeights(Blocks(pair_queries, rest_queries).join(), Blocks(pairs, rest).join(), value, output)
+    return AttentionWeights(Blocks(pair_queries, rest_queries).join(), Blocks(pairs, rest).join(), value, output, layer.norms)
 
 
 def _fold_keys(keys: Tensor, queries: Tensor, G: int, m: int, sharing: Sharing, moments: Tensor) -> tuple[Tensor, Tensor]:

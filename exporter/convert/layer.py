@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,7 @@ from exporter.convert.attention import AttentionWeights
 from exporter.convert.fold import fold, rotating
 from exporter.convert.partition import best_order
 from exporter.convert.sharing import Sharing
+from exporter.errors import CheckpointError
 from exporter.weights import Weights
 
 
@@ -47,3 +50,26 @@ def expected_moments(config: ModelConfig, weights: Weights, layer: int) -> Tenso
     if config.qkv_bias:
         gain, mean = torch.cat([gain, gain.new_zeros(1)]), torch.cat([mean, mean.new_ones(1)])
     return torch.diag(gain**2) + torch.outer(mean, mean)
+
+
+@contextlib.contextmanager
+def solvable(layer: int) -> Iterator[None]:
+    """A decomposition that fails, or ends in what is no number, is laid at the layer's door: CheckpointError."""
+    try:
+        yield
+    except (torch.linalg.LinAlgError, _NotFinite) as error:
+        raise CheckpointError(
+            f"layer {layer} cannot be converted by least squares, its weights or what it reads are too large or too small "
+            f"({str(error).splitlines()[0][:100]}); choose method mean, or check the checkpoint with 'headpool eval'"
+        ) from error
+
+
+class _NotFinite(ArithmeticError):
+    pass
+
+
+def check_finite(folded: AttentionWeights, *outputs: Tensor) -> None:
+    """Within `solvable`: refuse a layer whose weights, or what it gives, float32 cannot hold."""
+    tensors = (folded.query, folded.key, folded.value, folded.output, *outputs)
+    if not all(bool(tensor.float().isfinite().all()) for tensor in tensors):
+        raise _NotFinite("its values exceed float32")

@@ -14,7 +14,7 @@ from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights, attention_shapes, check_attention
 from exporter.convert.calibrate import Progress, convert_on_tokens
 from exporter.convert.heads import Pooling, pooled_tensors
-from exporter.convert.layer import LayerChange, expected_moments
+from exporter.convert.layer import LayerChange, check_finite, expected_moments, solvable
 from exporter.convert.sharing import aligned, leading
 from exporter.errors import UserError, one_of
 from exporter.weights import ComputedTensor, LazyTensor, Weights
@@ -41,7 +41,8 @@ def convert_weights(
 
     The pooling methods are exporter/convert/heads.py. `procrustes` aligns the heads of a group before it averages them,
     `optimal` loses least in the second moments of what layers read (exporter/convert/sharing.py); both fold what heads differ
-    in into W_Q and W_O (exporter/convert/fold.py). `grouping` best lets them choose which heads share, too.
+    in into W_Q and W_O (exporter/convert/fold.py). `grouping` best lets them choose which heads share, too. QK-norm
+    lets nothing into W_Q: there both average K, and fold V alone.
 
     tokens, int64 [n,T], are n windows of text to measure those moments on; `optimal` then also corrects each layer by least
     squares (exporter/convert/refine.py), all of it now. Without tokens only the weights decide, when tensors are read.
@@ -58,7 +59,7 @@ def convert_weights(
     if tokens is None:
         return target, {**weights, **_folded_tensors(config, weights, target, change)}
     changed = convert_on_tokens(config, weights, target, change, tokens, progress)
-    return target, {**weights, **{name: held(name, tensor) for name, tensor in changed.items()}}
+    return target, {**weights, **changed}
 
 
 def conversion_record(
@@ -73,6 +74,8 @@ def conversion_record(
     if before.kv_heads == after.kv_heads:
         return None
     folded = {"grouping": grouping, "calibration": calibration or "self"} if method in SHARINGS else {}
+    if folded and before.qk_norm:
+        folded["keys"] = "mean"  # QK-norm lets nothing of them be folded
     return {
         "method": method,
         **folded,
@@ -94,12 +97,6 @@ def check_method(config: ModelConfig, method: str, seed: int, grouping: str, cal
             raise UserError(one_of(what, value, choices))
     if seed < 0:
         raise UserError(f"seed {seed} is negative; choose a whole number from 0")
-    if method in SHARINGS and config.qk_norm:
-        pooling = ", ".join(name for name in METHODS if name not in SHARINGS)
-        raise UserError(
-            f"method {method} folds into W_Q what heads differ in, and this model's QK-norm does not let it through; "
-            f"choose from {pooling}"
-        )
     if method not in SHARINGS and (grouping != "contiguous" or calibration is not None):
         what = f"calibration {calibration}" if calibration is not None else f"grouping {grouping}"
         raise UserError(f"method {method} makes no use of {what}; leave it out, or choose from {', '.join(SHARINGS)}")
@@ -112,8 +109,11 @@ def _folded_tensors(config: ModelConfig, weights: Weights, target: ModelConfig, 
     def computed(layer: int) -> dict[str, Tensor]:
         moments = expected_moments(config, weights, layer)
         before = AttentionWeights.read(config, weights, layer, torch.float64)
-        ordered = change.regroup(config, before, target.kv_heads[layer], moments)
-        return change.fold(config, ordered, target.kv_heads[layer], moments).tensors(config, layer)
+        with solvable(layer):
+            ordered = change.regroup(config, before, target.kv_heads[layer], moments)
+            folded = change.fold(config, ordered, target.kv_heads[layer], moments)
+            check_finite(folded)
+        return folded.tensors(config, layer)
 
     def reader(layer: int, name: str) -> Callable[[], Tensor]:
         return lambda: computed(layer)[name]

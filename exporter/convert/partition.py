@@ -1,13 +1,16 @@
 """Which KV heads share: the partition into equal groups that loses least, in the metric that sharing minimises.
 
 A group loses what a truncated SVD of its heads leaves out (exporter/convert/sharing.py), as a share of what all heads hold:
-keys and values count alike. The search works on the losses of pairs, by swaps from several starts; of what it finds, and the
-contiguous groups, the partition with the least loss of whole groups is taken.
+keys and values count alike. Under QK-norm keys are averaged, and lose what their mean leaves out.
+
+The search works on the losses of pairs, by swaps from several starts; of what it finds, and the contiguous groups, the
+partition with the least loss of whole groups is taken.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from exporter.convert.fold import Blocks, output_weights, query_weights
 from exporter.convert.sharing import gram, square_root
 
 STARTS = 8
+Measured = tuple[Tensor, Callable[[Tensor], float]]
 
 
 def best_order(layer: AttentionWeights, kv_heads: int, rotary_dim: int, moments: Tensor, seed: int) -> list[int]:
@@ -38,18 +42,24 @@ def best_order(layer: AttentionWeights, kv_heads: int, rotary_dim: int, moments:
     return [int(head) for group in sorted(map(sorted, groups.tolist())) for head in group]
 
 
-def _grams(layer: AttentionWeights, rotary_dim: int, moments: Tensor) -> list[Tensor]:
-    """Weighted inner products of all heads, [blocks, L, r, L, r] each, scaled so that keys and values hold 1 each."""
+def _grams(layer: AttentionWeights, rotary_dim: int, moments: Tensor) -> list[Measured]:
+    """Weighted inner products of all heads, [blocks, L, r, L, r] each, scaled so that keys and values hold 1 each, and what
+    sharing loses by them."""
+    output = layer.output.permute(1, 0, 2).unflatten(0, (layer.kv_heads, -1))
+    value_gram = _gram(layer.value[None], output_weights(output)[None], moments)
+    values = [(_share(value_gram, _trace(value_gram)), _truncated)]
+    if layer.norms is not None:
+        same = torch.eye(layer.key.shape[1], dtype=layer.key.dtype)
+        key_gram = _gram(layer.key[None], same.expand(1, layer.kv_heads, -1, -1), moments)
+        return [(_share(key_gram, _trace(key_gram)), _averaged), *values]
     keys, queries = Blocks.of(layer.key, rotary_dim), Blocks.of(layer.query, rotary_dim)
     key_grams = []
     for heads, asked in ((keys.pairs, queries.pairs), (keys.rest[None], queries.rest[None])):
         if heads.shape[0] and heads.shape[2]:
             weights = query_weights(asked.unflatten(1, (layer.kv_heads, -1)), moments.to(heads.dtype))
             key_grams.append(_gram(heads, weights, moments))
-    output = layer.output.permute(1, 0, 2).unflatten(0, (layer.kv_heads, -1))
-    value_gram = _gram(layer.value[None], output_weights(output)[None], moments)
     held = sum(_trace(gram) for gram in key_grams)
-    return [*(_share(gram, held) for gram in key_grams), _share(value_gram, _trace(value_gram))]
+    return [*((_share(gram, held), _truncated) for gram in key_grams), *values]
 
 
 def _share(gram: Tensor, held: float) -> Tensor:
@@ -66,14 +76,20 @@ def _trace(gram: Tensor) -> float:
     return float(torch.einsum("blrlr->", gram).real)
 
 
-def _loss(grams: list[Tensor], group: list[int]) -> float:
+def _loss(grams: list[Measured], group: list[int]) -> float:
     """What one shared head leaves out of the heads in `group`."""
-    total = 0.0
-    for products in grams:
-        r = products.shape[2]
-        inside = products[:, group][:, :, :, group].flatten(3, 4).flatten(1, 2)
-        total += float(torch.linalg.eigvalsh(inside)[:, :-r].clamp_min(0).sum())
-    return total
+    return sum(lost(products[:, group][:, :, :, group]) for products, lost in grams)
+
+
+def _truncated(inside: Tensor) -> float:
+    """All but the r largest eigenvalues of [blocks, m, r, m, r]."""
+    r = inside.shape[2]
+    return float(torch.linalg.eigvalsh(inside.flatten(3, 4).flatten(1, 2))[:, :-r].clamp_min(0).sum())
+
+
+def _averaged(inside: Tensor) -> float:
+    """The sum of squared distances of m heads from their mean."""
+    return _trace(inside) - float(torch.einsum("blrmr->", inside).real) / inside.shape[1]
 
 
 def _improve(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:

@@ -17,81 +17,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights
-from exporter.convert.fold import rotating
-from exporter.models.decoder import Rotary
+from exporter.convert.causal import CausalAttention
 
 RIDGE = 0.02  # of the mean second moment
+FLOOR = torch.finfo(torch.float32).tiny  # of a ridge; its inverse is a float32 too
 ROUNDS = 2  # W_Q and W_K in turns
 SCORE_STEPS = 5
 VALUE_ROUNDS = 1  # W_O and W_V in turns
 VALUE_STEPS = 3
-
-
-class CausalAttention:
-    """Attention over windows of T tokens from position 0, and the adjoints of its linear parts.
-
-    Inputs are [T,e] of one window, weights [heads,D,e], rotated projections [heads,T,D], scores and probabilities [H,T,T].
-    """
-
-    def __init__(self, config: ModelConfig, length: int) -> None:
-        self.half, self.scale = rotating(config) // 2, config.head_dim**-0.5
-        if self.half:
-            cos, sin = Rotary(config, torch.float32)(torch.arange(length)[None])
-            self.cos, self.sin = cos[0], sin[0]
-        self.hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-
-    def project(self, weights: Tensor, inputs: Tensor) -> Tensor:
-        flat = inputs @ weights.flatten(0, 1).T
-        return self._turn(flat.unflatten(1, weights.shape[:2]).transpose(0, 1), 1)
-
-    def project_adjoint(self, projected: Tensor, inputs: Tensor) -> Tensor:
-        flat = self._turn(projected, -1).transpose(0, 1).flatten(1)
-        return (flat.T @ inputs).unflatten(0, (projected.shape[0], projected.shape[2]))
-
-    def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        groups = query.unflatten(0, (key.shape[0], -1)).flatten(1, 2)
-        return (groups @ key.mT).unflatten(1, (-1, key.shape[1])).flatten(0, 1) * self.scale
-
-    def scores_adjoint_query(self, scores: Tensor, key: Tensor) -> Tensor:
-        return self.mix(scores, key) * self.scale
-
-    def scores_adjoint_key(self, scores: Tensor, query: Tensor, kv_heads: int) -> Tensor:
-        return self.mix_adjoint(scores, query, kv_heads) * self.scale
-
-    def probabilities(self, scores: Tensor) -> Tensor:
-        return scores.masked_fill_(self.hidden, -torch.inf).softmax(-1)
-
-    def mix(self, probabilities: Tensor, value: Tensor) -> Tensor:
-        """[H,T,T] and [G,T,Dv] → [H,T,Dv]."""
-        G, T = value.shape[:2]
-        return (probabilities.unflatten(0, (G, -1)).flatten(1, 2) @ value).unflatten(1, (-1, T)).flatten(0, 1)
-
-    def mix_adjoint(self, probabilities: Tensor, mixed: Tensor, kv_heads: int) -> Tensor:
-        """[H,T,T] and [H,T,Dv] → [G,T,Dv]."""
-        return probabilities.unflatten(0, (kv_heads, -1)).flatten(1, 2).mT @ mixed.unflatten(0, (kv_heads, -1)).flatten(1, 2)
-
-    def attend(self, layer: AttentionWeights, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The probabilities, and the attention's output [T,d] without its bias."""
-        query, key = self.project(layer.query, inputs), self.project(layer.key, inputs)
-        probabilities = self.probabilities(self.scores(query, key))
-        return probabilities, self.output(layer, probabilities, inputs)
-
-    def mixed(self, value_weights: Tensor, probabilities: Tensor, inputs: Tensor) -> Tensor:
-        """What W_O reads, [T, H·Dv]."""
-        return self.mix(probabilities, (inputs @ value_weights.mT)).transpose(0, 1).flatten(1)
-
-    def output(self, layer: AttentionWeights, probabilities: Tensor, inputs: Tensor) -> Tensor:
-        return self.mixed(layer.value, probabilities, inputs) @ layer.output.flatten(1).T
-
-    def _turn(self, x: Tensor, sign: int) -> Tensor:
-        """Rotary positions; with sign −1 their transpose."""
-        if not self.half:
-            return x
-        one, other, rest = x[..., : self.half], x[..., self.half : 2 * self.half], x[..., 2 * self.half :]
-        sin = self.sin * sign
-        return torch.cat([one * self.cos - other * sin, other * self.cos + one * sin, rest], -1)
 
 
 @dataclass(frozen=True)
@@ -112,19 +46,18 @@ Operator = Callable[[Tensor], Tensor]
 def refine(
     attention: CausalAttention, original: AttentionWeights, folded: AttentionWeights, read: Tensor, examples: Examples
 ) -> AttentionWeights:
-    """`folded` with all four weights corrected. `original` has the same query heads and reads `read` [n,T,e]."""
-    moments = second_moments(examples.inputs)
-    inverse = ridge_inverse(moments).to(examples.inputs.dtype)
+    """`folded` with all four weights corrected; under QK-norm, where scores are not linear in W_Q and W_K, W_O and W_V.
+
+    `original` has the same query heads and reads `read` [n,T,e]. The probabilities of `examples` become the converted layer's.
+    """
+    inverse = ridge_inverse(second_moments(examples.inputs)).to(examples.inputs.dtype)
     layer = folded
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS if layer.norms is None else 0):
         query = _fit_queries(attention, original, layer, read, examples, inverse)
         layer = replace(layer, query=query)
         layer = replace(layer, key=_fit_keys(attention, original, layer, read, examples, inverse))
-    seen = []
-    for inputs in examples.inputs:
-        query, key = attention.project(layer.query, inputs), attention.project(layer.key, inputs)
-        seen.append(attention.probabilities(attention.scores(query, key)))
-    examples = replace(examples, probabilities=seen)
+    for window, inputs in enumerate(examples.inputs):  # in their place: they are the largest thing in memory
+        examples.probabilities[window] = attention.attention(layer, inputs)
     layer = replace(layer, output=_solve_output(attention, layer, examples))
     for _ in range(VALUE_ROUNDS):
         layer = replace(layer, value=_fit_values(attention, layer, examples, inverse))
@@ -141,8 +74,13 @@ def second_moments(inputs: Tensor) -> Tensor:
 
 
 def ridge_inverse(moments: Tensor) -> Tensor:
-    ridge = RIDGE * moments.diagonal().mean()
-    return torch.linalg.inv(moments + ridge * torch.eye(len(moments), dtype=moments.dtype))
+    """Of [e,e] moments; they are changed. What no token reads leaves the ridge alone, which is floored for that."""
+    _add_ridge(moments)
+    return torch.linalg.inv(moments)
+
+
+def _add_ridge(moments: Tensor) -> None:
+    moments.diagonal().add_((RIDGE * moments.diagonal().mean()).clamp_min(FLOOR))
 
 
 def _fit_queries(
@@ -234,8 +172,8 @@ def _solve_output(attention: CausalAttention, layer: AttentionWeights, examples:
         mixed = attention.mixed(layer.value, probabilities, inputs)
         moments += (mixed.T @ mixed).double()
         errors += (mixed.T @ (wanted - mixed @ layer.output.flatten(1).T)).double()
-    ridge = RIDGE * moments.diagonal().mean() * torch.eye(size, dtype=torch.float64)
-    change = torch.linalg.solve(moments + ridge, errors).T.to(layer.output.dtype)
+    _add_ridge(moments)
+    change = torch.linalg.solve(moments, errors).T.to(layer.output.dtype)
     return layer.output + change.unflatten(1, layer.output.shape[1:])
 
 

@@ -55,6 +55,13 @@ def aligned(heads: Tensor, weights: Tensor, moments: Tensor) -> tuple[Tensor, Te
     return shared * _gain(heads, shared, moments), basis
 
 
+def averaged(heads: Tensor, weights: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of the heads for each of them: what is left where no map can be folded. Nothing but `heads` is read."""
+    del weights, moments
+    same = torch.eye(heads.shape[-2], dtype=heads.dtype)
+    return heads.mean(-3), same.expand(*heads.shape[:-1], -1)
+
+
 def gram(rows: Tensor, moments: Tensor) -> Tensor:
     """Expected inner products of what rows [..., n, e] read: [..., n, n]."""
     return rows @ moments @ rows.mH

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 import torch
 
 from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.convert import METHODS, Converter, convert_checkpoint, convert_weights
+from exporter.convert import METHODS, Converter, conversion_record, convert_checkpoint, convert_weights
 from exporter.convert import calibration as calibrating
+from exporter.convert.methods import held
+from exporter.convert.scratch import Scratch
 from exporter.engines import open_session
 from exporter.errors import CheckpointError, UserError
 from exporter.export import ExportOptions, export
@@ -23,7 +27,6 @@ from exporter.weights import ComputedTensor, Weights
 FOLDING = ("procrustes", "optimal")
 TOKENS = np.random.default_rng(1).integers(0, 67, (6, 48))
 NAMES = [name for name, (_, changes) in hf.MODELS.items() if changes.get("num_key_value_heads") != 1]
-FOLDABLE = [name for name in NAMES if not name.startswith("qwen3")]
 
 
 def logits(checkpoint: Checkpoint, tokens: np.ndarray = TOKENS) -> torch.Tensor:
@@ -43,7 +46,7 @@ def divergence(checkpoint: Checkpoint, other: Checkpoint, tokens: np.ndarray) ->
 
 
 @pytest.mark.parametrize("method", ["mean-renorm", *FOLDING])
-@pytest.mark.parametrize("name", FOLDABLE)
+@pytest.mark.parametrize("name", NAMES)
 def test_transformers_reads_what_comes_out(name: str, method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every family: biases, partial rotary, tied or not. Our logits of what was written are transformers'."""
     from transformers import AutoModelForCausalLM
@@ -62,7 +65,7 @@ def test_transformers_reads_what_comes_out(name: str, method: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("tokens", [None, TOKENS], ids=["weights", "tokens"])
 @pytest.mark.parametrize("method", FOLDING)
-@pytest.mark.parametrize("name", ["llama-tied-biased", "phi3-partial", "gemma", "starcoder2"])
+@pytest.mark.parametrize("name", ["llama-tied-biased", "phi3-partial", "gemma", "starcoder2", "qwen3"])
 def test_heads_repeated_are_found_again(name: str, method: Any, tokens: Any, tmp_path: Path) -> None:
     """Degrouped, dealt out in another order, and converted back: nothing is lost, whichever way the groups are found."""
     source = open_checkpoint(hf.save(name, tmp_path))
@@ -186,12 +189,61 @@ def test_export_takes_the_same_methods(checkpoint: Checkpoint, tmp_path: Path, m
         np.testing.assert_allclose(session.prefill([TOKENS[0]])[0], expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", FOLDING)
-def test_qk_norm_is_refused(method: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", [None, TOKENS], ids=["weights", "tokens"])
+def test_qk_norm_averages_keys_and_folds_values(tokens: Any, tmp_path: Path) -> None:
+    """K as the mean has it, queries untouched; V and W_O folded, which loses less than averaging both."""
     source = open_checkpoint(hf.save("qwen3", tmp_path))
-    with pytest.raises(UserError, match=f"method {method} folds .* QK-norm .*; choose from mean, first, random, mean-renorm$"):
-        convert_weights(source.config, source.weights, 1, method)
-    assert with_heads(source, 1, "mean-renorm").config.kv_heads == (1, 1)
+    mean, folded = with_heads(source, 1), with_heads(source, 1, "optimal", tokens=tokens)
+    for layer in range(source.config.num_layers):
+        for kind, expected in (("q", source), ("k", mean)):
+            name = f"model.layers.{layer}.self_attn.{kind}_proj.weight"
+            torch.testing.assert_close(folded.weights[name].read(), expected.weights[name].read(), rtol=1e-5, atol=1e-6)
+    held_out = np.random.default_rng(8).integers(0, 67, (12, 48))
+    assert divergence(source, folded, held_out) < 0.9 * divergence(source, mean, held_out)
+    record = conversion_record(source.config, folded.config, "optimal")
+    assert record is not None
+    assert record["keys"] == "mean"
+
+
+def spoilt(checkpoint: Checkpoint, kind: str, value: float) -> Weights:
+    """One matrix of layer 1 made `value` as a whole, or, where that is no number, in one place."""
+    name = f"model.layers.1.self_attn.{kind}_proj.weight"
+    matrix = checkpoint.weights[name].read()
+    matrix = torch.full_like(matrix, value) if np.isfinite(value) else matrix.index_put((torch.tensor(3),), torch.tensor(value))
+    return {**checkpoint.weights, name: held(name, matrix)}
+
+
+@pytest.mark.parametrize("tokens", [None, TOKENS[:2, :24]], ids=["weights", "tokens"])
+@pytest.mark.parametrize("grouping", ["contiguous", "best"])
+@pytest.mark.parametrize("method", FOLDING)
+def test_weights_that_are_no_weights(method: Any, grouping: Any, tokens: Any, tmp_path: Path) -> None:
+    """All zero: whole. Beyond what float32 can multiply, NaN, infinite: finite weights, or one line that names the place."""
+    source = open_checkpoint(hf.save("llama-mha-gelu", tmp_path))
+    for kind, value in itertools.product("qkvo", (0.0, 1e30, 1e38, float("nan"), float("inf"))):
+        weights, refused = spoilt(source, kind, value), ""
+        try:
+            _, converted = convert_weights(source.config, weights, 2, method, grouping=grouping, tokens=tokens)
+            assert all(tensor.read().isfinite().all() for tensor in converted.values()), (kind, value)
+        except CheckpointError as error:
+            refused = str(error)
+            assert "\n" not in refused
+        if not np.isfinite(value):
+            assert f"'model.layers.1.self_attn.{kind}_proj.weight' holds NaN or infinite values" in refused
+        elif refused:
+            assert value >= 1e30
+            assert refused.startswith("layer 1 cannot be converted by least squares"), (kind, value)
+
+
+def test_nothing_of_a_converted_layer_stays_in_memory(tmp_path: Path) -> None:
+    """Converted layers lie in a file that has no name, and come back as they were, in any order."""
+    before = set(Path(tempfile.gettempdir()).iterdir())
+    scratch = Scratch()
+    values = {str(dtype): torch.randn(5, 7).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    kept = {name: scratch.keep(name, value) for name, value in values.items()}
+    assert set(Path(tempfile.gettempdir()).iterdir()) == before
+    for name in reversed(kept):
+        assert torch.equal(kept[name].read(), values[name])
+        assert kept[name].dtype == values[name].dtype
 
 
 def test_mistakes(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

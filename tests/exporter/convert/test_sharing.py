@@ -11,9 +11,10 @@ import torch
 
 from exporter.config import ModelConfig, RopeConfig
 from exporter.convert.attention import AttentionWeights
+from exporter.convert.causal import CausalAttention
 from exporter.convert.fold import fold
 from exporter.convert.partition import best_order
-from exporter.convert.refine import CausalAttention, conjugate_gradients
+from exporter.convert.refine import conjugate_gradients
 from exporter.convert.sharing import Sharing, aligned, leading
 
 D, WIDTH, T = 16, 40, 24
