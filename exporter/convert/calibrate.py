@@ -75,5 +75,7 @@ def convert_layer(
     if not change.correct or folded.kv_heads == layer.kv_heads:
         return folded, torch.stack([attention.attend(layer, window)[1] for window in read])
     probabilities, outputs = zip(*(attention.attend(layer, window) for window in read), strict=True)
-    wanted = torch.stack(outputs)
-    return refine(attention, layer, folded, read, Examples(inputs, list(probabilities), wanted)), wanted
+    examples = Examples(inputs, list(probabilities), torch.stack(outputs))
+    original = (layer.query, layer.key)
+    del layer, probabilities, outputs  # a large model's are hundreds of megabytes
+    return refine(attention, original, folded, read, examples), examples.wanted

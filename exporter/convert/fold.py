@@ -17,6 +17,8 @@ from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights
 from exporter.convert.sharing import Sharing, averaged, gram
 
+AT_ONCE = 8  # rotary frequencies
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -50,8 +52,8 @@ def fold(layer: AttentionWeights, kv_heads: int, rotary_dim: int, sharing: Shari
     G, m = kv_heads, layer.kv_heads // kv_heads
     keys, queries = Blocks.of(layer.key, rotary_dim), Blocks.of(layer.query, rotary_dim)
     of_keys = sharing if layer.norms is None else averaged
-    folded = [_fold_keys(*parts, G, m, of_keys, moments) for parts in ((keys.pairs, queries.pairs), (keys.rest, queries.rest))]
-    (pairs, pair_queries), (rest, rest_queries) = folded
+    pairs, pair_queries = _fold_keys(keys.pairs, queries.pairs, G, m, of_keys, moments)
+    (rest,), (rest_queries,) = _fold_keys(keys.rest[None], queries.rest[None], G, m, of_keys, moments)
     output = layer.output.permute(1, 0, 2).unflatten(0, (G, m, -1))  # [G,m,R,d,Dv]
     value, basis = sharing(layer.value.unflatten(0, (G, m)), output_weights(output), moments)
     output = (output @ basis[:, :, None]).flatten(0, 2).permute(1, 0, 2)
@@ -59,13 +61,16 @@ def fold(layer: AttentionWeights, kv_heads: int, rotary_dim: int, sharing: Shari
 
 
 def _fold_keys(keys: Tensor, queries: Tensor, G: int, m: int, sharing: Sharing, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """keys [..., G·m, r, e] and queries [..., H, r, e] → [..., G, r, e] and the queries that read them."""
-    if keys.shape[-2] == 0 or keys.shape[0] == 0:
-        return keys[..., :G, :, :], queries
-    moments = moments.to(keys.dtype)
-    grouped = queries.unflatten(-3, (G, m, -1))
-    shared, basis = sharing(keys.unflatten(-3, (G, m)), query_weights(grouped, moments), moments)
-    return shared, (basis.mH[..., None, :, :] @ grouped).flatten(-5, -3)
+    """keys [n, G·m, r, e] and queries [n, H, r, e] → [n, G, r, e] and the queries that read them; n of them at a time would
+    be too much memory."""
+    if keys.shape[2] == 0 or keys.shape[0] == 0:
+        return keys[:, :G], queries
+    found = []
+    for some_keys, some_queries in zip(keys.split(AT_ONCE), queries.split(AT_ONCE), strict=True):
+        grouped = some_queries.unflatten(1, (G, m, -1))
+        shared, basis = sharing(some_keys.unflatten(1, (G, m)), query_weights(grouped, moments), moments)
+        found.append((shared, (basis.mH[..., None, :, :] @ grouped).flatten(1, 3)))
+    return torch.cat([shared for shared, _ in found]), torch.cat([folded for _, folded in found])
 
 
 def query_weights(queries: Tensor, moments: Tensor) -> Tensor:

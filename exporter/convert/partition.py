@@ -56,7 +56,7 @@ def _grams(layer: AttentionWeights, rotary_dim: int, moments: Tensor) -> list[Me
     key_grams = []
     for heads, asked in ((keys.pairs, queries.pairs), (keys.rest[None], queries.rest[None])):
         if heads.shape[0] and heads.shape[2]:
-            weights = query_weights(asked.unflatten(1, (layer.kv_heads, -1)), moments.to(heads.dtype))
+            weights = query_weights(asked.unflatten(1, (layer.kv_heads, -1)), moments)
             key_grams.append(_gram(heads, weights, moments))
     held = sum(_trace(gram) for gram in key_grams)
     return [*((_share(gram, held), _truncated) for gram in key_grams), *values]
@@ -69,7 +69,7 @@ def _share(gram: Tensor, held: float) -> Tensor:
 def _gram(heads: Tensor, weights: Tensor, moments: Tensor) -> Tensor:
     rows = square_root(weights)[0] @ heads
     L, r = rows.shape[-3:-1]
-    return gram(rows.flatten(-3, -2), moments.to(rows.dtype)).unflatten(-1, (L, r)).unflatten(-3, (L, r))
+    return gram(rows.flatten(-3, -2), moments).unflatten(-1, (L, r)).unflatten(-3, (L, r))
 
 
 def _trace(gram: Tensor) -> float:

@@ -40,15 +40,16 @@ class Examples:
     wanted: Tensor
 
 
+Original = tuple[Tensor, Tensor]  # W_Q and W_K, their heads in the order of the converted layer's
 Operator = Callable[[Tensor], Tensor]
 
 
 def refine(
-    attention: CausalAttention, original: AttentionWeights, folded: AttentionWeights, read: Tensor, examples: Examples
+    attention: CausalAttention, original: Original, folded: AttentionWeights, read: Tensor, examples: Examples
 ) -> AttentionWeights:
     """`folded` with all four weights corrected; under QK-norm, where scores are not linear in W_Q and W_K, W_O and W_V.
 
-    `original` has the same query heads and reads `read` [n,T,e]. The probabilities of `examples` become the converted layer's.
+    `original` reads `read` [n,T,e]. The probabilities of `examples` become the converted layer's.
     """
     inverse = ridge_inverse(second_moments(examples.inputs)).to(examples.inputs.dtype)
     layer = folded
@@ -85,7 +86,7 @@ def _add_ridge(moments: Tensor) -> None:
 
 def _fit_queries(
     attention: CausalAttention,
-    original: AttentionWeights,
+    original: Original,
     layer: AttentionWeights,
     read: Tensor,
     examples: Examples,
@@ -108,7 +109,7 @@ def _fit_queries(
 
 def _fit_keys(
     attention: CausalAttention,
-    original: AttentionWeights,
+    original: Original,
     layer: AttentionWeights,
     read: Tensor,
     examples: Examples,
@@ -130,11 +131,9 @@ def _fit_keys(
     return conjugate_gradients(normal, wanted, layer.key, inverse, SCORE_STEPS, apart=True)
 
 
-def _wanted_scores(
-    attention: CausalAttention, original: AttentionWeights, read: Tensor, examples: Examples
-) -> Iterator[Tensor]:
+def _wanted_scores(attention: CausalAttention, original: Original, read: Tensor, examples: Examples) -> Iterator[Tensor]:
     for inputs, probabilities in zip(read, examples.probabilities, strict=True):
-        query, key = attention.project(original.query, inputs), attention.project(original.key, inputs)
+        query, key = (attention.project(heads, inputs) for heads in original)
         yield _weighted(probabilities, attention.scores(query, key))
 
 
@@ -173,7 +172,7 @@ def _solve_output(attention: CausalAttention, layer: AttentionWeights, examples:
         moments += (mixed.T @ mixed).double()
         errors += (mixed.T @ (wanted - mixed @ layer.output.flatten(1).T)).double()
     _add_ridge(moments)
-    change = torch.linalg.solve(moments, errors).T.to(layer.output.dtype)
+    change = torch.cholesky_solve(errors, torch.linalg.cholesky(moments)).T.to(layer.output.dtype)
     return layer.output + change.unflatten(1, layer.output.shape[1:])
 
 

@@ -1,10 +1,10 @@
-"""m heads of r channels become one, and each of them a linear map of it: the two ways to choose both.
+"""m heads of r channels become one, and each of them a linear map of it: the ways to choose both.
 
 A sharing takes
 
     heads    [..., m, r, e]   rows that read an input of e channels
     weights  [..., m, r, r]   Hermitian: how much an error of each head counts, |error|² = errorᴴ · weights · error
-    moments  [e, e]           second moments of the inputs, E[a aᴴ]
+    moments  [e, e]           real: second moments of the inputs, E[a aᵀ]
 
 and returns `shared` [..., r, e] and `basis` [..., m, r, r] with heads_g ≈ basis_g · shared. Values and keys that do not rotate
 are real, with r = D. A frequency of RoPE is one complex channel, r = 1: multiplying by a complex scalar is all that commutes
@@ -28,14 +28,16 @@ def leading(heads: Tensor, weights: Tensor, moments: Tensor) -> tuple[Tensor, Te
 
     With r = 1 it is the leading eigenvector of the m × m matrix of weighted inner products.
     """
-    r = heads.shape[-2]
+    m, r = heads.shape[-3:-1]
     root, inverse = square_root(weights)
-    rows = (root @ heads).flatten(-3, -2)
-    _, vectors = torch.linalg.eigh(gram(rows, moments))
+    inner = gram(heads.flatten(-3, -2), moments)
+    weighted = root[..., :, None, :, :] @ inner.unflatten(-1, (m, r)).unflatten(-3, (m, r)).transpose(-3, -2)
+    weighted = weighted @ root[..., None, :, :, :].mH
+    values, vectors = torch.linalg.eigh(weighted.transpose(-3, -2).flatten(-2).flatten(-3, -2))
     leading = vectors[..., -r:]
-    shared = leading.mH @ rows
-    basis = inverse @ leading.unflatten(-2, heads.shape[-3:-1])
-    gain = _gain(heads, shared, moments)
+    shared = leading.mH @ (root @ heads).flatten(-3, -2)
+    basis = inverse @ leading.unflatten(-2, (m, r))
+    gain = _gain(inner.diagonal(dim1=-2, dim2=-1).real.sum(-1) / m, values[..., -r:].sum(-1))
     return shared * gain, basis / gain[..., None]
 
 
@@ -46,13 +48,13 @@ def aligned(heads: Tensor, weights: Tensor, moments: Tensor) -> tuple[Tensor, Te
     arXiv 2412.20677, section 3.2). Every head counts the same: `weights` is not read.
     """
     del weights
-    read = heads @ moments
+    read = reading(heads, moments)
     shared = heads[..., 0, :, :]
     for _ in range(ALIGNMENTS):
         left, _, right = torch.linalg.svd(read @ shared.mH[..., None, :, :])
         basis = left @ right
         shared = (basis.mH @ heads).mean(-3)
-    return shared * _gain(heads, shared, moments), basis
+    return shared * _gain(_energy(heads, read).mean(-1), _energy(shared, reading(shared, moments))), basis
 
 
 def averaged(heads: Tensor, weights: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +66,12 @@ def averaged(heads: Tensor, weights: Tensor, moments: Tensor) -> tuple[Tensor, T
 
 def gram(rows: Tensor, moments: Tensor) -> Tensor:
     """Expected inner products of what rows [..., n, e] read: [..., n, n]."""
-    return rows @ moments @ rows.mH
+    return reading(rows, moments) @ rows.mH
+
+
+def reading(rows: Tensor, moments: Tensor) -> Tensor:
+    """rows · moments; moments are real, which halves the work of complex rows."""
+    return torch.complex(rows.real @ moments, rows.imag @ moments) if rows.is_complex() else rows @ moments
 
 
 def square_root(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,13 +82,11 @@ def square_root(weights: Tensor) -> tuple[Tensor, Tensor]:
     return roots[..., None] * vectors.mH, vectors / roots[..., None, :]
 
 
-def _gain(heads: Tensor, shared: Tensor, moments: Tensor) -> Tensor:
-    """[..., 1, 1]: what makes the expected norm of `shared` the root mean square of the heads'."""
-    wanted = _energy(heads, moments).mean(-1)
-    found = _energy(shared, moments)
+def _gain(wanted: Tensor, found: Tensor) -> Tensor:
+    """[..., 1, 1]: what makes an expected squared norm of `found` one of `wanted`."""
     gain = torch.where(found > 0, wanted / found.clamp_min(torch.finfo(found.dtype).tiny), 1.0).sqrt()
     return gain[..., None, None]
 
 
-def _energy(heads: Tensor, moments: Tensor) -> Tensor:
-    return ((heads @ moments) * heads.conj()).sum((-2, -1)).real
+def _energy(heads: Tensor, read: Tensor) -> Tensor:
+    return (read * heads.conj()).sum((-2, -1)).real
