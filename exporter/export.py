@@ -8,6 +8,7 @@ Weights never meet the tracer: graphs name them, and the layout writes or links 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much of it
 class ExportOptions:
     """What to make. `groups` None keeps the checkpoint's KV heads; `cache` None takes each pattern's own form."""
 
-    groups: tuple[int, ...] | None = None
+    groups: tuple[int | tuple[int, ...], ...] | None = None  # of every layer, or one number a layer
     method: Method = "mean"
     grouping: Grouping = "contiguous"
     calibration: str | None = None  # None is `self` where the method reads tokens
@@ -88,7 +89,8 @@ def export(
     report = progress or (lambda *_: None)
     config = checkpoint.config
     for count in options.groups or ():
-        check_groups(config.num_heads, count)
+        if isinstance(count, int):
+            check_groups(config.num_heads, count)
     _check_patterns(config, options)
     refuse_existing(out)
     check_tokenizer(checkpoint.side_files, checkpoint.name)
@@ -119,9 +121,11 @@ def converter(checkpoint: Checkpoint, options: ExportOptions, progress: Progress
 
 def _check_patterns(config: ModelConfig, options: ExportOptions) -> None:
     """Refuse a pattern that does not fit before any weight is written; lowering would refuse it later."""
-    for pattern in options.patterns:
+    models = [config.with_kv_heads(count) for count in options.groups or (config.kv_heads,)]
+    counts = sorted({count for model in models for count in model.kv_heads})
+    for pattern, count in itertools.product(options.patterns, counts):
         static = (options.cache or DEFAULT_CACHE[pattern]) == "static"
-        node = standalone(config.num_heads, config.kv_heads[0], config.head_dim, static, IR_DTYPES[options.dtype]).graph.node(0)
+        node = standalone(config.num_heads, count, config.head_dim, static, IR_DTYPES[options.dtype]).graph.node(0)
         if (reason := PATTERNS[pattern].check(GroupedAttention(node))) is not None:
             raise UserError(f"pattern {pattern} does not fit this model: {reason}")
 
@@ -209,11 +213,9 @@ def _write_side_files(folder: Path, checkpoint: Checkpoint, variant: Variant) ->
     """config.json, genai_config.json and the tokenizer's files, as Hugging Face and onnxruntime-genai read them."""
     for name, content in checkpoint.side_files.items():
         (folder / name).write_bytes(content)
-    if len(set(variant.config.kv_heads)) > 1:
-        _write_json(folder / "config.json", checkpoint.hf_config)  # neither format can name KV heads per layer
-        return
     _write_json(folder / "config.json", hf_config_for(variant.config, checkpoint.hf_config, TORCH_DTYPES[variant.dtype]))
-    _write_json(folder / "genai_config.json", genai_config(variant))
+    if isinstance(variant.groups, int):  # onnxruntime-genai cannot name KV heads per layer
+        _write_json(folder / "genai_config.json", genai_config(variant))
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -27,6 +27,8 @@ ACTIVATIONS = {
     "sigmoid": (None, "glu", False),
     "linear": (None, "bilinear", False),
 }
+# As DeciLM names them (Deci AI, huggingface.co/Deci/DeciLM-7B); transformers' own families have no such key.
+PER_LAYER = "num_key_value_heads_per_layer"
 # Larger numbers are damage, and would only be found after much time and memory.
 LIMITS = {"num_hidden_layers": 4096, "num_attention_heads": 65536}
 REFUSED_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "use_bidirectional_attention", "per_layer_config")
@@ -76,7 +78,6 @@ class _Reader:
         if hf.get("head_dim") is None and hidden % heads:
             raise UserError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
         head_dim = hidden // heads if hf.get("head_dim") is None else self.size("head_dim")
-        kv_heads = heads if hf.get("num_key_value_heads") is None else self.size("num_key_value_heads")
         ffn, gelu_tanh = self.activation()
         max_positions = self.size("max_position_embeddings")
         self.refuse_window(max_positions, layers)
@@ -86,7 +87,7 @@ class _Reader:
             hidden_size=hidden,
             num_layers=layers,
             num_heads=heads,
-            kv_heads=(kv_heads,) * layers,
+            kv_heads=self.kv_heads(layers, heads),
             head_dim=head_dim,
             intermediate_size=self.size("intermediate_size"),
             max_positions=max_positions,
@@ -106,6 +107,15 @@ class _Reader:
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=self.token_ids("eos_token_id", generation),
         )
+
+    def kv_heads(self, layers: int, heads: int) -> tuple[int, ...]:
+        """One number for all layers, unless the key that names one for each is there."""
+        named = self.hf.get(PER_LAYER)
+        if named is None:
+            return (heads if self.hf.get("num_key_value_heads") is None else self.size("num_key_value_heads"),) * layers
+        if not isinstance(named, list) or len(named) != layers or not all(type(count) is int for count in named):
+            raise UserError(f"{PER_LAYER} {named!r:.60} is not a list of {layers} whole numbers, one a layer")
+        return tuple(named)
 
     def token_ids(self, key: str, generation: Mapping[str, Any]) -> tuple[int, ...]:
         """generation_config.json's before config.json's; neither may be anything else."""
@@ -195,19 +205,17 @@ def _token_ids(key: str, value: object) -> tuple[int, ...]:
 def hf_config_for(config: ModelConfig, hf: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """`hf` brought up to date with `config`: KV heads, dtype, and RoPE in the keys of both transformers 4 and 5.
 
-    Raises CheckpointError where the KV heads differ from layer to layer (config.json has one number for all), or where the
-    result would not describe `config`.
+    KV heads that differ from layer to layer stand under PER_LAYER, which headpool reads; transformers refuses such weights as
+    misshapen. Raises CheckpointError where the result would not describe `config`.
     """
-    if len(set(config.kv_heads)) > 1:
-        raise CheckpointError(
-            f"KV heads {list(config.kv_heads)} differ from layer to layer, and config.json's num_key_value_heads is one "
-            "number; choose one number of groups for all layers"
-        )
     new = dict(hf)
     name = str(dtype).removeprefix("torch.")
     new.pop("torch_dtype" if "dtype" in new else "dtype", None)
     new["dtype" if "dtype" in new else "torch_dtype"] = name
-    new.update(rope_keys(hf), num_key_value_heads=config.kv_heads[0], architectures=[FAMILIES[config.family].architecture])
+    new.update(rope_keys(hf), num_key_value_heads=max(config.kv_heads), architectures=[FAMILIES[config.family].architecture])
+    new.pop(PER_LAYER, None)
+    if len(set(config.kv_heads)) > 1:
+        new[PER_LAYER] = list(config.kv_heads)
     # The token ids may have come from generation_config.json.
     again = replace(parse_config(new), bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
     if again != config:

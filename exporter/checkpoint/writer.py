@@ -46,7 +46,7 @@ def write_checkpoint(
     """Write a folder that transformers loads, with `checkpoint.config`'s number of KV heads. `out` must not exist.
 
     A shard holds at most `max_shard_bytes` bytes of weights, or one tensor. Tensors keep their dtypes. Raises
-    CheckpointError, and then leaves nothing: for KV heads that differ between layers, NaN weights, a full disk.
+    CheckpointError, and then leaves nothing: for NaN weights, a full disk.
     """
     config = checkpoint.config
     check_tensors(

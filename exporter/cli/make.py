@@ -9,22 +9,22 @@ import click
 
 from exporter.cli import options
 from exporter.cli.console import finish, progress_bar
+from exporter.cli.select import with_plan
+from exporter.errors import UserError
 
 
 @click.command("convert")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--groups", "count", type=click.IntRange(min=1), required=True, help="KV heads G of every layer after.")
-@options.all_of(options.converting, options.seed, options.as_json)
+@click.option("--groups", "count", type=click.IntRange(min=1), help="KV heads G of every layer after.")
+@options.all_of(options.plan, options.converting, options.seed, options.as_json)
 def convert_command(
     checkpoint: Path,
     out: Path,
-    count: int,
-    method: Any,
-    grouping: Any,
-    calibration: str | None,
-    seed: int,
+    count: int | None,
+    plan: Path | None,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Write CHECKPOINT (a Hugging Face folder or a GGUF file) to the folder OUT with G KV heads a layer.
 
@@ -37,12 +37,22 @@ def convert_command(
       headpool convert llama/ llama-gqa8 --groups 8
       headpool convert model.gguf mqa --groups 1 --method first --json
       headpool convert model.gguf mqa --groups 1 --method optimal --calibration text.txt
+      headpool convert llama/ llama-planned --plan plan.json
     """
+    from exporter.checkpoint import open_checkpoint
     from exporter.convert import conversion_record, convert_checkpoint
 
+    if (count is None) == (plan is None):
+        raise UserError(
+            "neither --groups nor --plan is given; give one" if plan is None else "give --groups or --plan, not both"
+        )
+    if plan is not None:
+        given = with_plan(plan, open_checkpoint(checkpoint), given)
+    kv_heads = given.pop("groups")[0] if plan is not None else count
+    method, seed, grouping, calibration = (given[key] for key in ("method", "seed", "grouping", "calibration"))
     with progress_bar() as progress:
         before, after = convert_checkpoint(
-            checkpoint, out, count, method, seed, progress, grouping=grouping, calibration=calibration
+            checkpoint, out, kv_heads, method, seed, progress, grouping=grouping, calibration=calibration
         )
     _tell_no_tokenizer(out)
     record = conversion_record(before, after, method, seed, grouping, calibration)
@@ -50,7 +60,7 @@ def convert_command(
     finish(
         as_json,
         data,
-        f"{out}: {before.kv_heads[0]} → {after.kv_heads[0]} KV heads of {after.num_heads} query heads, by {method}",
+        f"{out}: {_heads(before.kv_heads)} → {_heads(after.kv_heads)} KV heads of {after.num_heads} query heads, by {method}",
     )
 
 
@@ -68,14 +78,15 @@ def export_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> 
     Examples:
       headpool export llama/ bundle
       headpool export llama/ bundle --groups 32,8,1 --pattern grouped,gqa --dtype fp16 --weights link
+      headpool export llama/ planned --plan plan.json
       headpool export llama/ for-optimum --pattern gqa --cache concat
     """
     from exporter.checkpoint import open_source
     from exporter.export import ExportOptions, export
     from exporter.inspection import bundle_report, variant_lines
 
-    chosen = options.build(ExportOptions, given)
-    source = open_source(checkpoint, chosen.seed)
+    source = open_source(checkpoint, given["seed"])
+    chosen = options.build(ExportOptions, with_plan(given.pop("plan"), source, given))
     with progress_bar() as progress:
         bundle = export(source, out, chosen, progress)
     if source.files:
@@ -84,6 +95,10 @@ def export_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> 
     for variant in bundle_report(bundle)["variants"]:
         lines += variant_lines(variant)
     finish(as_json, {"out": str(out), **bundle.to_json()}, lines)
+
+
+def _heads(kv_heads: tuple[int, ...]) -> str:
+    return str(kv_heads[0]) if len(set(kv_heads)) == 1 else f"{min(kv_heads)} to {max(kv_heads)}"
 
 
 def _tell_no_tokenizer(out: Path) -> None:

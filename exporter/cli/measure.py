@@ -9,6 +9,7 @@ import click
 
 from exporter.cli import options
 from exporter.cli.console import finish, progress_bar
+from exporter.cli.select import short, with_plan
 
 KINDS = ("decode", "prefill", "ttft")
 measuring = options.all_of(
@@ -63,7 +64,8 @@ def profile_command(bundles: tuple[Path, ...], out: Path, variants: str | None, 
 def sweep_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> None:
     """Convert CHECKPOINT (or a config.json) to each KV-head count, export, measure, and report: OUT/report.html.
 
-    Without --groups, every count that divides the query heads.
+    Without --groups, every count that divides the query heads; with --plan, the counts that --groups names (else the
+    checkpoint's own) and the plan.
 
     \b
     Examples:
@@ -77,6 +79,8 @@ def sweep_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> N
     from profiles.sweep import SweepOptions, sweep
 
     source = open_source(checkpoint, given["seed"])
+    if (plan := given.pop("plan")) is not None:
+        given = with_plan(plan, source, {**given, "groups": given["groups"] or (short(source.config.kv_heads),)})
     given["groups"] = given["groups"] or tuple(group_counts(source.config.num_heads))
     stages = {"export": options.build(ExportOptions, given), "plan": options.build(Plan, given)}
     with progress_bar() as progress:

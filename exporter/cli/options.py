@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -78,6 +79,14 @@ groups: Option = click.option(
 method: Option = click.option(
     "--method", type=OneOf(METHODS), default="mean", show_default=True, help="How the heads of a group become one."
 )
+select_method: Option = click.option(
+    "--method", type=OneOf(METHODS), default="optimal", show_default=True, help="How the heads of a group become one."
+)
+plan: Option = click.option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    help="What select wrote: KV heads for each layer, and the way to convert unless --method is given.",
+)
 grouping: Option = click.option(
     "--grouping",
     type=OneOf(GROUPINGS),
@@ -128,7 +137,7 @@ def all_of(*options: Option) -> Option:
 
 
 converting = all_of(method, grouping, calibration)
-making = all_of(groups, converting, patterns, cache, dtype, storage)
+making = all_of(groups, plan, converting, patterns, cache, dtype, storage)
 running = all_of(backend, threads)
 
 T = TypeVar("T")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from exporter.checkpoint import Checkpoint
 from exporter.engines.torch_eager import open_torch
 from exporter.errors import UserError
 from exporter.generate import Sampler, generate
 from exporter.tokenizer import TOKENIZER, Tokenizer
+from exporter.units import size
 
 CALIBRATIONS = ("self", "random", "none")  # or the path of a text
 WINDOWS, WINDOW = 8, 512  # of how many tokens, where the model's context is not shorter
@@ -20,28 +23,33 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 def calibration_tokens(
-    checkpoint: Checkpoint, source: str, seed: int = 0, progress: Progress = lambda what, done, total: None
+    checkpoint: Checkpoint,
+    source: str,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+    extra: int = 0,
 ) -> np.ndarray | None:
-    """int64 [n,T]: windows of tokens to convert `checkpoint` on; None for `none`.
+    """int64 [n,T]: WINDOWS windows of tokens, and `extra` more, to convert `checkpoint` on; None for `none`.
 
     `self`: what the model writes at temperature 1 after one random token. `random`: drawn evenly from the vocabulary. Anything
-    else is the path of a UTF-8 text, from all over which up to WINDOWS windows are taken. Raises UserError for a text that
+    else is the path of a UTF-8 text, from all over which up to so many windows are taken. Raises UserError for a text that
     cannot be read or is shorter than one window.
     """
     if source == "none":
         return None
     length = min(WINDOW, checkpoint.config.max_positions)
-    drawn = np.random.default_rng(seed).integers(checkpoint.config.vocab_size, size=(WINDOWS, length))
+    count = WINDOWS + extra
+    drawn = np.random.default_rng(seed).integers(checkpoint.config.vocab_size, size=(count, length))
     if source == "random":
         return drawn
     if source == "self":
         return _written(checkpoint, drawn[:, :1], length, seed, progress)
-    return windows(_read(checkpoint, Path(source)), length, source)
+    return windows(_read(checkpoint, Path(source)), length, count, source)
 
 
-def windows(ids: np.ndarray, length: int, what: str) -> np.ndarray:
-    """Up to WINDOWS windows of `length` tokens, evenly spread over `ids` [N] and apart from each other."""
-    count = min(WINDOWS, len(ids) // length)
+def windows(ids: np.ndarray, length: int, count: int, what: str) -> np.ndarray:
+    """Up to `count` windows of `length` tokens, evenly spread over `ids` [N] and apart from each other."""
+    count = min(count, len(ids) // length)
     if not count:
         raise UserError(f"{what} has {len(ids)} tokens, calibration needs at least {length}; choose a longer text, or self")
     starts = np.linspace(0, len(ids) - length, count).astype(np.int64)
@@ -49,6 +57,13 @@ def windows(ids: np.ndarray, length: int, what: str) -> np.ndarray:
 
 
 def _written(checkpoint: Checkpoint, first: np.ndarray, length: int, seed: int, progress: Progress) -> np.ndarray:
+    needed = 4 * sum(math.prod(tensor.shape) for tensor in checkpoint.weights.values())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"{checkpoint.name} cannot write its own calibration text: that needs {size(needed)} of memory, {size(free)} are "
+            "free; choose a text, or random"
+        )
     columns = [first[:, 0]]
     with open_torch(checkpoint, batch=len(first), capacity=length) as session:
         for tokens in generate(session, list(first), length - 1, Sampler(temperature=1.0, seed=seed)):

@@ -55,11 +55,16 @@ def convert_weights(
         pooling: Pooling = "mean" if method == "procrustes" or method == "optimal" else method
         return target, {**weights, **pooled_tensors(config, weights, target, pooling, seed)}
     check_attention(config, weights)
-    change = LayerChange(SHARINGS[method], grouping == "best", method == "optimal", seed)
+    change = layer_change(method, grouping, seed)
     if tokens is None:
         return target, {**weights, **_folded_tensors(config, weights, target, change)}
     changed = convert_on_tokens(config, weights, target, change, tokens, progress)
     return target, {**weights, **changed}
+
+
+def layer_change(method: Method, grouping: Grouping, seed: int) -> LayerChange:
+    """What a method that folds does to one layer."""
+    return LayerChange(SHARINGS[method], grouping == "best", method == "optimal", seed)
 
 
 def conversion_record(

@@ -67,7 +67,7 @@ class Converter:
 def convert_checkpoint(
     path: Path,
     out: Path,
-    kv_heads: int,
+    kv_heads: int | tuple[int, ...],
     method: Method = "mean",
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
@@ -75,12 +75,14 @@ def convert_checkpoint(
     grouping: Grouping = "contiguous",
     calibration: str | None = None,
 ) -> tuple[ModelConfig, ModelConfig]:
-    """Write `path` to the folder `out` with `kv_heads` KV heads in every layer; the configs before and after.
+    """Write `path` to the folder `out` with `kv_heads` KV heads in every layer, or one number a layer; the configs before and
+    after.
 
     The input is only read. `out` must not exist and is whole or absent. Raises CheckpointError and UserError.
     """
     checkpoint = open_checkpoint(path)
-    check_groups(checkpoint.config.num_heads, kv_heads)
+    if isinstance(kv_heads, int):
+        check_groups(checkpoint.config.num_heads, kv_heads)
     refuse_existing(out)
     check_tokenizer(checkpoint.side_files, str(path))
     config, weights = Converter(checkpoint, method, seed, grouping, calibration, progress)(kv_heads)

@@ -334,22 +334,6 @@ def test_a_damaged_weight_file(where, change, cut, models, tmp_path):
             tensor.read()
 
 
-def test_kv_heads_that_differ_between_layers_cannot_be_written(saved, tmp_path):
-    source = open_checkpoint(saved("llama"))
-    config = source.config.with_kv_heads((2, 1))
-    weights = dict(source.weights)
-    for letter in "kv":
-        name = f"model.layers.1.self_attn.{letter}_proj.weight"
-        weights[name] = ComputedTensor(name, torch.float32, (8, 48), lambda: torch.ones(8, 48))
-    with pytest.raises(CheckpointError) as error:
-        write_checkpoint(dataclasses.replace(source, config=config, weights=weights), tmp_path / "out")
-    assert str(error.value) == (
-        "KV heads [2, 1] differ from layer to layer, and config.json's num_key_value_heads is one number; "
-        "choose one number of groups for all layers"
-    )
-    assert not (tmp_path / "out").exists()
-
-
 def test_writing_what_the_family_cannot_say(saved, tmp_path):
     source = open_checkpoint(saved("llama"))
     with pytest.raises(CheckpointError) as error:

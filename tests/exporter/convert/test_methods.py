@@ -154,7 +154,7 @@ def test_seeds_and_sources(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: 
         np.testing.assert_array_equal(drawn[0], drawn[1])
         assert np.array_equal(drawn[0], drawn[2]) == source.endswith("text")
     assert calibrating.calibration_tokens(checkpoint, "none") is None
-    text = calibrating.windows(np.arange(100), 20, "text")
+    text = calibrating.windows(np.arange(100), 20, 3, "text")
     np.testing.assert_array_equal(text[:, 0], [0, 40, 80])
 
 
