@@ -43,12 +43,10 @@ def convert_command(
     from exporter.convert import conversion_record, convert_checkpoint
 
     if (count is None) == (plan is None):
-        raise UserError(
-            "neither --groups nor --plan is given; give one" if plan is None else "give --groups or --plan, not both"
-        )
+        raise UserError(f"{'neither' if plan is None else 'both'} of --groups and --plan given; give one of them")
     if plan is not None:
         given = with_plan(plan, open_checkpoint(checkpoint), given)
-    kv_heads = given.pop("groups")[0] if plan is not None else count
+    kv_heads: Any = count if plan is None else given["groups"][0]
     method, seed, grouping, calibration = (given[key] for key in ("method", "seed", "grouping", "calibration"))
     with progress_bar() as progress:
         before, after = convert_checkpoint(

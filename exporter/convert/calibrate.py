@@ -70,12 +70,14 @@ def convert_layer(
     """`layer` with `kv_heads` KV heads, and what it gives as it is on `read` [n,T,e]. `inputs` [n,T,e] is what it will read."""
     moments = second_moments(inputs)
     wide = change.regroup(config, layer.to(torch.float64), kv_heads, moments)
-    layer, folded = wide.to(torch.float32), change.fold(config, wide, kv_heads, moments).to(torch.float32)
+    del layer  # of a large model each of these is hundreds of megabytes
+    folded = change.fold(config, wide, kv_heads, moments).to(torch.float32)
+    layer = wide.to(torch.float32)
     del wide, moments
     if not change.correct or folded.kv_heads == layer.kv_heads:
         return folded, torch.stack([attention.attend(layer, window)[1] for window in read])
     probabilities, outputs = zip(*(attention.attend(layer, window) for window in read), strict=True)
     examples = Examples(inputs, list(probabilities), torch.stack(outputs))
     original = (layer.query, layer.key)
-    del layer, probabilities, outputs  # a large model's are hundreds of megabytes
+    del layer, probabilities, outputs
     return refine(attention, original, folded, read, examples), examples.wanted

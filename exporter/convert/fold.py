@@ -50,25 +50,30 @@ def fold(layer: AttentionWeights, kv_heads: int, rotary_dim: int, sharing: Shari
     moments [e, e] are the second moments of the layer's inputs; query heads weigh K by what they read of it, W_O weighs V.
     """
     G, m = kv_heads, layer.kv_heads // kv_heads
-    keys, queries = Blocks.of(layer.key, rotary_dim), Blocks.of(layer.query, rotary_dim)
-    of_keys = sharing if layer.norms is None else averaged
-    pairs, pair_queries = _fold_keys(keys.pairs, queries.pairs, G, m, of_keys, moments)
-    (rest,), (rest_queries,) = _fold_keys(keys.rest[None], queries.rest[None], G, m, of_keys, moments)
+    key, query = _fold_keys(layer, G, rotary_dim, sharing if layer.norms is None else averaged, moments)
     output = layer.output.permute(1, 0, 2).unflatten(0, (G, m, -1))  # [G,m,R,d,Dv]
     value, basis = sharing(layer.value.unflatten(0, (G, m)), output_weights(output), moments)
     output = (output @ basis[:, :, None]).flatten(0, 2).permute(1, 0, 2)
-    return AttentionWeights(Blocks(pair_queries, rest_queries).join(), Blocks(pairs, rest).join(), value, output, layer.norms)
+    return AttentionWeights(query, key, value, output, layer.norms)
 
 
-def _fold_keys(keys: Tensor, queries: Tensor, G: int, m: int, sharing: Sharing, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """keys [n, G·m, r, e] and queries [n, H, r, e] → [n, G, r, e] and the queries that read them; n of them at a time would
-    be too much memory."""
+def _fold_keys(layer: AttentionWeights, G: int, rotary_dim: int, sharing: Sharing, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """The G shared keys [G,D,e], and the queries [H,D,e] that read them."""
+    keys, queries = Blocks.of(layer.key, rotary_dim), Blocks.of(layer.query, rotary_dim)
+    pairs, pair_queries = _share(keys.pairs, queries.pairs, G, sharing, moments)
+    (rest,), (rest_queries,) = _share(keys.rest[None], queries.rest[None], G, sharing, moments)
+    return Blocks(pairs, rest).join(), Blocks(pair_queries, rest_queries).join()
+
+
+def _share(keys: Tensor, queries: Tensor, G: int, sharing: Sharing, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """keys [n, G·m, r, e] and queries [n, H, r, e] → [n, G, r, e] and the queries that read them; all n at a time would be
+    too much memory."""
     if keys.shape[2] == 0 or keys.shape[0] == 0:
         return keys[:, :G], queries
     found = []
     for some_keys, some_queries in zip(keys.split(AT_ONCE), queries.split(AT_ONCE), strict=True):
-        grouped = some_queries.unflatten(1, (G, m, -1))
-        shared, basis = sharing(some_keys.unflatten(1, (G, m)), query_weights(grouped, moments), moments)
+        grouped = some_queries.unflatten(1, (G, keys.shape[1] // G, -1))
+        shared, basis = sharing(some_keys.unflatten(1, grouped.shape[1:3]), query_weights(grouped, moments), moments)
         found.append((shared, (basis.mH[..., None, :, :] @ grouped).flatten(1, 3)))
     return torch.cat([shared for shared, _ in found]), torch.cat([folded for _, folded in found])
 

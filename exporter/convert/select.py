@@ -194,7 +194,8 @@ def check_reachable(costs: list[dict[int, int]], limit: float, unit: float, targ
         nearest = least * unit
         digits = 10.0 ** (3 - math.floor(math.log10(nearest)))
         raise UserError(
-            f"{target} {limit * unit:.4g} cannot be met: the least is {math.ceil(nearest * digits) / digits:g} {what}; choose that or more"
+            f"{target} {limit * unit:.4g} cannot be met: the least is {math.ceil(nearest * digits) / digits:g} {what}; "
+            "choose that or more"
         )
 
 
