@@ -20,7 +20,7 @@ from test_ort_session import Mirror
 from exporter.bundle import Bundle
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.cli import _run
-from exporter.engines import huge_pages, onnxruntime, open_session
+from exporter.engines import huge_pages, open_session, operators
 from exporter.errors import EngineError, UserError
 from exporter.export import ExportOptions, export
 from graphs.verify import check_model
@@ -167,7 +167,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the operator library is looked for now; there is none."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    monkeypatch.setattr(onnxruntime, "__file__", str(folder / "onnxruntime.py"))
+    monkeypatch.setattr(operators, "__file__", str(folder / "operators.py"))
     return folder / "libheadpool_ops.so"
 
 
