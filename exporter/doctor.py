@@ -127,7 +127,7 @@ def _open(model: ir.Model, pattern: str, provider: str) -> None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if pattern == "fused":
-        from exporter.engines.onnxruntime import operator_library
+        from exporter.engines.operators import operator_library
 
         options.register_custom_ops_library(str(operator_library()))
     session = onnxruntime.InferenceSession(

@@ -19,6 +19,7 @@ from typing import Any
 from exporter.decode import decode
 from exporter.files import write_text
 from exporter.units import size
+from graphs import patterns
 from profiles import stats
 from profiles.benchmarks.decoder import LIMITS
 from profiles.machine import ROOT
@@ -152,7 +153,9 @@ def _parity(record: dict[str, Any]) -> str:
     close = f", and logits differ by at most {max(logits) * 1e6:.0f} millionths" if logits else ""
     tokens = f"{record['settings']['tokens']} greedy tokens from each of {len(record['settings']['prompts'])} prompts"
     verdict = "are those" if record["kept"] else "are **not all** those"
-    return f"{tokens} {verdict} of transformers in every pattern and cache form{close}."
+    missing = sorted(set(patterns.PATTERNS) - {row["pattern"] for row in record["rows"]})
+    where = f"every pattern{' but ' + ' and '.join(missing) if missing else ''} and cache form"
+    return f"{tokens} {verdict} of transformers in {where}{close}."
 
 
 def _export(record: dict[str, Any]) -> str:
