@@ -17,7 +17,7 @@ from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights
 from exporter.convert.causal import CausalAttention
 from exporter.convert.layer import LayerChange, check_finite, solvable
-from exporter.convert.refine import Examples, refine, second_moments
+from exporter.convert.refine import Examples, refine_output, refine_scores, ridge_inverse, second_moments
 from exporter.convert.scratch import Scratch
 from exporter.convert.walk import Walk
 from exporter.weights import LazyTensor, Weights
@@ -80,4 +80,7 @@ def convert_layer(
     examples = Examples(inputs, list(probabilities), torch.stack(outputs))
     original = (layer.query, layer.key)
     del layer, probabilities, outputs
-    return refine(attention, original, folded, read, examples), examples.wanted
+    inverse = ridge_inverse(second_moments(inputs)).to(inputs.dtype)
+    folded = refine_scores(attention, original, folded, read, examples, inverse)
+    del original
+    return refine_output(attention, folded, examples, inverse), examples.wanted

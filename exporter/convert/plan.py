@@ -45,7 +45,9 @@ class KVPlan:
             if value not in choices:
                 raise UserError(one_of(f"plan's {what}", value, choices))
         if len(self.kv_heads) != len(self.kv_heads_before):
-            raise UserError(f"plan names {len(self.kv_heads)} layers, its model has {len(self.kv_heads_before)}")
+            raise UserError(
+                f"plan has KV heads for {len(self.kv_heads)} of {len(self.kv_heads_before)} layers; select it again"
+            )
         for layer, counts in enumerate(zip(self.kv_heads, self.kv_heads_before, strict=True)):
             for count in counts:
                 check_groups(self.heads, count, f"plan, layer {layer}: ")

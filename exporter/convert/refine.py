@@ -26,6 +26,7 @@ ROUNDS = 2  # W_Q and W_K in turns
 SCORE_STEPS = 5
 VALUE_ROUNDS = 1  # W_O and W_V in turns
 VALUE_STEPS = 3
+COLUMNS = 512  # of W_O that are solved for in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,25 @@ Original = tuple[Tensor, Tensor]  # W_Q and W_K, their heads in the order of the
 Operator = Callable[[Tensor], Tensor]
 
 
-def refine(
-    attention: CausalAttention, original: Original, folded: AttentionWeights, read: Tensor, examples: Examples
+def refine_scores(
+    attention: CausalAttention, original: Original, folded: AttentionWeights, read: Tensor, examples: Examples, inverse: Tensor
 ) -> AttentionWeights:
-    """`folded` with all four weights corrected; under QK-norm, where scores are not linear in W_Q and W_K, W_O and W_V.
+    """`folded` with W_Q and W_K corrected; as it is under QK-norm, where scores are not linear in them.
 
-    `original` reads `read` [n,T,e]. The probabilities of `examples` become the converted layer's.
+    `original` reads `read` [n,T,e]. The probabilities of `examples` become the converted layer's: they are the largest thing in
+    memory, so they change in their place. `inverse` is `ridge_inverse` of the moments of what the converted layer reads.
     """
-    inverse = ridge_inverse(second_moments(examples.inputs)).to(examples.inputs.dtype)
     layer = folded
     for _ in range(ROUNDS if layer.norms is None else 0):
-        query = _fit_queries(attention, original, layer, read, examples, inverse)
-        layer = replace(layer, query=query)
+        layer = replace(layer, query=_fit_queries(attention, original, layer, read, examples, inverse))
         layer = replace(layer, key=_fit_keys(attention, original, layer, read, examples, inverse))
-    for window, inputs in enumerate(examples.inputs):  # in their place: they are the largest thing in memory
+    for window, inputs in enumerate(examples.inputs):
         examples.probabilities[window] = attention.attention(layer, inputs)
+    return layer
+
+
+def refine_output(attention: CausalAttention, layer: AttentionWeights, examples: Examples, inverse: Tensor) -> AttentionWeights:
+    """`layer` with W_O and W_V corrected, given the probabilities of `examples`."""
     layer = replace(layer, output=_solve_output(attention, layer, examples))
     for _ in range(VALUE_ROUNDS):
         layer = replace(layer, value=_fit_values(attention, layer, examples, inverse))
@@ -166,14 +171,15 @@ def _solve_output(attention: CausalAttention, layer: AttentionWeights, examples:
     """W_O [d,H,Dv] by least squares, the ridge drawing towards the W_O there is: where that fits, it stays."""
     size = layer.output[0].numel()
     moments = layer.output.new_zeros(size, size, dtype=torch.float64)
-    errors = layer.output.new_zeros(size, len(layer.output), dtype=torch.float64)
+    errors = layer.output.new_zeros(size, len(layer.output))
     for inputs, probabilities, wanted in zip(examples.inputs, examples.probabilities, examples.wanted, strict=True):
         mixed = attention.mixed(layer.value, probabilities, inputs)
         moments += (mixed.T @ mixed).double()
-        errors += (mixed.T @ (wanted - mixed @ layer.output.flatten(1).T)).double()
+        errors += mixed.T @ (wanted - mixed @ layer.output.flatten(1).T)
     _add_ridge(moments)
-    change = torch.cholesky_solve(errors, torch.linalg.cholesky(moments)).T.to(layer.output.dtype)
-    return layer.output + change.unflatten(1, layer.output.shape[1:])
+    moments = torch.linalg.cholesky(moments)
+    parts = [torch.cholesky_solve(part.double(), moments).to(errors.dtype) for part in errors.split(COLUMNS, dim=1)]
+    return layer.output + torch.cat(parts, dim=1).T.unflatten(1, layer.output.shape[1:])
 
 
 def conjugate_gradients(normal: Operator, wanted: Tensor, start: Tensor, inverse: Tensor, steps: int, apart: bool) -> Tensor:
@@ -188,20 +194,23 @@ def conjugate_gradients(normal: Operator, wanted: Tensor, start: Tensor, inverse
 
     tiny = torch.finfo(start.dtype).tiny
     residual = wanted - normal(start)
-    found, solved = start, residual @ inverse
-    direction, size = solved, inner(residual, solved)
+    found, solved = start.clone(), residual @ inverse
+    direction, size = solved.clone(), inner(residual, solved)
     for _ in range(steps):
         image = normal(direction)
         length = size / inner(direction, image).clamp_min(tiny)
-        found, residual = found + length * direction, residual - length * image
+        found += length * direction  # in place: of a large model each of these is hundreds of megabytes
+        residual -= length * image
+        del image
         solved = residual @ inverse
         before, size = size, inner(residual, solved)
-        direction = solved + size / before.clamp_min(tiny) * direction
+        direction *= size / before.clamp_min(tiny)
+        direction += solved
     return found
 
 
 def _total(terms: Iterator[Tensor]) -> Tensor:
     total = next(terms)
     for term in terms:
-        total = total + term
+        total += term
     return total
