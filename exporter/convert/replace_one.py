@@ -45,8 +45,8 @@ class ReplaceOne:
     ) -> None:
         if len(windows) <= MEASURED:
             raise UserError(
-                f"the calibration text fills {len(windows)} of the {MEASURED + 1} windows of {windows.shape[1]} tokens that are "
-                "needed; choose a longer text, or self"
+                f"the calibration text fills {len(windows)} of the {MEASURED + 1} windows of {windows.shape[1]} tokens that "
+                "are needed; choose a longer text, or self"
             )
         self.config, self.weights, self.progress = config, weights, progress
         self.method, self.seed, self.grouping = method, seed, grouping
