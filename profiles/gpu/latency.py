@@ -12,7 +12,8 @@ from exporter.bundle import Bundle, Variant
 from exporter.config import ModelConfig
 from exporter.engines import open_session
 from exporter.engines.base import Session
-from exporter.engines.tensorrt.build import BuildOptions, build
+from exporter.engines.tensorrt.build import build
+from exporter.engines.tensorrt.plan import BuildOptions
 from exporter.export import ExportOptions, export
 from exporter.models.decoder import Decoder
 from exporter.weights import TORCH_DTYPES
