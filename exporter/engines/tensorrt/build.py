@@ -11,6 +11,7 @@ from typing import Any
 
 from exporter.bundle import Bundle, Variant
 from exporter.engines.tensorrt import record
+from exporter.engines.tensorrt.apart import keep_apart
 from exporter.engines.tensorrt.compile import compile_plan, config_of, profiles_of
 from exporter.engines.tensorrt.library import Library, Messages, load
 from exporter.engines.tensorrt.network import Network, Parsed, parse
@@ -107,6 +108,7 @@ def prepare(
 ) -> tuple[Source, Parsed, dict[str, Any]]:
     """Read the graph and its weights, parse it, and verify the network. The source must live until the engine is built."""
     source = open_source(bundle, variant, recipe.batch, recipe.capacity)
+    keep_apart(source)
     quantised = quantize_weights(source, recipe.quantize, variant.dtype) if recipe.quantize is not None else []
     parsed = parse(library, source, messages)
     facts = verify(Network(library.trt, parsed.definition), variant, Sizes(recipe.batch, recipe.capacity), len(quantised))
