@@ -28,7 +28,13 @@ from exporter.cli.console import finish, progress_bar
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Windows a step, over all processes.")
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Windows at once in a process.  [default: all it has]")
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens a window.")
-@click.option("--optimizer", type=options.OneOf(("adamw", "adafactor")), default="adamw", show_default=True)
+@click.option(
+    "--optimizer",
+    type=options.OneOf(("adamw", "adafactor")),
+    default="adamw",
+    show_default=True,
+    help="AdamW, or Adafactor: less memory.",
+)
 @click.option("--lr", type=float, help="Peak rate; a cosine leads to a tenth of it.  [default: 1e-4, adafactor 1e-3]")
 @click.option("--warmup", type=float, default=0.02, show_default=True, help="Share of the steps that lead up to the peak.")
 @click.option("--train", type=options.OneOf(("all", "attention")), default="all", show_default=True, help="Which weights.")

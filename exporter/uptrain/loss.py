@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Output = tuple[Tensor, list[Tensor]]  # logits [B,T,V], hidden states [B·T,d] after each layer
+Output = tuple[Tensor, list[Tensor]]  # logits [B·T,V], hidden states [B·T,d] after each layer
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Loss:
 
 def loss(student: Output, targets_BT: Tensor, teacher: Output | None, kl_weight: float, hidden_weight: float) -> Loss:
     """In float32, whatever the dtype of the logits."""
-    scores = F.log_softmax(student[0].flatten(0, 1), -1, dtype=torch.float32)
+    scores = F.log_softmax(student[0], -1, dtype=torch.float32)
     cross_entropy = F.nll_loss(scores, targets_BT.flatten())
     kl = hidden = torch.zeros_like(cross_entropy)
     if teacher is not None and kl_weight:
-        wanted = F.log_softmax(teacher[0].flatten(0, 1), -1, dtype=torch.float32)
+        wanted = F.log_softmax(teacher[0], -1, dtype=torch.float32)
         kl = F.kl_div(scores, wanted, reduction="batchmean", log_target=True)
     if teacher is not None and hidden_weight:
         distances = [

@@ -14,7 +14,7 @@ from exporter.models.norm import Norm
 
 
 class TrainedDecoder(nn.Module):
-    """ids [B,T] → logits [B,T,V] and the hidden states [B·T,d] after each layer.
+    """ids [B,T] → logits [B·T,V] and the hidden states [B·T,d] after each layer.
 
     The operators of the exported graph (grouped attention, rotary embedding) have no gradient; here torch's own
     scaled_dot_product_attention, with G KV heads as they are, and the rotation written out take their place.
@@ -28,14 +28,13 @@ class TrainedDecoder(nn.Module):
         self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, ids_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
-        position_ids_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(ids_BT.shape)
-        x, cos, sin = self.prologue(ids_BT, position_ids_BT[:1])
+        x, cos, sin = self.prologue(ids_BT, torch.arange(ids_BT.shape[1], device=ids_BT.device)[None])
         hidden = []
         for layer in self.layers:
             x = layer(x, ids_BT.shape[0], cos, sin)
             hidden.append(x)
         head = self.prologue.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return self.epilogue(x, position_ids_BT, head), hidden
+        return F.linear(self.epilogue.norm(x), head), hidden
 
 
 class TrainedLayer(nn.Module):

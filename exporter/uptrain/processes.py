@@ -78,6 +78,7 @@ def processes(device: str | None) -> Iterator[Processes]:
     here = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(here)
+        _repeatable()
     if count == 1:
         yield Processes(0, 1, here, None)
         return
@@ -86,6 +87,13 @@ def processes(device: str | None) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), count, here, init_device_mesh(kind, (count,)))
     finally:
         dist.destroy_process_group()
+
+
+def _repeatable() -> None:
+    """On a GPU, sums in the same order every time, so that a run that was interrupted goes on as it would have."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def computes_in_bf16(device: torch.device) -> bool:

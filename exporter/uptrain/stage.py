@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -123,16 +124,16 @@ def _train(trainer: Trainer, folder: Path, progress: Progress) -> None:
             if metrics:
                 metrics.write({"step": 0, "tokens": 0, "held_out": value})
         for number in range(start, total):
-            row = trainer.step(number)
-            if row is None:
-                group.once(functools.partial(_diverged, folder, number + 1, options))
-            assert row is not None
-            done, stop = number + 1, group.any(interrupted())
-            if keep := done % options.save_every == 0 or done == total:
+            row, done = trainer.step(number), number + 1
+            stop = group.any(interrupted())
+            keep = stop or done % options.save_every == 0 or done == total
+            if row and keep:
                 row["held_out"] = trainer.held_out()
+            if not row or not all(map(math.isfinite, row.values())):
+                group.once(functools.partial(_diverged, folder, done, options))
             if metrics:
                 metrics.write(row)
-            if keep or stop:
+            if keep:
                 state.save(folder, done, trainer.model, trainer.optimizer, group)
             progress("training", done, total)
             if stop and done < total:

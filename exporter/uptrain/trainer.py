@@ -49,8 +49,8 @@ class Trainer:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = _optimizer(self.parameters, options)
 
-    def step(self, number: int) -> dict[str, Any] | None:
-        """Train on step `number` (from 0): its figures. None, and the weights as they were, where they are not finite."""
+    def step(self, number: int) -> dict[str, float]:
+        """Train on step `number` (from 0): its figures. None at all, and the weights as they were, where they are not finite."""
         start = time.perf_counter()
         rate = self.options.rate(number)
         for settings in self.optimizer.param_groups:
@@ -67,9 +67,14 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad()
         if not finite:
-            return None
+            return {}
         tokens = self.options.batch * self.options.window
-        row = {"step": number + 1, "tokens": (number + 1) * tokens, "loss": total, "cross_entropy": cross_entropy}
+        row: dict[str, float] = {
+            "step": number + 1,
+            "tokens": (number + 1) * tokens,
+            "loss": total,
+            "cross_entropy": cross_entropy,
+        }
         row |= {"kl": kl, "hidden": hidden} if self.teacher is not None else {}
         seconds = time.perf_counter() - start
         return row | {"lr": rate, "gradient_norm": norm, "seconds": seconds, "tokens_per_second": tokens / seconds}
