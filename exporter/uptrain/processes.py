@@ -93,7 +93,7 @@ def _repeatable() -> None:
     """On a GPU, sums in the same order every time, so that a run that was interrupted goes on as it would have."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
 def computes_in_bf16(device: torch.device) -> bool:

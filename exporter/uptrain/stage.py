@@ -145,7 +145,7 @@ def _diverged(folder: Path, step: int, options: UptrainOptions) -> None:
     last = f"the checkpoint of step {kept} is kept in {folder}" if kept else f"there is no checkpoint yet in {folder}"
     raise UserError(
         f"the loss or its gradient is not finite at step {step}; {last}: go on from there with a smaller lr "
-        f"(now {options.rate(step - 1):.2g}) by the same command"
+        f"(now {options.rate(step - 1):.2g}) by the same command, or remove {folder} to begin anew"
     )
 
 

@@ -50,7 +50,7 @@ class Trainer:
         self.optimizer = _optimizer(self.parameters, options)
 
     def step(self, number: int) -> dict[str, float]:
-        """Train on step `number` (from 0): its figures. None at all, and the weights as they were, where they are not finite."""
+        """Train on step `number` (from 0): its figures. None, and the weights as they were, where they are not finite."""
         start = time.perf_counter()
         rate = self.options.rate(number)
         for settings in self.optimizer.param_groups:
@@ -68,15 +68,10 @@ class Trainer:
         self.optimizer.zero_grad()
         if not finite:
             return {}
-        tokens = self.options.batch * self.options.window
-        row: dict[str, float] = {
-            "step": number + 1,
-            "tokens": (number + 1) * tokens,
-            "loss": total,
-            "cross_entropy": cross_entropy,
-        }
-        row |= {"kl": kl, "hidden": hidden} if self.teacher is not None else {}
-        seconds = time.perf_counter() - start
+        tokens, seconds = self.options.batch * self.options.window, time.perf_counter() - start
+        row: dict[str, float] = {"step": number + 1, "tokens": (number + 1) * tokens, "loss": total}
+        if self.teacher is not None:
+            row |= {"cross_entropy": cross_entropy, "kl": kl, "hidden": hidden}
         return row | {"lr": rate, "gradient_norm": norm, "seconds": seconds, "tokens_per_second": tokens / seconds}
 
     @torch.no_grad()
