@@ -38,22 +38,22 @@ def test_json_lines(tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([json.dumps({"text": STORY, "n": 1}), "", json.dumps({"text": "b"})]), "utf-8")
     assert read(path) == [(STORY, True), ("b", True)]
-    with pytest.raises(UserError, match="line 1 has no text in the field 'body'; it has text, n$"):
+    with pytest.raises(UserError, match=r"line 1 has no text in the field 'body'; it has text, n$"):
         read(path, field="body")
     path.write_text('{"text": "a"}\n{"text": 3}\n', "utf-8")
-    with pytest.raises(UserError, match="line 2 has no text in the field 'text'; it has text$"):
+    with pytest.raises(UserError, match=r"line 2 has no text in the field 'text'; it has text$"):
         read(path)
     path.write_text('{"text": "a"}\n[1]\n', "utf-8")
-    with pytest.raises(UserError, match="line 2 has no text in the field 'text', nor any: it is no object$"):
+    with pytest.raises(UserError, match=r"line 2 has no text in the field 'text', nor any: it is no object$"):
         read(path)
     path.write_text('{"text": "a"}\n{"text": \n', "utf-8")
-    with pytest.raises(UserError, match="line 2 is not JSON: Expecting value$"):
+    with pytest.raises(UserError, match=r"line 2 is not JSON: Expecting value$"):
         read(path)
     for name in ("a.jsonl", "a.txt"):
         (tmp_path / name).write_bytes(b"\xff\xfe")
-        with pytest.raises(UserError, match="is not UTF-8 text$"):
+        with pytest.raises(UserError, match=r"is not UTF-8 text$"):
             read(tmp_path / name)
-    with pytest.raises(UserError, match="data 'nowhere.txt' is not a file; give a text file, a .jsonl file, or hf:NAME"):
+    with pytest.raises(UserError, match=r"data 'nowhere.txt' is not a file; give a text file, a .jsonl file, or hf:NAME"):
         read("nowhere.txt")
 
 
@@ -78,7 +78,7 @@ def test_what_datasets_is_asked_for(tmp_path, monkeypatch) -> None:
     ]
     (tmp_path / "dataset_dict.json").touch()
     assert read(f"hf:{tmp_path}::test") == [(str(tmp_path), True)]
-    with pytest.raises(UserError, match="data hf:broken cannot be loaded: ConnectionError: no network$"):
+    with pytest.raises(UserError, match=r"data hf:broken cannot be loaded: ConnectionError: no network$"):
         read("hf:broken")
     monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"data hf:plain needs the datasets package: pip install 'headpool\[uptrain\]'$"):
@@ -87,16 +87,19 @@ def test_what_datasets_is_asked_for(tmp_path, monkeypatch) -> None:
 
 def test_datasets_itself(tmp_path) -> None:
     datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict({"body": ["a", STORY]})
-    rows.to_parquet(tmp_path / "train.parquet")
-    rows.to_csv(tmp_path / "rows.csv")
-    rows.save_to_disk(tmp_path / "saved")
+    import pyarrow.parquet
+
     (tmp_path / "folder").mkdir()
-    (tmp_path / "train.parquet").rename(tmp_path / "folder" / "train.parquet")
-    for source in (f"hf:{tmp_path / 'folder'}", tmp_path / "folder" / "train.parquet", f"hf:{tmp_path / 'saved'}"):
+    parquet = tmp_path / "folder" / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", STORY]}), parquet)
+    (tmp_path / "rows.csv").write_text("body\na\nb\n", "utf-8")
+    datasets.load_dataset("parquet", data_files=str(parquet), split="train", cache_dir=str(tmp_path / "cache")).save_to_disk(
+        tmp_path / "saved"
+    )
+    for source in (f"hf:{tmp_path / 'folder'}", parquet, f"hf:{tmp_path / 'saved'}"):
         assert read(source, field="body") == [("a", True), (STORY, True)]
-    assert [ends for _, ends in read(tmp_path / "rows.csv", field="body")] == [True, True]
-    with pytest.raises(UserError, match="row 1 has no text in the field 'text'; it has body$"):
+    assert read(tmp_path / "rows.csv", field="body") == [("a", True), ("b", True)]
+    with pytest.raises(UserError, match=r"row 1 has no text in the field 'text'; it has body$"):
         read(f"hf:{tmp_path / 'saved'}")
 
 
@@ -116,7 +119,7 @@ def test_tokens_are_the_tokenizers_with_an_end_behind_each_document(saved, tmp_p
     assert np.fromfile(tmp_path / "cut", "<u4").tolist() == expected[:37]
     write_tokens(tmp_path / "open", [("ab", False), ("c", True)], tokenizer, 67, None, 99, seen.append)
     assert np.fromfile(tmp_path / "open", "<u4").tolist() == theirs("abc", add_special_tokens=False).input_ids
-    with pytest.raises(UserError, match="makes token 59, the model's vocabulary ends at 49$"):
+    with pytest.raises(UserError, match=r"makes token 59, the model's vocabulary ends at 49$"):
         write_tokens(tmp_path / "small", [("z4", True)], tokenizer, 50, 2, 99, seen.append)
 
 
@@ -139,6 +142,6 @@ def test_windows(tmp_path) -> None:
     with pytest.raises(UserError) as refusal:
         Windows.open(tmp_path / "tokens", 10, 10, seed=4)
     assert str(refusal.value) == (
-        "the data has 101 tokens, at least 111 are needed: 10 held-out windows and one to train on, of 10 tokens each; give more "
-        "text, a shorter window or fewer held out"
+        "the data has 101 tokens, at least 111 are needed: 10 held-out windows and one to train on, of 10 tokens each; give "
+        "more text, a shorter window or fewer held out"
     )
