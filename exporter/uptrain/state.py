@@ -47,7 +47,7 @@ def load(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     try:
         with _quiet():
             dcp.load(state, checkpoint_id=folder / f"{PREFIX}{step:08}", no_dist=group.mesh is None)
-    except Exception as error:  # a damaged file fails in as many ways as there are readers
+    except (Exception, dcp.api.CheckpointException) as error:  # a damaged file fails in as many ways as there are readers
         raise UserError(
             f"the checkpoint of step {step} in {folder} cannot be read: {_reason(error)}; remove {folder} to begin anew"
         ) from error
