@@ -29,14 +29,14 @@ from exporter.uptrain import Uptrained, UptrainOptions, uptrain
 from exporter.uptrain.metrics import read_metrics
 from profiles.benchmarks.record import save
 
-STEPS = 2000  # of training from scratch
+STEPS = 4000  # of training from scratch
 ALPHAS = (0.01, 0.02, 0.05, 0.1)  # and 0, which is before any
 GROUPS = 2
 BEST = "optimal"
 METHODS = ("none", "mean", BEST, "distilled")
 WITHIN, AT = 1.02, 0.05
 PROMISE = f"GQA-{GROUPS} of 8 heads, uptrained for α = {AT}: the best method's loss is at most {WITHIN} × the MHA model's"
-VOCABULARY, WINDOW, BATCH, HELD_OUT = 2048, 256, 16, 64
+VOCABULARY, WINDOW, BATCH, HELD_OUT = 2048, 128, 16, 64
 RATE, UPTRAINING_RATE = 2e-3, 5e-4
 MODEL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -47,7 +47,7 @@ MODEL: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
     "tie_word_embeddings": True,
