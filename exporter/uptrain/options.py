@@ -76,6 +76,8 @@ class UptrainOptions:
             raise UserError(f"warmup {self.warmup} is not a share of the steps, from 0 to below 1")
         if (self.alpha is None) != (self.original_tokens is None):
             raise UserError("alpha and original_tokens go together: the share of the original pre-training, and its tokens")
+        if self.teacher is not None and not self.kl + self.hidden:
+            raise UserError("with kl 0 and hidden 0 the teacher teaches nothing; leave it out, or set one of them above 0")
         if (self.steps is None) == (self.alpha is None):
             raise UserError("how long to train: give steps, or alpha with original_tokens, and not both")
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from exporter.errors import EngineError, UserError
+from exporter.errors import EngineError
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # the others wait while one tokenizes; a process that dies is noticed at once all the same
@@ -45,19 +45,17 @@ class Processes:
         return flag if self.mesh is None else bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
     def once(self, work: Callable[[], T]) -> T:
-        """What `work` returns in the first process; what a user has to mend there is raised in all."""
+        """What `work` returns in the first process. A UserError is raised there, to be told once; the others just end."""
         if self.mesh is None:
             return work()
-        outcome: list[Any] = [None, None]
-        error: UserError | None = None
-        if self.first:
-            try:
-                outcome[0] = work()
-            except UserError as raised:
-                error, outcome[1] = raised, raised
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise error or outcome[1]
+        outcome: list[Any] = [None, True]
+        try:
+            if self.first:
+                outcome = [work(), False]
+        finally:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1]:
+            raise SystemExit(2)
         return outcome[0]
 
 

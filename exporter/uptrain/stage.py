@@ -67,18 +67,21 @@ def uptrain(
     """
     folder = run_folder.run_folder(out)
     with processes(options.device) as group, contextlib.ExitStack() as stack:
+        stack.enter_context(_clear(folder))
         quiet: Progress = progress if group.first else lambda what, done, total: None
         group.once(lambda: _check(path, out, options, group.count))
         source, teacher = _open(path, options)
-        group.once(lambda: run_folder.prepare(folder, source, teacher, options, quiet))
-        group.once(lambda: stack.enter_context(run_folder.alone(folder)) and None)
+
+        def begin() -> None:
+            run_folder.prepare(folder, source, teacher, options, quiet)
+            stack.enter_context(run_folder.alone(folder))
+
+        group.once(begin)
         windows = Windows.open(folder / run_folder.TOKENS, options.window, options.held_out, options.seed)
-        with _clear(folder):
-            trainer = Trainer(source.config, source.weights, _pair(teacher), windows, options, group)
-            _train(trainer, folder, quiet)
-            weights = get_model_state_dict(
-                trainer.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-            )  # by all, kept by the first
+        trainer = Trainer(source.config, source.weights, _pair(teacher), windows, options, group)
+        _train(trainer, folder, quiet)
+        gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)  # by all, kept by the first
+        weights = get_model_state_dict(trainer.model, options=gathered)
         if not group.first:
             return None
         return _finish(folder, out, source, weights, trainer)
@@ -121,6 +124,8 @@ def _train(trainer: Trainer, folder: Path, progress: Progress) -> None:
         interrupted = stack.enter_context(_interrupts(group))
         if not start:
             value = trainer.held_out()
+            if not math.isfinite(value):
+                group.once(lambda: _useless(value))
             if metrics:
                 metrics.write({"step": 0, "tokens": 0, "held_out": value})
         for number in range(start, total):
@@ -138,6 +143,10 @@ def _train(trainer: Trainer, folder: Path, progress: Progress) -> None:
             progress("training", done, total)
             if stop and done < total:
                 raise KeyboardInterrupt
+
+
+def _useless(value: float) -> None:
+    raise UserError(f"the model's loss on the windows held out is {value} before any training; there is nothing to go on from")
 
 
 def _diverged(folder: Path, step: int, options: UptrainOptions) -> None:

@@ -49,6 +49,7 @@ def test_the_rate_is_transformers_cosine(few) -> None:
         ({"steps": None, "alpha": -0.1, "original_tokens": 5.0}, "alpha -0.1 is not a number above 0"),
         ({"lr": math.nan}, "lr nan is not a number above 0"),
         ({"kl": -1.0}, "kl -1.0 is not a number from 0"),
+        ({"teacher": "x", "kl": 0.0, "hidden": 0.0}, "with kl 0 and hidden 0 the teacher teaches nothing; leave it out"),
         ({"window": 1}, "window 1 is not a whole number from 2"),
         ({"warmup": 1.0}, "warmup 1.0 is not a share of the steps"),
         ({"optimizer": "sgd"}, "optimizer 'sgd' is not one of adamw, adafactor"),
