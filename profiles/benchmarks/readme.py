@@ -129,11 +129,14 @@ def _benchmarks(folder: Path, run: Results) -> str:
 
 def _attention(record: dict[str, Any]) -> str:
     where = "{heads} query heads of {head_dim}, {context:,} tokens, fp32".format(**record["settings"])
-    first, *others = (
-        f"{row['grouped_speed_up']:.1f} ×{{}} at G = {row['groups']}" for row in record["rows"] if row["groups"] <= 4
+    rows = [row for row in record["rows"] if row["groups"] <= 4]
+    times = " / ".join(str(row["groups"]) for row in rows)
+    fast = " and ".join(
+        f"`{pattern}` {' / '.join(format(row['gqa']['ms'] / row[pattern]['ms'], '.1f') for row in rows)} ×"
+        for pattern in ("fused", "grouped")
+        if pattern in rows[0]
     )
-    fast = ", ".join([first.format(" as fast as ORT's fused operator"), *(other.format("") for other in others)])
-    return f"Attention alone ({where}): `grouped` is {fast}."
+    return f"Attention alone ({where}), against ORT's fused operator: {fast} as fast at G = {times}."
 
 
 def _floor(cells: Sequence[Cell], run: Results) -> list[str]:
