@@ -61,10 +61,13 @@ std::int64_t number(const Json& value, const char* what, std::int64_t least, std
 
 std::int64_t size_in(const Json& object, const char* key) { return number(at(object, key), key, 1, MOST); }
 
+bool is_file_name(const std::string& name) {
+  return !name.empty() && name != "." && name != ".." && name.find_first_of(std::string_view("/\\:\0", 4)) == std::string::npos;
+}
+
 std::string file_name(const Json& value) {
   const std::string name = value.is_string() ? value.get<std::string>() : "";
-  if (name.empty() || name == "." || name == ".." || name.find_first_of(std::string_view("/\\:\0", 4)) != std::string::npos)
-    damaged("it names " + shown(value) + ", which is not a file name in its own folder");
+  if (!is_file_name(name)) damaged("it names " + shown(value) + ", which is not a file name in its own folder");
   return name;
 }
 
@@ -249,6 +252,7 @@ std::vector<Variant> read_manifest(const std::filesystem::path& bundle) {
 }
 
 std::filesystem::path file_in(const std::filesystem::path& bundle, const std::string& name) {
+  if (!is_file_name(name)) damaged("it names " + shown(name) + ", which is not a file name in its own folder");
   std::error_code failed;
   const std::filesystem::path path = bundle / name;
   if (!std::filesystem::is_regular_file(path, failed)) throw BundleError(bundle.string() + " lacks " + name);

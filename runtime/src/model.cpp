@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include "cores.hpp"
+#include "initializers.hpp"
 #include "manifest.hpp"
 #include "state.hpp"
 
@@ -41,17 +42,23 @@ Ort::Env& environment() {
   return *env;
 }
 
-// Headpool's operators read the weights where they lie; for other patterns the runtime makes copies that suit it.
+// headpool's operators, and the weights that they read where they lie, in memory of ours. (Other patterns' weights the runtime
+// copies into layouts of its own. So it does with AddExternalInitializersFromFilesInMemory, which would be simpler.)
 void use_own_operators(Ort::SessionOptions& options, const std::filesystem::path& bundle, Model::State& state) {
   Ort::ThrowOnError(RegisterCustomOps(options, OrtGetApiBase()));
-  std::vector<char*> data;
-  std::vector<std::size_t> sizes;
-  for (const std::string& name : state.variant.weights) {
-    state.weights.push_back(shared_file(file_in(bundle, name)));
-    data.push_back(reinterpret_cast<char*>(state.weights.back()->data()));
-    sizes.push_back(state.weights.back()->size());
+  const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+  const auto graph = shared_file(file_in(bundle, state.variant.graph));
+  for (const Initializer& weight : external_initializers({graph->data(), graph->size()})) {
+    const auto file = state.weights.try_emplace(weight.file).first;
+    if (!file->second) file->second = shared_file(file_in(bundle, weight.file));
+    const Memory& bytes = *file->second;
+    if (weight.offset > bytes.size() || weight.length > bytes.size() - weight.offset)
+      throw BundleError(weight.file + " is cut short, it has " + std::to_string(bytes.size()) +
+                        " bytes; export the bundle again");
+    state.values.push_back(Ort::Value::CreateTensor(memory, bytes.data() + weight.offset, weight.length, weight.shape.data(),
+                                                    weight.shape.size(), static_cast<ONNXTensorElementDataType>(weight.type)));
+    options.AddInitializer(weight.name.c_str(), state.values.back());
   }
-  if (!data.empty()) options.AddExternalInitializersFromFilesInMemory(state.variant.weights, data, sizes);
 }
 
 using Shape = std::vector<std::int64_t>;  // −1: any

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <headpool/model.hpp>
+#include <map>
 
 #include "manifest.hpp"
 #include "memory.hpp"
@@ -12,8 +13,10 @@ namespace headpool {
 struct Model::State {
   detail::Variant variant;
   int threads;
-  std::vector<std::shared_ptr<const detail::Memory>> weights;  // which `runtime` reads, and which therefore outlive it
-  mutable Ort::Session runtime{nullptr};                       // Run may be called from several threads
+  // In pattern fused, what `runtime` reads and what therefore outlives it: the weights' files by name, and tensors in them.
+  std::map<std::string, std::shared_ptr<const detail::Memory>> weights;
+  std::vector<Ort::Value> values;
+  mutable Ort::Session runtime{nullptr};  // Run may be called from several threads
 
   ONNXTensorElementDataType element() const {
     switch (variant.dtype) {
