@@ -19,7 +19,7 @@ class ConcatCache final : public Cache {
         past_(layout_.reserve(most_)),
         present_(layout_.reserve(most_)),
         real_(batch_ * static_cast<std::size_t>(most_)),
-        mask_(real_.size()) {}
+        mask_(real_.size() * sizeof(std::int64_t)) {}
 
   std::vector<Feed> plan(Prompts prompts, std::span<const std::int64_t> lengths) override {
     std::int64_t width = 0;
@@ -33,10 +33,10 @@ class ConcatCache final : public Cache {
     const auto total = static_cast<std::size_t>(columns_ + call.T()), T = static_cast<std::size_t>(call.T());
     for (std::size_t b = 0; b < batch_; ++b) {
       const std::size_t pads = counts.empty() ? 0 : T - static_cast<std::size_t>(counts[b]);
-      char* row = real_.data() + b * static_cast<std::size_t>(most_);
+      char* row = real(b);
       std::fill_n(row + columns_, pads, char{0});
       std::fill(row + columns_ + pads, row + total, char{1});
-      std::copy_n(row, total, mask_.begin() + static_cast<std::ptrdiff_t>(b * total));
+      std::copy_n(row, total, mask() + b * total);
     }
   }
 
@@ -44,7 +44,7 @@ class ConcatCache final : public Cache {
     const auto sequence = static_cast<std::size_t>(first), count = static_cast<std::size_t>(call.batch());
     const std::int64_t total = columns_ + call.T();
     const std::int64_t mask_shape[] = {call.batch(), total};
-    call.bind_input(model_.variant.mask, mask_.data() + sequence * static_cast<std::size_t>(total),
+    call.bind_input(model_.variant.mask, mask() + sequence * static_cast<std::size_t>(total),
                     count * static_cast<std::size_t>(total) * sizeof(std::int64_t), mask_shape,
                     ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
     for (std::size_t i = 0; i < layout_.tensors().size(); ++i) {
@@ -73,11 +73,14 @@ class ConcatCache final : public Cache {
   bool empty() const override { return columns_ == 0; }
 
  private:
+  char* real(std::size_t b) const { return reinterpret_cast<char*>(real_.data()) + b * static_cast<std::size_t>(most_); }
+  std::int64_t* mask() const { return reinterpret_cast<std::int64_t*>(mask_.data()); }
+
   // Row b keeps its first kept[b] real columns, at the end of as few columns as that takes.
   void repack(const std::vector<std::int64_t>& kept) {
     const std::int64_t columns = *std::max_element(kept.begin(), kept.end());
     for (std::size_t b = 0; b < batch_; ++b) {
-      char* row = real_.data() + b * static_cast<std::size_t>(most_);
+      char* row = real(b);
       const std::int64_t pads = columns - kept[b];
       for (std::size_t i = 0; i < layout_.tensors().size(); ++i) {
         const Layout::Tensor& tensor = layout_.tensors()[i];
@@ -108,8 +111,8 @@ class ConcatCache final : public Cache {
   std::int64_t most_, chunk_;
   std::int64_t columns_ = 0;
   Memory past_, present_;
-  std::vector<char> real_;          // [B, most]
-  std::vector<std::int64_t> mask_;  // [B, P + T] of the call
+  Memory real_;  // char [B, most]
+  Memory mask_;  // int64 [B, P + T] of the call
 };
 
 }  // namespace

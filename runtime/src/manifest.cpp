@@ -166,7 +166,7 @@ std::uint64_t kv_bytes_per_token(const Variant& variant) {
     const auto values = static_cast<std::uint64_t>(cache.heads) * static_cast<std::uint64_t>(cache.size);  // < 2⁶²
     if (values > (std::uint64_t{1} << 40)) damaged("cache " + shown(cache.past) + " is too large");
     sum += values * variant.item_bytes();
-    if (sum > (std::uint64_t{1} << 48)) damaged("its caches are too large");
+    if (sum > (std::uint64_t{1} << 44)) damaged("its caches are too large");
   }
   return sum;
 }

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <headpool/session.hpp>
-#include <limits>
 #include <optional>
 
 #include "cache.hpp"
@@ -21,60 +20,55 @@ struct Session::State {
   void feed(const Feed& feed);
   void run(Call& call, std::span<const std::int64_t> counts);
   void read_logits(std::span<const std::byte> raw, std::int64_t T);
-  std::span<const float> scores() const { return {logits.data(), logits.size()}; }
+  std::span<const float> scores() const { return {floats(), logits.size() / sizeof(float)}; }
 
   const Model::State& loaded() const { return *model.state_; }
   std::size_t raw_bytes(std::int64_t b, std::int64_t T) const {
     const detail::Variant& v = loaded().variant;
     return static_cast<std::size_t>(b * (v.all_logits ? T : 1) * v.info.vocab_size) * v.item_bytes();
   }
-  std::byte* raw() { return half.empty() ? reinterpret_cast<std::byte*>(logits.data()) : half.data(); }
+  std::byte* raw() const { return half.size() ? half.data() : logits.data(); }
+  float* floats() const { return reinterpret_cast<float*>(logits.data()); }
 
   Model model;
   std::int64_t batch, capacity, chunk;
   std::vector<std::int64_t> lengths;
-  std::vector<float> logits;    // [B, V]
-  std::vector<std::byte> half;  // the same as a graph in half precision writes it
+  detail::Memory logits;  // float [B, V]
+  detail::Memory half;    // the same as a graph in half precision writes it
   std::unique_ptr<detail::Cache> cache;
   std::optional<Call> step;  // T = 1, bound once
 };
 
 namespace {
 
-std::int64_t positive(const char* name, std::int64_t value) {
-  if (value < 1 || value > std::numeric_limits<std::int32_t>::max())
-    throw ArgumentError(std::string(name) + " " + std::to_string(value) + " is not a whole number from 1 to 2147483647");
+constexpr std::int64_t MOST_SEQUENCES = 65536;
+
+std::int64_t positive(const char* name, std::int64_t value, std::int64_t most) {
+  if (value < 1 || value > most)
+    throw ArgumentError(std::string(name) + " " + std::to_string(value) + " is not a whole number from 1 to " +
+                        std::to_string(most));
   return value;
 }
 
 std::int64_t capacity_of(const ModelInfo& info, std::int64_t asked) {
-  return asked ? std::min(positive("capacity", asked), info.max_positions) : info.max_positions;
+  return asked ? std::min(positive("capacity", asked, INT64_MAX), info.max_positions) : info.max_positions;
 }
 
 }  // namespace
 
 Session::State::State(Model m, const SessionOptions& options)
     : model(std::move(m)),
-      batch(positive("batch", options.batch)),
+      batch(positive("batch", options.batch, MOST_SEQUENCES)),
       capacity(capacity_of(model.info(), options.capacity)),
-      chunk(positive("chunk", options.chunk)) {
+      chunk(positive("chunk", options.chunk, INT32_MAX)) {
   const detail::Variant& v = loaded().variant;
-  // Every index into a cache or a call fits 62 bits.
-  if (v.info.kv_bytes_per_token > (std::uint64_t{1} << 60) / static_cast<std::uint64_t>(batch) ||
-      static_cast<std::uint64_t>(v.info.vocab_size) > (std::uint64_t{1} << 40) / static_cast<std::uint64_t>(batch))
-    throw MemoryError("a batch of " + std::to_string(batch) + " sequences is too large for this model");
-  try {
+  detail::guarded("no session", [&] {
     lengths.resize(static_cast<std::size_t>(batch));
-    logits.resize(static_cast<std::size_t>(batch * v.info.vocab_size));
-    if (v.dtype != detail::DataType::fp32) half.resize(raw_bytes(batch, 1));
+    logits = detail::Memory(lengths.size() * static_cast<std::size_t>(v.info.vocab_size) * sizeof(float));
+    if (v.dtype != detail::DataType::fp32) half = detail::Memory(raw_bytes(batch, 1));
     cache = (v.in_place ? detail::static_cache : detail::concat_cache)(loaded(), batch, capacity, chunk);
-    detail::guarded("ONNX Runtime cannot bind a session",
-                    [&] { step.emplace(loaded(), batch, 1, raw(), raw_bytes(batch, 1)); });
-  } catch (const std::bad_alloc&) {
-    throw MemoryError("no memory for a session of " + std::to_string(batch) + " sequences; lower the batch or the capacity");
-  } catch (const std::length_error&) {
-    throw MemoryError("no memory for a session of " + std::to_string(batch) + " sequences; lower the batch or the capacity");
-  }
+    step.emplace(loaded(), batch, 1, raw(), raw_bytes(batch, 1));
+  });
 }
 
 void Session::State::check_tokens(std::span<const Token> tokens) const {
@@ -169,7 +163,7 @@ void Session::State::read_logits(std::span<const std::byte> written, std::int64_
   const auto V = static_cast<std::size_t>(v.info.vocab_size), stride = V * static_cast<std::size_t>(rows);
   for (std::size_t b = 0; b < lengths.size(); ++b) {
     const std::byte* from = written.data() + (b * stride + stride - V) * v.item_bytes();
-    float* to = logits.data() + b * V;
+    float* to = floats() + b * V;
     if (v.dtype == detail::DataType::fp32)
       std::copy_n(reinterpret_cast<const float*>(from), V, to);
     else if (v.dtype == detail::DataType::fp16)

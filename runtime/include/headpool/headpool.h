@@ -78,7 +78,7 @@ HEADPOOL_API hp_status hp_model_get_info(const hp_model* model, hp_model_info* i
 
 typedef struct {
   size_t size;
-  int64_t batch;    /* sequences; 0: 1 */
+  int64_t batch;    /* sequences, at most 65536; 0: 1 */
   int64_t capacity; /* tokens of a sequence; 0, or more than the model's max_positions: those */
   int64_t chunk;    /* most tokens of a sequence in one call of the graph; 0: 512 */
 } hp_session_options;

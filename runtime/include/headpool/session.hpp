@@ -15,7 +15,7 @@
 namespace headpool {
 
 struct SessionOptions {
-  std::int64_t batch = 1;
+  std::int64_t batch = 1;     // at most 65536
   std::int64_t capacity = 0;  // tokens of a sequence; 0, or more than the model's max_positions: those
   std::int64_t chunk = 512;   // most tokens of a sequence in one call of the graph, which bounds the memory of a long prefill
 };
