@@ -18,7 +18,7 @@ constexpr std::int64_t MOST = (std::int64_t{1} << 31) - 1;  // of a size
 
 [[noreturn]] void damaged(const std::string& what) { throw BundleError("headpool.json is damaged: " + what); }
 
-// Of what a file holds, as much as fits in a message.
+// Of what a file holds, as much as fits in a message, in ASCII.
 std::string shown(const Json& value) {
   std::string text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
   return text.size() > 60 ? text.substr(0, 57) + "..." : text;
@@ -218,8 +218,10 @@ std::vector<Variant> parse_manifest(std::string_view text) {
   Json data;
   try {
     data = Json::parse(text.begin(), text.end(), shallow);
-  } catch (const Json::exception& error) {
-    damaged(std::string(error.what()).substr(0, 200));
+  } catch (const Json::parse_error& error) {
+    damaged("it is no JSON from byte " + std::to_string(error.byte) + " on");
+  } catch (const Json::exception&) {
+    damaged("it holds a number that is too large");
   }
   const Json* schema = data.is_object() && data.contains("schema") ? &data["schema"] : nullptr;
   if (!schema || *schema != SCHEMA)

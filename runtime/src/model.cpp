@@ -16,9 +16,9 @@ namespace detail {
 std::string one_line(const std::string& text) {
   std::string line;
   for (const char c : text.substr(0, 400)) {
-    const bool blank = static_cast<unsigned char>(c) <= ' ';
-    if (!blank)
-      line += c;
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte > ' ')
+      line += byte < 0x7F ? c : '?';  // a graph's names may be anything, and may be cut short
     else if (!line.empty() && line.back() != ' ')
       line += ' ';
   }
@@ -68,7 +68,7 @@ void expect_value(const std::string& name, ONNXTensorElementDataType type, const
     const auto tensor = info.GetTensorTypeAndShapeInfo();
     if (tensor.GetElementType() == type && tensor.GetShape() == shape) return;
   }
-  throw BundleError("the graph's " + name + " is not what headpool.json says; export the bundle again");
+  throw BundleError("the graph's " + one_line(name) + " is not what headpool.json says; export the bundle again");
 }
 
 // The graph has the inputs and outputs that the manifest names, with those types and sizes, and no others.
@@ -96,7 +96,7 @@ void check_graph(const Model::State& state) {
     for (std::size_t i = 0; i < count; ++i) {
       const std::string name = name_of(i);
       const auto found = std::find_if(expected.begin(), expected.end(), [&](const auto& e) { return e.first == name; });
-      if (found == expected.end()) throw BundleError("headpool.json does not name the graph's " + name.substr(0, 60));
+      if (found == expected.end()) throw BundleError("headpool.json does not name the graph's " + one_line(name).substr(0, 60));
       expect_value(name, found->second.type, found->second.shape, type_of(i));
     }
   };

@@ -11,7 +11,7 @@
 
 namespace headpool::detail {
 
-// Of an exception, one line of at most 400 characters.
+// Of an exception or a name, one line of at most 400 characters, in ASCII.
 std::string one_line(const std::string& text);
 
 // What `work` returns; ONNX Runtime's exceptions become BackendError with `doing` before them, lack of memory MemoryError.

@@ -11,14 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from building import REPOSITORY, lacking, run
 from capi import Library
-
-REPOSITORY = Path(__file__).parents[2]
-BUILD = REPOSITORY / "build/runtime"
-
-
-def lacking(what: str) -> None:
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"the C++ tests need {what}")
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +20,8 @@ def tools() -> dict[str, str]:
     """cmake and ctest, and the environment that scripts/cpp_deps takes ONNX Runtime's wheel from."""
     beside = shutil.which("cmake", path=str(Path(sys.executable).parent))  # from PyPI, as scripts/ops installs it
     cmake = shutil.which("cmake") or beside
-    if cmake is None or shutil.which(os.environ.get("CXX", "c++")) is None:
+    if not cmake or shutil.which(os.environ.get("CXX", "c++")) is None:
         lacking("cmake and a C++ compiler; scripts/ops says how to get them")
-        raise AssertionError
     done = subprocess.run(
         [REPOSITORY / "scripts/cpp_deps", "--runtime"],
         capture_output=True,
@@ -59,16 +52,9 @@ def build(tools: dict[str, str]) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def built(build: Callable[..., Path]) -> Path:
-    return build(BUILD, "-DBUILD_SHARED_LIBS=ON")
+    return build(REPOSITORY / "build/runtime")
 
 
 @pytest.fixture(scope="session")
 def library(built: Path) -> Library:
     return Library(built / "src/libheadpool.so")
-
-
-def run(*command: object, **options: object) -> str:
-    """What it printed. A command that fails fails the test, with all of that."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)  # type: ignore[call-overload]
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr

@@ -92,7 +92,7 @@ def test_every_row_of_the_capacity_can_be_used_and_no_more(
     mirror.prefill(44, 3)
     mirror.prefill(5, 46)  # row 0 is almost full: a pad must not be written past its end
     mirror.decode(1)
-    with pytest.raises(RuntimeFailure, match="^the cache is full: 50 tokens a sequence$"):
+    with pytest.raises(RuntimeFailure, match=r"^the cache is full: 50 tokens a sequence$"):
         session.decode(np.array([1, 2]))
     session.rewind(10)
     with pytest.raises(RuntimeFailure, match=r"^prompt 1 needs 10 \+ 41 cache rows, the capacity is 50$"):
