@@ -257,10 +257,11 @@ std::filesystem::path file_in(const std::filesystem::path& bundle, const std::st
   if (!is_file_name(name)) damaged("it names " + shown(name) + ", which is not a file name in its own folder");
   std::error_code failed;
   const std::filesystem::path path = bundle / name;
-  if (!std::filesystem::is_regular_file(path, failed)) throw BundleError(bundle.string() + " lacks " + name);
+  if (!std::filesystem::is_regular_file(path, failed)) throw BundleError(bundle.string() + " lacks " + shown(name));
   const auto real = std::filesystem::canonical(path, failed);
   const auto folder = failed ? std::filesystem::path() : std::filesystem::canonical(bundle, failed);
-  if (failed || real.parent_path() != folder) throw BundleError(path.string() + " is a link that leaves its folder");
+  if (failed || real.parent_path() != folder)
+    throw BundleError(bundle.string() + ": " + shown(name) + " is a link that leaves its folder");
   return path;
 }
 

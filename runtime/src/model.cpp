@@ -53,7 +53,7 @@ void use_own_operators(Ort::SessionOptions& options, const std::filesystem::path
     if (!file->second) file->second = shared_file(file_in(bundle, weight.file));
     const Memory& bytes = *file->second;
     if (weight.offset > bytes.size() || weight.length > bytes.size() - weight.offset)
-      throw BundleError(weight.file + " is cut short, it has " + std::to_string(bytes.size()) +
+      throw BundleError(one_line(weight.file) + " is cut short, it has " + std::to_string(bytes.size()) +
                         " bytes; export the bundle again");
     state.values.push_back(Ort::Value::CreateTensor(memory, bytes.data() + weight.offset, weight.length, weight.shape.data(),
                                                     weight.shape.size(), static_cast<ONNXTensorElementDataType>(weight.type)));

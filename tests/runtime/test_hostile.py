@@ -53,7 +53,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "absolute": (lambda v: v.update(weights=["/etc/passwd"]), "not a file name in its own folder"),
     "dots": (lambda v: v.update(graph=".."), "not a file name in its own folder"),
     "nul": (lambda v: v.update(graph="model\0.onnx"), "not a file name in its own folder"),
-    "missing file": (lambda v: v.update(graph="nothing.onnx"), "lacks nothing.onnx"),
+    "missing file": (lambda v: v.update(graph="nothing.onnx"), 'lacks "nothing.onnx"'),
     "no graph": (lambda v: v.pop("graph"), "it lacks graph"),
     "dtype": (lambda v: v.update(dtype="int4"), 'dtype is "int4"'),
     "cache form": (lambda v: v.update(cache="concat"), 'input "past_key_values.0.key" is "fp32"|lacks an input|is "fp32"'),
