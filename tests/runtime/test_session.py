@@ -103,10 +103,10 @@ def test_every_row_of_the_capacity_can_be_used_and_no_more(
 def test_pads_of_a_concat_cache_go_before_they_outgrow_it(
     bundles: dict[tuple[str, str], Path], model: Decoder, library: Library
 ) -> None:
-    session = library.open(bundles["grouped", "concat"]).session(batch=2, capacity=60, chunk=64)
+    session = library.open(bundles["grouped", "concat"]).session(batch=3, capacity=64, chunk=16)
     mirror = mirror_of(session, model)
-    for counts in ((25, 1), (1, 25), (20, 1), (1, 20), (9, 1), (1, 9)):  # 109 columns for 57 tokens
-        mirror.prefill(*counts)
+    for turn in range(9):  # 162 columns for 60 tokens a sequence; there is room for 128
+        mirror.prefill(*(18 if turn % 3 == row else 1 for row in range(3)))
     mirror.decode(3)
 
 
