@@ -31,7 +31,7 @@ def diagnose() -> dict[str, Any]:
         _check("checkpoints, conversion, export", _torch),
         _check("ONNX Runtime on the CPU", _onnxruntime),
         *_patterns(),
-        _check("ONNX Runtime on CUDA", lambda: _provider("CUDAExecutionProvider", "onnxruntime-gpu", "gpu")),
+        _check("ONNX Runtime on CUDA", lambda: check_provider("CUDAExecutionProvider", "onnxruntime-gpu", "gpu")),
         _check("onnxruntime-genai", lambda: _package(("onnxruntime-genai", "onnxruntime-genai-cuda"), "genai")),
         _check("optimum-onnx", lambda: _package(("optimum-onnx",), "optimum")),
     ]
@@ -77,7 +77,8 @@ def _onnxruntime() -> str:
     return f"onnxruntime {onnxruntime.__version__}, providers {', '.join(onnxruntime.get_available_providers())}"
 
 
-def _provider(name: str, package: str, extra: str) -> str:
+def check_provider(name: str, package: str, extra: str) -> str:
+    """Opens an attention node on an execution provider of ONNX Runtime; its name. Raises where that does not work."""
     import onnxruntime
 
     if name not in onnxruntime.get_available_providers():
@@ -127,7 +128,7 @@ def _open(model: ir.Model, pattern: str, provider: str) -> None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if pattern == "fused":
-        from exporter.engines.onnxruntime import operator_library
+        from exporter.engines.operators import operator_library
 
         options.register_custom_ops_library(str(operator_library()))
     session = onnxruntime.InferenceSession(

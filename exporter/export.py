@@ -7,6 +7,7 @@ Weights never meet the tracer: graphs name them, and the layout writes or links 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 from collections.abc import Callable
@@ -221,6 +222,9 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of headpool and of what wrote the graphs."""
-    names = ("headpool", "torch", "onnx", "onnx-ir", "onnxscript")
-    return {name: importlib.metadata.version(name) for name in names}
+    """Versions of headpool (where it is installed, and not run from a checkout alone) and of what wrote the graphs."""
+    found = {}
+    for name in ("headpool", "torch", "onnx", "onnx-ir", "onnxscript"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,11 +1,14 @@
-"""The linear layers of a graph become headpool's operators: fewer, larger nodes that read weights at the memory's speed.
+"""The linear layers of a graph become fewer, larger nodes, with the norms, activations and sums around them.
 
-Linear       x [M,K], residual [M,N], norm [K] (both optional), w_1 [N_1,K], …, and with the attribute `bias` b_1 [N_1], … →
+Linear       x [M,K], residual [M,N], norm [K] (both optional), w_1 [N_1,K], …, and with biases b_1 [N_1], … →
              y_i = x · w_iᵀ + b_i (+ residual, where there is one output). Layers of one input become one node: Q, K and V.
 GatedLinear  x [M,K], gate [N,K], up [N,K], gate_bias [N], up_bias [N], norm [K] (all three optional) →
              act(x · gateᵀ) ⊙ (x · upᵀ), `activation` one of identity, relu, silu, sigmoid, gelu, gelu_tanh.
 
-Where there is a norm, x is first RMS-normalised with it and the attribute `epsilon`.
+Where there is a norm, x is first RMS-normalised with the attribute `epsilon` and norm + the attribute `offset`. All weights are
+the graph's own.
+
+graphs/chain.py makes of these nodes the operator that runs.
 """
 
 from __future__ import annotations
@@ -42,12 +45,12 @@ def fuse_linears(model: ir.Model) -> None:
     for node in list(graph):
         _gate(graph, node)
     tidy(model)  # the layers that a gate took over are gone now
-    by_input: dict[tuple[ir.Value, bool], list[_Layer]] = {}
+    by_input: dict[tuple[ir.Value, bool], list[ir.Node]] = {}
     for node in graph:
         if (layer := _layer(node.outputs[0])) is not None:
-            by_input.setdefault((layer.x, layer.bias is None), []).append(layer)
-    for layers in by_input.values():
-        _merge(graph, layers)
+            by_input.setdefault((layer.x, layer.bias is None), []).append(node)
+    for nodes in by_input.values():  # looked at anew: what gave x may have been replaced
+        _merge(graph, [layer for node in nodes if (layer := _layer(node.outputs[0]))])
     tidy(model)
 
 
@@ -77,10 +80,11 @@ def _gate(graph: ir.Graph, node: ir.Node) -> None:
             continue
         if gate.w.shape != up.w.shape:  # Mul would broadcast
             continue
-        x, norm, epsilon = _normed(gate.x)
-        inputs = [x, gate.w, up.w, gate.bias, up.bias, norm]
-        (y,) = _insert(graph, node, node.name or "", "GatedLinear", inputs, activation=activation, epsilon=epsilon)
-        _take_over(graph, node.outputs[0], y)
+        norm = _normed(gate.x)
+        inputs = [norm.x, gate.w, up.w, gate.bias, up.bias, norm.weight]
+        (y,) = insert(graph, node, node.name, "GatedLinear", inputs, activation=activation, **norm.attributes)
+        take_over(node.outputs[0], y)
+        graph.remove(node, safe=True)
         return
 
 
@@ -106,26 +110,63 @@ def _merge(graph: ir.Graph, layers: Sequence[_Layer]) -> None:
     biases = [layer.bias for layer in layers if layer.bias is not None]
     residual, add = _residual(layers[0]) if len(layers) == 1 else (None, None)
     anchor = add or layers[0].node
-    x, norm, epsilon = _normed(layers[0].x)
-    inputs = [x, residual, norm, *(layer.w for layer in layers), *biases]
-    name = layers[0].node.name or ""
-    outputs = _insert(graph, anchor, name, "Linear", inputs, outputs=len(layers), bias=int(bool(biases)), epsilon=epsilon)
-    for old, new in zip([add.outputs[0]] if add else [layer.y for layer in layers], outputs, strict=True):
-        _take_over(graph, old, new)
+    norm, name = _normed(layers[0].x), layers[0].node.name
+    inputs = [norm.x, residual, norm.weight, *(layer.w for layer in layers), *biases]
+    outputs = insert(graph, anchor, name, "Linear", inputs, len(layers), **norm.attributes)
+    for old, new in zip([add] if add else [layer.node for layer in layers], outputs, strict=True):
+        take_over(old.outputs[0], new)
+        graph.remove(old, safe=True)
 
 
-def _normed(x: ir.Value) -> tuple[ir.Value, ir.Value | None, float]:
-    """The input, weight and epsilon of the RMSNormalization that gives `x`; `x` itself and no weight where none does."""
+@dataclass(frozen=True)
+class _Norm:
+    """x, RMS-normalised with weight + offset; x itself where there is no weight."""
+
+    x: ir.Value
+    weight: ir.Value | None = None
+    epsilon: float = 0.0
+    offset: float = 0.0
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {"epsilon": self.epsilon, "offset": self.offset}
+
+
+def _normed(x: ir.Value) -> _Norm:
+    """What gives `x`, where that is an RMSNormalization that fits."""
     node = x.producer()
     if node is None or (node.domain, node.op_type) != ("", "RMSNormalization") or x.dtype not in (None, ir.DataType.FLOAT):
-        return x, None, 0.0
-    source, weight = node.inputs[:2]
-    axis, epsilon = node.attributes.get("axis"), node.attributes.get("epsilon")
-    if source is None or source.shape is None or weight is None or (axis is not None and axis.as_int() not in (-1, 1)):
-        return x, None, 0.0
-    if len(source.shape) != 2 or weight.shape is None or weight.shape != source.shape[1:]:  # the last: it would broadcast
-        return x, None, 0.0
-    return source, weight, 1e-5 if epsilon is None else epsilon.as_float()
+        return _Norm(x)
+    (source, weight), axis, epsilon = node.inputs[:2], node.attributes.get("axis"), node.attributes.get("epsilon")
+    weight, offset = _without_offset(weight)
+    if source is None or source.shape is None or (axis is not None and axis.as_int() not in (-1, 1)):
+        return _Norm(x)
+    if len(source.shape) != 2 or weight is None or weight.shape != source.shape[1:]:  # it would broadcast
+        return _Norm(x)
+    return _Norm(source, weight, 1e-5 if epsilon is None else epsilon.as_float(), offset)
+
+
+def _without_offset(weight: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """w and c of w + c (Gemma has 1 + w), w a weight of the graph; no w where it is something else."""
+    if weight is None or weight.is_initializer():
+        return weight, 0.0
+    node = weight.producer()
+    if node is None or (node.domain, node.op_type) != ("", "Add"):
+        return None, 0.0
+    for w, constant in (node.inputs, reversed(node.inputs)):
+        number = _number(constant)
+        if number is not None and w is not None and w.is_initializer() and w.shape == weight.shape:
+            return w, number
+    return None, 0.0
+
+
+def _number(value: ir.Value | None) -> float | None:
+    """A constant of one element, cast or not."""
+    node = value.producer() if value is not None else None
+    if node is not None and (node.domain, node.op_type) == ("", "Cast"):
+        value = node.inputs[0]
+    constant = ir.convenience.get_const_tensor(value) if value is not None else None
+    return float(constant.numpy().item()) if constant is not None and constant.size == 1 else None
 
 
 def _residual(layer: _Layer) -> tuple[ir.Value | None, ir.Node | None]:
@@ -143,27 +184,57 @@ def _residual(layer: _Layer) -> tuple[ir.Value | None, ir.Node | None]:
     return (None, None) if broadcast else (other, node)
 
 
-def _insert(
+@dataclass(frozen=True)
+class Stage:
+    """A Linear or a GatedLinear, taken apart. `activation` is what makes it gated: by the first of its two layers."""
+
+    x: ir.Value
+    residual: ir.Value | None
+    norm: ir.Value | None
+    epsilon: float
+    offset: float
+    activation: str | None
+    w: tuple[ir.Value, ...]
+    bias: tuple[ir.Value | None, ...]
+
+
+def stage_of(node: ir.Node) -> Stage | None:
+    """None for any other node."""
+    if node.domain != DOMAIN or node.op_type not in ("Linear", "GatedLinear"):
+        return None
+    inputs = list(node.inputs)
+    epsilon, offset = (node.attributes[name].as_float() for name in ("epsilon", "offset"))
+    if node.op_type == "GatedLinear":
+        gate_bias, up_bias, norm = (*inputs[3:], None, None, None)[:3]
+        x, gate, up = (value for value in inputs[:3] if value is not None)
+        activation = node.attributes["activation"].as_string()
+        return Stage(x, None, norm, epsilon, offset, activation, (gate, up), (gate_bias, up_bias))
+    first, residual, norm, *weights = inputs
+    count = len(node.outputs)
+    w, biases = [value for value in weights[:count] if value is not None], weights[count:]
+    assert first is not None
+    return Stage(first, residual, norm, epsilon, offset, None, tuple(w), tuple(biases or [None] * count))
+
+
+def insert(
     graph: ir.Graph,
     anchor: ir.Node,
-    like: str,
+    like: str | None,
     op_type: str,
     inputs: Sequence[ir.Value | None],
-    outputs: int = 1,
+    count: int = 1,
     **attributes: Any,
 ) -> Sequence[ir.Value]:
-    """A node before `anchor`, named in the scope of the node called `like`."""
-    scope = like.rsplit("/", 1)[0]
-    node = ir.node(op_type, inputs, attributes, domain=DOMAIN, num_outputs=outputs, name=f"{scope}/{op_type}")
+    """The outputs, `count` of them, of a new node before `anchor`, named in the scope of the node called `like`."""
+    scope = (like or "").rsplit("/", 1)[0]
+    node = ir.node(op_type, inputs, attributes, domain=DOMAIN, num_outputs=count, name=f"{scope}/{op_type}")
     for index, value in enumerate(node.outputs):
         value.name = f"{node.name}:{index}"
     graph.insert_before(anchor, node)
     return node.outputs
 
 
-def _take_over(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+def take_over(old: ir.Value, new: ir.Value) -> None:
+    """All that used `old` uses `new`."""
     new.type, new.shape = old.type, old.shape
     old.replace_all_uses_with(new)
-    node = old.producer()
-    assert node is not None
-    graph.remove(node, safe=True)

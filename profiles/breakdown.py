@@ -17,7 +17,7 @@ from profiles.results import BREAKDOWN_CLASSES
 # fmt: off
 MATMULS = frozenset((
     "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MoE", "QMoE", "Linear", "GatedLinear",
+    "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MoE", "QMoE", "LinearChain",
 ))
 ATTENTION = frozenset(("GroupQueryAttention", "Attention", "MultiHeadAttention", "FusedAttention", "TensorScatter"))
 # fmt: on

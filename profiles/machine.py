@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from exporter.engines.operators import operator_library
+from exporter.errors import EngineError
 from profiles.results import Machine
 
 PACKAGES = ("headpool", "torch", "onnx", "onnxruntime", "transformers", "numpy")
@@ -42,14 +46,16 @@ def fingerprint() -> Machine:
 
 
 def versions() -> dict[str, str]:
-    """Python's, and of each of PACKAGES that is installed; where headpool runs from its git checkout, also the commit, and
-    whether the code differs from it ("clean", "dirty")."""
+    """Python's, of each of PACKAGES that is installed, and where it is built a hash of headpool's operator library; where
+    headpool runs from its git checkout, also the commit, and whether the code differs from it ("clean", "dirty")."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    with contextlib.suppress(EngineError):
+        found["operators"] = "sha256:" + hashlib.sha256(operator_library().read_bytes()).hexdigest()[:16]
     return found | checkout(ROOT)
 
 

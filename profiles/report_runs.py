@@ -72,7 +72,7 @@ def _bandwidth(result: Results) -> Facts:
     if b is None:
         return []
     spread = f"median {b.median / 1e9:.1f}, worst {min(b.samples) / 1e9:.1f}, of {len(b.samples)}"
-    how = f"{size(b.array_bytes)} with {b.threads} thread{'s' if b.threads > 1 else ''}"
+    how = f"{size(b.array_bytes)} " + (f"with {b.threads} thread{'s' if b.threads > 1 else ''}" if b.threads else "on the GPU")
     return [("Read bandwidth", f"{b.best / 1e9:.1f} GB/s at best ({spread}), reading {how}")]
 
 

@@ -66,7 +66,8 @@ class Cell:
     samples  seconds, in the order they were taken.
     burst    how many samples in a row were taken before the next subject had its turn.
     cohort   subjects with one (batch, context, cohort) were measured in turns; across cohorts drift does not cancel.
-    floor    decode on a CPU: (weights + KV bytes of the context) over the best read bandwidth of the run; else None.
+    floor    decode: (weights + KV bytes of the context) over the best read bandwidth, of the run, of the memory they lie in;
+             None for other kinds, and where that bandwidth was not measured.
     """
 
     subject: Subject
@@ -123,7 +124,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Memory read bandwidth, bytes a second, measured before, amid and after the samples. The floor uses the best."""
+    """Memory read bandwidth, bytes a second, measured before, amid and after the samples. The floor uses the best.
+
+    `threads` is 0 where a GPU read its own memory.
+    """
 
     threads: int
     array_bytes: int

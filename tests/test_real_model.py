@@ -12,6 +12,7 @@ import transformers
 from harness import operators
 
 from exporter.cli import _run
+from graphs.patterns import PATTERNS
 
 TOKENS = 24
 PROMPT = "The capital of France is"
@@ -38,7 +39,7 @@ def mha(gguf, tmp_path_factory) -> Path:
 def bundle(mha, tmp_path_factory) -> Path:
     """Back to 3, and to 9, from the multi-head checkpoint; its own bytes linked."""
     out = tmp_path_factory.mktemp("real") / "bundle"
-    arguments = ["export", str(mha), str(out), "--groups", "9,3", "--pattern", "fused,grouped,gqa,repeat", "--weights", "link"]
+    arguments = ["export", str(mha), str(out), "--groups", "9,3", "--pattern", ",".join(PATTERNS), "--weights", "link"]
     assert _run(arguments) == 0
     return out
 
@@ -58,7 +59,7 @@ def last_json(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("pattern", ["fused", "grouped", "gqa", "repeat"])
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("kv_heads", [9, 3])
 def test_greedy_tokens_are_those_of_transformers(kv_heads, pattern, bundle, greedy, capsys):
     """At 9 and at 3: the heads of a group are equal, so pooling them back loses nothing."""

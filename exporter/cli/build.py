@@ -68,7 +68,8 @@ def build_command(bundle: Path, as_json: bool, **given: Any) -> None:
     import dataclasses
 
     from exporter.bundle import Bundle
-    from exporter.engines.tensorrt.build import BuildOptions, build
+    from exporter.engines.tensorrt.build import build
+    from exporter.engines.tensorrt.plan import BuildOptions
     from exporter.units import size
 
     chosen = options.build(BuildOptions, given)

@@ -11,6 +11,7 @@ from exporter.cli import options
 from exporter.cli.console import finish, progress_bar
 
 KINDS = ("decode", "prefill", "ttft")
+WIDTH = 110  # characters that the table takes
 measuring = options.all_of(
     click.option("--contexts", type=options.IntList(), default="128,1024", show_default=True, help="Tokens in the cache."),
     click.option("--batch", "batches", type=options.IntList(), default="1", show_default=True, help="Sequences at once."),
@@ -158,7 +159,10 @@ def _show(results: Any, as_json: bool, data: dict[str, Any]) -> None:
     from profiles.table import results_view
 
     if not as_json:
-        Console().print(results_view(results))
+        console = Console()
+        if not console.is_terminal:  # nothing there says how wide it is
+            console.width = WIDTH
+        console.print(results_view(results))
         finish(False, {}, [f"{name}: {path}" for name, path in data.items()])
         return
     shown = ("p50", "p90", "p99", "max")  # p99 from 100 samples on

@@ -50,6 +50,8 @@ class _File:
             view, done = memoryview(self.bytes.data), 0
             while done < size and (count := file.readinto(view[done:])):
                 done += count
+        if done < size:
+            raise OSError(f"it ends after {done} of {size} bytes: it was cut while it was read")
 
 
 def read(path: Path) -> _File:

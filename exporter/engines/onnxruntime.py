@@ -12,6 +12,7 @@ import psutil
 from exporter.bundle import Bundle, Variant
 from exporter.engines import huge_pages
 from exporter.engines.base import Session, SessionInfo
+from exporter.engines.operators import operator_library
 from exporter.engines.ort_concat import ConcatSession
 from exporter.engines.ort_session import DEVICES
 from exporter.engines.ort_static import StaticSession
@@ -62,17 +63,6 @@ def open_session(
     )
     kind = StaticSession if variant.cache == "static" else ConcatSession
     return kind(runtime, variant, batch, capacity, info)
-
-
-def operator_library() -> Path:
-    """headpool's operators for ONNX Runtime, as scripts/ops builds them. Raises EngineError where they were not."""
-    path = Path(__file__).with_name("libheadpool_ops.so")
-    if not path.is_file():
-        raise EngineError(
-            "pattern fused needs headpool's operator library, which was not built here: run scripts/ops, "
-            "which needs a C++ compiler, or use the pattern grouped"
-        )
-    return path
 
 
 def _use_own_operators(options: Any, graph: Path) -> list[Any]:

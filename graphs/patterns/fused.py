@@ -8,8 +8,8 @@ Inputs   query [B,T,H·D] or [B·T,H·D], key, value, past_key [B,G,S,D], past_v
 Outputs  output [B,T,H·Dv], or [B·T,H·Dv] where query has two dimensions, present_key, present_value.
 
 It rotates, writes the new rows into the cache where that lies, and reads the used rows of the cache once a group, whatever
-the capacity. The linear layers around it become `headpool::Linear` and `headpool::GatedLinear` (graphs/linear.py), which read
-their weights at the memory's speed.
+the capacity. The linear layers between two attentions become one `headpool::LinearChain` (graphs/linear.py, graphs/chain.py),
+which reads their weights at the memory's speed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from graphs import canonical
 from graphs.canonical import GroupedAttention
+from graphs.chain import chain_linears
 from graphs.emit import Emitter
 from graphs.linear import fuse_linears
 
@@ -58,6 +59,7 @@ def finish(model: ir.Model) -> None:
         if (node.domain, node.op_type) == (canonical.DOMAIN, "FusedAttention"):
             _drop_reshapes(model.graph, node)
     fuse_linears(model)
+    chain_linears(model)
 
 
 def _drop_reshapes(graph: ir.Graph, node: ir.Node) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from exporter.engines.operators import operator_library
 from graphs.canonical import standalone
 from graphs.lower import lower
 from profiles import stats
@@ -23,7 +24,7 @@ from profiles.machine import physical_cores
 
 HEADS, SIZE, CONTEXT = 32, 64, 4096
 GROUPS = (32, 16, 8, 4, 2, 1)
-PATTERNS = ("gqa", "attention", "repeat", "grouped")
+PATTERNS = ("gqa", "attention", "repeat", "grouped", "fused")
 ROUNDS, BURST = 16, 4
 CACHE_BYTES = 128 << 20  # of K and V that one session walks through
 PROMISE = f"grouped ≥ 2 × as fast as gqa at H={HEADS}, D={SIZE}, {CONTEXT} tokens, G ≤ 4; its time falls with G"
@@ -39,6 +40,8 @@ class Step:
         self.layers = max(2, CACHE_BYTES // (2 * groups * CONTEXT * SIZE * 4))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = physical_cores()
+        if pattern == "fused":
+            options.register_custom_ops_library(str(operator_library()))
         graph = lower(standalone(HEADS, groups, SIZE, layers=self.layers), pattern)
         proto = ir.to_proto(graph).SerializeToString()
         self.session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])

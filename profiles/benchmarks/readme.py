@@ -19,6 +19,7 @@ from typing import Any
 from exporter.decode import decode
 from exporter.files import write_text
 from exporter.units import size
+from graphs import patterns
 from profiles import stats
 from profiles.benchmarks.decoder import LIMITS
 from profiles.machine import ROOT
@@ -128,11 +129,14 @@ def _benchmarks(folder: Path, run: Results) -> str:
 
 def _attention(record: dict[str, Any]) -> str:
     where = "{heads} query heads of {head_dim}, {context:,} tokens, fp32".format(**record["settings"])
-    first, *others = (
-        f"{row['grouped_speed_up']:.1f} ×{{}} at G = {row['groups']}" for row in record["rows"] if row["groups"] <= 4
+    rows = [row for row in record["rows"] if row["groups"] <= 4]
+    times = " / ".join(str(row["groups"]) for row in rows)
+    fast = " and ".join(
+        f"`{pattern}` {' / '.join(format(row['gqa']['ms'] / row[pattern]['ms'], '.1f') for row in rows)} ×"
+        for pattern in ("fused", "grouped")
+        if pattern in rows[0]
     )
-    fast = ", ".join([first.format(" as fast as ORT's fused operator"), *(other.format("") for other in others)])
-    return f"Attention alone ({where}): `grouped` is {fast}."
+    return f"Attention alone ({where}), against ORT's fused operator: {fast} as fast at G = {times}."
 
 
 def _floor(cells: Sequence[Cell], run: Results) -> list[str]:
@@ -152,7 +156,9 @@ def _parity(record: dict[str, Any]) -> str:
     close = f", and logits differ by at most {max(logits) * 1e6:.0f} millionths" if logits else ""
     tokens = f"{record['settings']['tokens']} greedy tokens from each of {len(record['settings']['prompts'])} prompts"
     verdict = "are those" if record["kept"] else "are **not all** those"
-    return f"{tokens} {verdict} of transformers in every pattern and cache form{close}."
+    missing = sorted(set(patterns.PATTERNS) - {row["pattern"] for row in record["rows"]})
+    where = f"every pattern{' but ' + ' and '.join(missing) if missing else ''} and cache form"
+    return f"{tokens} {verdict} of transformers in {where}{close}."
 
 
 def _export(record: dict[str, Any]) -> str:

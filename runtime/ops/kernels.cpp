@@ -120,14 +120,15 @@ void gated(const Gated& a, size_t n0, size_t n1) {
   }
 }
 
-void normalise(float* to, const float* from, const float* weight, size_t K, float epsilon) {
+void normalise(const Norm& norm, const float* from, float* to) {
+  const size_t K = norm.K;
   Vec squares{};
   size_t k = 0;
   for (; k + LANES <= K; k += LANES) squares += load(from + k) * load(from + k);
   float total = sum(squares);
   for (; k < K; ++k) total += from[k] * from[k];
-  const float factor = 1 / std::sqrt(total / K + epsilon);
-  for (k = 0; k < K; ++k) to[k] = from[k] * factor * weight[k];
+  const float factor = 1 / std::sqrt(total / K + norm.epsilon);
+  for (k = 0; k < K; ++k) to[k] = from[k] * factor * (norm.offset + norm.weight[k]);
 }
 
 // ---- Attention
@@ -249,7 +250,7 @@ void soften(float* scores, int64_t visible, float& maximum, float& total, float*
   Vec most = splat(NOTHING);
   for (size_t j = 0; j < BLOCK; j += LANES) most = max(most, load(scores + j));
   const float block = largest(most), top = block > maximum ? block : maximum;
-  if (top == NOTHING) return fill(scores, BLOCK, 0);  // nothing seen yet
+  if (visible <= 0 && top == NOTHING) return fill(scores, BLOCK, 0);  // nothing seen yet
   if (top > maximum) {
     const float shrink = std::exp(maximum - top);
     maximum = top;
@@ -321,7 +322,7 @@ void attend(const Attention& a, const Tile& tile, float* scratch) {
     return;
   }
   for (size_t m = 0; m < M; ++m) {
-    const float inverse = total[m] > 0 ? 1 / total[m] : 0;
+    const float inverse = total[m] == 0 ? 0 : 1 / total[m];  // NaN stays NaN
     float* to = a.output + head_of(m) * Dv;
     for (size_t d = 0; d < Dv; ++d) to[d] = output[m * Dv + d] * inverse;
   }

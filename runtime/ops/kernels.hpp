@@ -11,6 +11,7 @@ namespace headpool {
 
 enum class Activation { identity, relu, silu, sigmoid, gelu, gelu_tanh };
 
+constexpr int ACTIVATIONS = 6;
 constexpr size_t FEW_ROWS = 24;  // rows of x up to which a linear layer is bound by reading its weights
 
 // y[M,N] = x[M,K] · wᵀ (+ bias[N]) (+ residual[M,N]), w [N,K]; all row-major and dense.
@@ -31,6 +32,13 @@ struct Gated {
   float* y;
   size_t M, K, N;
   Activation activation;
+};
+
+// RMSNorm of rows of K: x / √(mean x² + epsilon) ⊙ (offset + weight)
+struct Norm {
+  const float* weight;
+  size_t K;
+  float epsilon, offset;
 };
 
 // Grouped-query attention of T new tokens over a cache that already holds their keys and values.
@@ -55,8 +63,8 @@ struct Kernels {
   const char* name;
   void (*linear)(const Linear&, size_t n0, size_t n1);  // outputs [n0,n1)
   void (*gated)(const Gated&, size_t n0, size_t n1);
-  void (*activate)(const float* gate, float* up, size_t count, Activation);                       // up = act(gate) ⊙ up
-  void (*normalise)(float* to, const float* from, const float* weight, size_t K, float epsilon);  // RMSNorm of one row
+  void (*activate)(const float* gate, float* up, size_t count, Activation);  // up = act(gate) ⊙ up
+  void (*normalise)(const Norm&, const float* from, float* to);              // of one row
   void (*rotate)(float* to, const float* from, const float* cos, const float* sin, size_t D, size_t rotary);  // one head
   void (*attend)(const Attention&, const Tile&, float* scratch);
   size_t (*scratch_floats)(const Attention&, const Tile&);

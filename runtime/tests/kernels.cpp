@@ -177,14 +177,14 @@ void test_activate(const Kernels& kernels) {
 
 void test_normalise(const Kernels& kernels) {
   for (size_t K = 1; K <= 80; ++K) {
-    const float epsilon = K % 2 ? 1e-6f : 0.5f;
+    const float epsilon = K % 2 ? 1e-6f : 0.5f, offset = K % 3;
     const Floats from = normal(K, 3), weight = normal(K);
     Floats to(K, 77);
-    kernels.normalise(to.data(), from.data(), weight.data(), K, epsilon);
+    kernels.normalise({weight.data(), K, epsilon, offset}, from.data(), to.data());
     double squares = 0;
     for (const float x : from) squares += double(x) * x;
     for (size_t k = 0; k < K; ++k) {
-      const double expected = from[k] / std::sqrt(squares / K + epsilon) * weight[k];
+      const double expected = from[k] / std::sqrt(squares / K + epsilon) * (offset + weight[k]);
       close(to[k], expected, 1e-6 * (1 + std::abs(expected)), named("normalise", {K}));
     }
   }

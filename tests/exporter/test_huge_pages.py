@@ -66,6 +66,11 @@ def test_a_file_that_changed_is_read_again(file: Path) -> None:
     assert old.bytes.tobytes() == before
 
 
+def test_a_file_that_is_cut_while_it_is_read(file: Path) -> None:
+    with pytest.raises(OSError, match=f"ends after {file.stat().st_size} of {file.stat().st_size + 1} bytes"):
+        huge_pages._File(file, file.stat().st_size + 1)
+
+
 def test_an_empty_file_and_none(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert huge_pages.read(tmp_path / "empty").bytes.size == 0

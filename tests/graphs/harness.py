@@ -14,7 +14,7 @@ from evaluator import BF16, evaluator
 
 from exporter import contract
 from exporter.config import ModelConfig, RopeConfig
-from exporter.engines.onnxruntime import operator_library
+from exporter.engines.operators import operator_library
 from exporter.errors import EngineError
 from exporter.models.decoder import Decoder, canonical_to_module
 from exporter.trace import canonical_graph

@@ -5,13 +5,20 @@ from __future__ import annotations
 from exporter.errors import EngineError
 
 
-def check_device() -> None:
-    """Raises EngineError in one line where there is no GPU that torch can use."""
+def missing() -> str | None:
+    """Why there is no GPU that torch can use; None where there is one."""
     import torch
 
-    if not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA GPU or driver"
-        raise EngineError(f"TensorRT engines run on an NVIDIA GPU: {why} (torch {torch.__version__})")
+    if torch.cuda.is_available():
+        return None
+    why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA GPU or driver"
+    return f"{why} (torch {torch.__version__})"
+
+
+def check_device() -> None:
+    """Raises EngineError in one line where there is no GPU."""
+    if (why := missing()) is not None:
+        raise EngineError(f"TensorRT engines run on an NVIDIA GPU: {why}")
 
 
 def compute_capability() -> str:

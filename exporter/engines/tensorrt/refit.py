@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from exporter.bundle import Bundle, Variant
+from exporter.engines.tensorrt.apart import keep_apart
 from exporter.engines.tensorrt.library import Library, Messages
 from exporter.engines.tensorrt.quantize import quantize_weights
 from exporter.engines.tensorrt.record import Recipe, sha256
@@ -20,6 +21,7 @@ def refit(
         if (found := sha256(bundle.path / name)) != built:
             raise EngineError(f"{bundle.path / name} has the SHA-256 {found[:12]}…, the engine was built from {built[:12]}…")
     source = open_source(bundle, variant, recipe.batch, recipe.capacity)
+    keep_apart(source)
     if recipe.quantize is not None:
         quantize_weights(source, recipe.quantize, variant.dtype)
     refitter = library.trt.Refitter(engine, log)

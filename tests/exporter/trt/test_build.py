@@ -16,8 +16,11 @@ import tiny
 from exporter.bundle import Bundle
 from exporter.cli import _run
 from exporter.engines.tensorrt import build as stage
+from exporter.engines.tensorrt import compile as compiling
+from exporter.engines.tensorrt import plan as planning
 from exporter.engines.tensorrt import record
-from exporter.engines.tensorrt.build import BuildOptions, build
+from exporter.engines.tensorrt.build import build
+from exporter.engines.tensorrt.plan import BuildOptions
 from exporter.errors import BundleError, EngineError, GraphError
 
 OPTIONS = BuildOptions(targets=("sm86", "sm89"), batch=2, capacity=32, prefill=8)
@@ -90,7 +93,7 @@ def test_a_stopped_build_goes_on_where_it_was(attention, decoder, monkeypatch):
     """Of two variants the second fails; the next build keeps the first."""
     other = tiny.bundle(attention.path, decoder, "grouped", dtype="fp16").variants[0]
     both = Bundle(attention.path, (*attention.variants, dataclasses.replace(other, name="w")))
-    compile_ = stage._compile
+    compile_ = stage.compile_plan
     calls: list[int] = []
 
     def failing(*args):
@@ -99,7 +102,7 @@ def test_a_stopped_build_goes_on_where_it_was(attention, decoder, monkeypatch):
             raise EngineError("no more")
         return compile_(*args)
 
-    monkeypatch.setattr(stage, "_compile", failing)
+    monkeypatch.setattr(stage, "compile_plan", failing)
     with pytest.raises(EngineError, match=r"no more \(log: .*grouped.static.fp16.last.log\)"):
         build(both, OPTIONS)
     assert partial_files(both) == []
@@ -118,7 +121,7 @@ def test_a_deviation_stops_the_build_and_leaves_its_log(decoder, tmp_path, monke
 
 def test_a_failed_build_gives_the_builders_reason(attention, monkeypatch):
     """Weights of fp8 on a chip that has none, past our own check."""
-    monkeypatch.setattr(stage, "check_quantize", lambda *_: None)
+    monkeypatch.setattr(planning, "check_quantize", lambda *_: None)
     config = dataclasses.replace(attention.variants[0].config, intermediate_size=64)
     bundle = tiny.bundle(attention.path, tiny.Decoder(config).eval(), "attention", dtype="fp16")
     with pytest.raises(EngineError, match=r"did not build .*fp8_e4m3.*log:"):
@@ -140,13 +143,13 @@ def test_an_interrupt_ends_the_build_and_leaves_nothing(attention):
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(attention, monkeypatch):
-    real = stage._writer
+    real = compiling.writer
 
     class Full:
         def write(self, _data):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stage, "_writer", lambda trt, _file: real(trt, Full()))
+    monkeypatch.setattr(compiling, "writer", lambda trt, _file: real(trt, Full()))
     with pytest.raises(OSError, match=r"No space left"):
         build(attention, OPTIONS)
     assert not list(attention.path.rglob("*.engine"))
@@ -185,6 +188,14 @@ def test_what_cannot_be_is_refused_before_anything_is_built(attention, changes, 
         build(attention, dataclasses.replace(OPTIONS, **changes))
     assert words in str(caught.value)
     assert not (attention.path / "engines").exists()
+
+
+def test_a_gpu_that_the_library_does_not_name_is_left_to_its_builder(attention, monkeypatch):
+    """sm90 has no name in TensorRT for RTX; where it is the GPU here, the builder is asked for "the current one"."""
+    monkeypatch.setattr("exporter.engines.tensorrt.device.compute_capability", lambda: "sm90")
+    with pytest.raises(EngineError, match=r"did not build|takes no profile"):
+        build(attention, dataclasses.replace(OPTIONS, targets=("here",)))
+    assert not list(attention.path.rglob("*.engine"))
 
 
 def test_bf16_is_refused_for_a_chip_without_it(decoder, tmp_path):

@@ -11,9 +11,10 @@ import tiny
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.engines.tensorrt.build import BuildOptions, build
+from exporter.engines.tensorrt.build import build
 from exporter.engines.tensorrt.library import Messages
 from exporter.engines.tensorrt.network import Network, parse
+from exporter.engines.tensorrt.plan import BuildOptions
 from exporter.engines.tensorrt.quantize import KINDS, quantize, quantize_weights
 from exporter.engines.tensorrt.verify import Sizes, verify
 from exporter.engines.tensorrt.weights import open_source

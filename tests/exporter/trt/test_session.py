@@ -12,8 +12,9 @@ from exporter.bundle import Bundle
 from exporter.cli import _run
 from exporter.engines import open_session
 from exporter.engines.tensorrt import record
-from exporter.engines.tensorrt.build import BuildOptions, build
+from exporter.engines.tensorrt.build import build
 from exporter.engines.tensorrt.library import Messages, logger
+from exporter.engines.tensorrt.plan import BuildOptions
 from exporter.engines.tensorrt.record import EngineRecord, Wanted, choose
 from exporter.engines.tensorrt.session import read_plan
 from exporter.errors import EngineError

@@ -1,0 +1,121 @@
+"""What `headpool build` is asked for, checked: which graphs, for which chips, and the recipe of each engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from exporter.bundle import Bundle, Variant
+from exporter.engines.tensorrt import record
+from exporter.engines.tensorrt.library import HERE, Library
+from exporter.engines.tensorrt.quantize import check_quantize
+from exporter.engines.tensorrt.record import Recipe
+from exporter.errors import BundleError, EngineError, one_of
+
+PATTERNS = ("attention", "grouped")
+COMPATIBLE = ("version", "hardware")
+PORTABLE = ("sm80", "sm86", "sm89", "sm120")  # what one tensorrt_rtx engine runs on where nothing is asked for
+CAPACITY = 4096  # cache rows where nothing is asked for and the model's context is longer
+PREFILL = 512
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build.
+
+    `targets` None: PORTABLE for tensorrt-rtx, the GPU here for tensorrt; `capacity` None: the context, at most CAPACITY;
+    `variants` None: every graph of pattern attention or grouped with a static cache.
+    """
+
+    backend: str = "tensorrt-rtx"
+    targets: tuple[str, ...] | None = None
+    variants: tuple[str, ...] | None = None
+    batch: int = 1
+    capacity: int | None = None
+    prefill: int | None = None
+    optimisation: int | None = None  # 0 … 5
+    workspace: int | None = None  # MiB
+    strip: bool = False
+    compatible: tuple[str, ...] = ()
+    quantize: str | None = None
+
+
+def variants_of(bundle: Bundle, names: tuple[str, ...] | None) -> list[Variant]:
+    """The graphs that are asked for; without names all that can become engines. Raises BundleError."""
+    chosen = [bundle.variant(name) for name in dict.fromkeys(names)] if names else list(bundle.variants)
+    fitting = [variant for variant in chosen if variant.pattern in PATTERNS and variant.cache == "static"]
+    if len(fitting) < len(chosen) and (names or not fitting):
+        there = ", ".join(f"{v.name} ({v.pattern}, {v.cache} cache)" for v in chosen if v not in fitting)
+        raise BundleError(
+            f"{bundle.path}: {there} cannot become an engine; TensorRT takes the patterns {' and '.join(PATTERNS)} "
+            "with a static cache: headpool export … --pattern attention"
+        )
+    return fitting
+
+
+def targets_of(library: Library, options: BuildOptions) -> tuple[str, ...]:
+    """The chips to build for, in order. Raises EngineError for one that the library does not build for."""
+    asked = options.targets or (PORTABLE if library.rtx else (HERE,))
+    if not library.rtx and asked != (HERE,):
+        raise EngineError(f"backend tensorrt builds for the GPU it runs on, not for {', '.join(asked)}; leave --target out")
+    library.check_targets(asked)
+    if asked == (HERE,):
+        from exporter.engines.tensorrt.device import compute_capability
+
+        return (compute_capability(),)
+    return tuple(sorted(asked, key=lambda name: int(name[2:])))
+
+
+def recipe_of(bundle: Bundle, variant: Variant, library: Library, targets: tuple[str, ...], options: BuildOptions) -> Recipe:
+    """The engine's recipe. Raises EngineError for sizes and features that cannot be."""
+    limit = variant.config.max_positions
+    capacity = min(limit, CAPACITY) if options.capacity is None else options.capacity
+    prefill = min(capacity, PREFILL) if options.prefill is None else options.prefill
+    for what, value, most in (("batch", options.batch, 2**16), ("capacity", capacity, limit), ("prefill", prefill, capacity)):
+        if not 1 <= value <= most:
+            whose = {"batch": "", "capacity": ", the model's context", "prefill": ", the capacity"}[what]
+            raise EngineError(f"{what} {value} is not a whole number from 1 to {most}{whose}")
+    if options.optimisation is not None and not 0 <= options.optimisation <= 5:
+        raise EngineError(f"optimisation level {options.optimisation} is not a whole number from 0 to 5")
+    if options.workspace is not None and options.workspace < 1:
+        raise EngineError(f"workspace {options.workspace} MiB is not a whole number from 1")
+    for word in options.compatible:
+        if word not in COMPATIBLE:
+            raise EngineError(one_of("compatible", word, COMPATIBLE))
+    if options.compatible and library.rtx:
+        raise EngineError("--compatible is of backend tensorrt; a tensorrt-rtx engine runs on the chips that --target names")
+    if variant.dtype == "bf16" and "sm75" in targets:
+        raise EngineError(f"variant {variant.name} is bf16, which sm75 lacks; leave sm75 out, or export it in fp16")
+    if variant.pattern == "attention" and (variant.config.head_dim % 8 or not 16 <= variant.config.head_dim <= 256):
+        raise EngineError(
+            f"variant {variant.name} has heads of {variant.config.head_dim} channels; TensorRT fuses attention for "
+            "multiples of 8 from 16 to 256: export it with --pattern grouped"
+        )
+    check_quantize(options.quantize, variant, targets)
+    return Recipe(
+        graph_sha256=_file_hash(bundle.graph_path(variant)),
+        weights_sha256={name: _file_hash(bundle.path / name) for name in variant.weights},
+        backend=library.backend,
+        module=library.trt.__name__,
+        version=library.version,
+        targets=targets,
+        batch=options.batch,
+        capacity=capacity,
+        prefill=prefill,
+        optimisation=options.optimisation,
+        workspace_bytes=None if options.workspace is None else options.workspace << 20,
+        strip=options.strip,
+        compatible=tuple(sorted(options.compatible)),
+        quantize=options.quantize,
+    )
+
+
+def _file_hash(path: Path) -> str:
+    """Variants share weights: a file that is unchanged is read once a process."""
+    return _hash(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+@cache
+def _hash(path: Path, _changed: int, _size: int) -> str:
+    return record.sha256(path)

@@ -1,0 +1,46 @@
+"""The figures of a run: a JSON object a line, and the same for TensorBoard where tensorboardX is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+JSON, BOARD = "metrics.jsonl", "runs"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows so far, by step."""
+    path = folder / JSON
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+
+
+class Metrics:
+    """Appends rows to a run's folder. What an interrupted call wrote of steps behind its last checkpoint is dropped first."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        kept = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step]
+        partial = folder / f".{JSON}.partial"
+        partial.write_text("".join(kept), "utf-8")
+        os.replace(partial, folder / JSON)
+        self._file = open(folder / JSON, "a", encoding="utf-8")  # noqa: SIM115
+        self._board: Any = None
+        if importlib.util.find_spec("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / BOARD), purge_step=step + 1 if kept else None)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """`row` has numbers only; its `step` counts the steps done."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name in row.keys() - {"step"}:
+                self._board.add_scalar(name, row[name], row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()

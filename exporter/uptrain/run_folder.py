@@ -1,0 +1,98 @@
+"""OUT.run, what a run keeps beside its output while it is not done: its settings, its tokens, its figures, its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from exporter.checkpoint import Checkpoint
+from exporter.errors import UserError
+from exporter.files import new_folder
+from exporter.tokenizer import Tokenizer
+from exporter.uptrain.options import UptrainOptions
+from exporter.uptrain.sources import pieces
+from exporter.uptrain.tokens import Windows, write_tokens
+
+SETTINGS, TOKENS = "run.json", "tokens.bin"
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+def run_folder(out: Path) -> Path:
+    """Beside `out`."""
+    return out.absolute().with_name(f"{out.absolute().name}.run")
+
+
+def prepare(
+    folder: Path, checkpoint: Checkpoint, teacher: Checkpoint | None, options: UptrainOptions, progress: Progress
+) -> None:
+    """Make the folder, its tokens read once and for all; or see that the one there is of this very run. Raises UserError."""
+    settings = {
+        "options": options.identity(),
+        "model": fingerprint(checkpoint),
+        "teacher": fingerprint(teacher) if teacher is not None else None,
+    }
+    if folder.exists():
+        _check_same(folder, json.loads(json.dumps(settings)))
+        return
+    limit = (options.held_out + options.total_steps * options.batch) * options.window + 1
+    tokenizer = Tokenizer.from_files(checkpoint.side_files, checkpoint.name)
+    end = next(iter(checkpoint.config.eos_token_ids), None)
+    with new_folder(folder) as partial:
+        write_tokens(
+            partial / TOKENS,
+            pieces(options.data, options.field),
+            tokenizer,
+            checkpoint.config.vocab_size,
+            end,
+            limit,
+            lambda done: progress("reading data", done, limit),
+        )
+        Windows.open(partial / TOKENS, options.window, options.held_out, options.seed)
+        (partial / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Its config, and a hash of the first layer's K and V, which every conversion and every training changes."""
+    digest = hashlib.sha256()
+    for projection in ("k_proj", "v_proj"):
+        for block in checkpoint.weights[f"model.layers.0.self_attn.{projection}.weight"].blocks():
+            digest.update(block.float().numpy().tobytes())
+    return {"config": dataclasses.asdict(checkpoint.config), "sha256": digest.hexdigest()}
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No second call works in `folder` at the same time. Raises UserError."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with open(folder / SETTINGS, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use: another call of the same run is at work; wait for it, or stop it") from None
+        yield
+
+
+def _check_same(folder: Path, settings: dict[str, Any]) -> None:
+    anew = f"give what it was begun with to go on, or remove {folder} to begin anew"
+    try:
+        there = json.loads((folder / SETTINGS).read_text("utf-8"))
+        options = there["options"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no run that can be read ({type(error).__name__}); remove it to begin anew") from None
+    for name, value in settings["options"].items():
+        if options.get(name) != value:
+            raise UserError(f"{folder} holds a run with {name} {options.get(name)!r}, not {value!r}; {anew}")
+    for name in ("model", "teacher"):
+        if there.get(name) != settings[name]:
+            raise UserError(f"{folder} holds a run of another {name}; {anew}")

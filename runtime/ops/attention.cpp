@@ -1,0 +1,177 @@
+// FusedAttention: RoPE, cache update in place and grouped-query attention. graphs/patterns/fused.py says what its inputs,
+// outputs and attributes are.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.hpp"
+#include "ort.hpp"
+
+namespace headpool {
+namespace {
+
+constexpr size_t SPLIT_ROWS = 512;   // cache rows of a decode task at least; shorter ones cost more than they balance
+constexpr size_t PREFILL_ROWS = 64;  // query rows of a prefill task
+constexpr size_t TASKS = 16;         // tasks of a decode step that are enough to keep the threads even
+
+struct AttentionKernel : Kernel<AttentionKernel> {
+  explicit AttentionKernel(const OrtKernelInfo* raw) {
+    const Ort::ConstKernelInfo info(raw);
+    H = info.GetAttribute<int64_t>("num_heads");
+    G = info.GetAttribute<int64_t>("kv_num_heads");
+    scale = info.GetAttribute<float>("scale");
+    expect(H > 0 && G > 0 && H % G == 0, "headpool::FusedAttention: kv_num_heads must divide num_heads");
+  }
+
+  void compute(OrtKernelContext* raw) {
+    const Ort::KernelContext context(raw);
+    const auto query = context.GetInput(0), key = context.GetInput(1), value = context.GetInput(2);
+    const auto past_key = context.GetInput(3), past_value = context.GetInput(4), positions = context.GetInput(5);
+    const auto cos = context.GetInput(6), sin = context.GetInput(7);
+    const auto k_shape = shape(past_key), v_shape = shape(past_value), tokens = shape(positions);
+    expect(k_shape.size() == 4 && v_shape.size() == 4 && tokens.size() == 2,
+           "headpool::FusedAttention: a cache or position_ids has a wrong rank");
+    Attention a{};
+    a.query = floats(query);
+    a.B = tokens[0], a.T = tokens[1], a.S = k_shape[2], a.H = H, a.G = G, a.D = k_shape[3], a.Dv = v_shape[3];
+    a.positions = positions.GetTensorData<int64_t>();
+    a.scale = scale;
+    a.cos = floats(cos), a.sin = floats(sin);
+    expect(!a.cos == !a.sin && (!a.cos || shape(cos).size() == 3),
+           "headpool::FusedAttention: cos or sin is missing or has a wrong rank");
+    if (a.cos) a.rotary = 2 * shape(cos).back();
+    const auto elements = [](const Ort::ConstValue& v) { return v.GetTensorTypeAndShapeInfo().GetElementCount(); };
+    const size_t rows = a.B * a.T;
+    expect(static_cast<size_t>(k_shape[0]) == a.B && static_cast<size_t>(k_shape[1]) == G && v_shape[0] == k_shape[0] &&
+               v_shape[1] == k_shape[1] && v_shape[2] == k_shape[2] && elements(query) == rows * H * a.D &&
+               elements(key) == rows * G * a.D && elements(value) == rows * G * a.Dv && a.rotary <= a.D &&
+               (!a.cos || (elements(cos) == rows * a.rotary / 2 && elements(sin) == elements(cos))),
+           "headpool::FusedAttention: the shapes of its inputs contradict each other");
+    std::vector<int64_t> out{tokens[0], tokens[1], static_cast<int64_t>(H * a.Dv)};
+    if (shape(query).size() == 2) out = {tokens[0] * tokens[1], out[2]};
+    a.output = context.GetOutput(0, out).GetTensorMutableData<float>();
+    float* keys = in_place(past_key, context.GetOutput(1, k_shape));
+    float* values = in_place(past_value, context.GetOutput(2, v_shape));
+    a.keys = keys, a.values = values;
+    if (!rows) return;
+    for (size_t b = 0; b < a.B; ++b) {
+      const int64_t* row = a.positions + b * a.T;
+      const auto [least, most] = std::minmax_element(row, row + a.T);
+      expect(*least >= 0 && *most < k_shape[2] && row[0] <= k_shape[2] - tokens[1],
+             "headpool::FusedAttention: a position lies outside the cache");
+    }
+    update(context, a, floats(key), floats(value), keys, values);
+    a.T == 1 ? decode(context, a) : prefill(context, a);
+  }
+
+ private:
+  // The cache is written where it lies when the caller bound one buffer as input and as output; else it is copied first.
+  static float* in_place(const Ort::ConstValue& past, Ort::UnownedValue present) {
+    float* to = present.GetTensorMutableData<float>();
+    const float* from = past.GetTensorData<float>();
+    if (to != from) std::memcpy(to, from, past.GetTensorTypeAndShapeInfo().GetElementCount() * sizeof(float));
+    return to;
+  }
+
+  static void update(const Ort::KernelContext& context, const Attention& a, const float* key, const float* value, float* keys,
+                     float* values) {
+    const size_t rows = a.B * a.T, half = a.rotary / 2, step = 16;
+    parallel(context, divide_up(rows, step), [&](size_t task) {
+      for (size_t token = task * step; token < std::min(rows, (task + 1) * step); ++token) {
+        const size_t b = token / a.T, s = a.positions[b * a.T] + token % a.T;
+        for (size_t g = 0; g < a.G; ++g) {
+          const float* k = key + (token * a.G + g) * a.D;
+          float* to = keys + ((b * a.G + g) * a.S + s) * a.D;
+          if (a.cos)
+            kernels().rotate(to, k, a.cos + token * half, a.sin + token * half, a.D, a.rotary);
+          else
+            std::copy(k, k + a.D, to);
+          const float* v = value + (token * a.G + g) * a.Dv;
+          std::copy(v, v + a.Dv, values + ((b * a.G + g) * a.S + s) * a.Dv);
+        }
+      }
+    });
+  }
+
+  static void prefill(const Ort::KernelContext& context, const Attention& a) {
+    const size_t step = std::max<size_t>(1, PREFILL_ROWS / (a.H / a.G)), blocks = divide_up(a.T, step);
+    parallel(context, a.B * a.G * blocks, [&](size_t task) {
+      const size_t block = blocks - 1 - task % blocks;  // the longest first: the threads end together
+      const size_t b = task / blocks / a.G, t0 = block * step, t1 = std::min(a.T, t0 + step);
+      const int64_t* row = a.positions + b * a.T;
+      const size_t end = 1 + *std::max_element(row + t0, row + t1);
+      attend(a, {b, task / blocks % a.G, t0, t1, 0, end, nullptr, nullptr, nullptr});
+    });
+  }
+
+  static void attend(const Attention& a, const Tile& tile) {
+    thread_local std::vector<float> scratch;  // kept from step to step
+    scratch.resize(kernels().scratch_floats(a, tile));
+    kernels().attend(a, tile, scratch.data());
+  }
+
+  // One token a sequence: where the groups are few, the cache rows are split too and the parts merged.
+  static void decode(const Ort::KernelContext& context, const Attention& a) {
+    const size_t groups = a.B * a.G, R = a.H / a.G;
+    const size_t longest = 1 + *std::max_element(a.positions, a.positions + a.B);
+    const size_t splits = std::clamp<size_t>(divide_up(TASKS, groups), 1, std::max<size_t>(1, longest / SPLIT_ROWS));
+    if (splits == 1) {
+      parallel(context, groups, [&](size_t task) {
+        const size_t b = task / a.G;
+        attend(a, {b, task % a.G, 0, 1, 0, static_cast<size_t>(a.positions[b] + 1), nullptr, nullptr, nullptr});
+      });
+      return;
+    }
+    thread_local std::vector<float> parts;  // maximum, sum and output of each row of each task
+    const size_t rows = groups * splits * R;
+    parts.resize(rows * (2 + a.Dv));
+    float *maximum = parts.data(), *sum = maximum + rows, *partial = sum + rows;
+    parallel(context, groups * splits, [&](size_t task) {
+      const size_t b = task / splits / a.G, used = a.positions[b] + 1, step = divide_up(divide_up(used, splits), 64) * 64;
+      const size_t s0 = std::min(used, task % splits * step), s1 = std::min(used, s0 + step), row = task * R;
+      attend(a, {b, task / splits % a.G, 0, 1, s0, s1, maximum + row, sum + row, partial + row * a.Dv});
+    });
+    for (size_t group = 0; group < groups; ++group)
+      for (size_t r = 0; r < R; ++r) merge(a, group, r, splits, R, maximum, sum, partial);
+  }
+
+  static void merge(const Attention& a, size_t group, size_t r, size_t splits, size_t R, const float* maximum, const float* sum,
+                    const float* partial) {
+    const auto row = [&](size_t split) { return (group * splits + split) * R + r; };
+    float top = maximum[row(0)], total = 0;
+    for (size_t i = 1; i < splits; ++i) top = std::max(top, maximum[row(i)]);
+    float* to = a.output + (group * R + r) * a.Dv;  // [B,1,H,Dv]: head g·R + r of sequence b is row group·R + r
+    std::fill(to, to + a.Dv, 0.0f);
+    for (size_t i = 0; i < splits; ++i) {
+      const float weight = sum[row(i)] == 0 ? 0 : std::exp(maximum[row(i)] - top);
+      total += weight * sum[row(i)];
+      for (size_t d = 0; d < a.Dv; ++d) to[d] += weight * partial[row(i) * a.Dv + d];
+    }
+    for (size_t d = 0; d < a.Dv; ++d) to[d] /= total;
+  }
+
+  size_t H, G;
+  float scale;
+};
+
+struct AttentionOp : Operator<AttentionOp, AttentionKernel> {
+  const char* GetName() const { return "FusedAttention"; }
+  size_t GetInputTypeCount() const { return 8; }
+  ONNXTensorElementDataType GetInputType(size_t i) const {
+    return i == 5 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
+    return i < 6 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  }
+  size_t GetOutputTypeCount() const { return 3; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+};
+
+}  // namespace
+
+const OrtCustomOp* attention_operator() {
+  static const AttentionOp op;
+  return &op;
+}
+
+}  // namespace headpool

@@ -1,0 +1,320 @@
+// LinearChain: linear layers one after another, without leaving the threads between them. graphs/chain.py says what its
+// inputs, outputs and attributes are.
+#include <algorithm>
+#include <atomic>
+#include <string>
+#include <thread>
+
+#include "kernels.hpp"
+#include "ort.hpp"
+#include "relay.hpp"
+
+namespace headpool {
+namespace {
+
+constexpr size_t UNIT_BYTES = 64 << 10;    // of weights, the least that a thread takes on
+constexpr size_t AHEAD_BYTES = 256 << 10;  // of weights that a thread asks for while it waits
+constexpr size_t PIECE = 64 << 10;         // elements that a thread takes on where there are many rows
+constexpr size_t LINE = 64;
+constexpr int64_t NONE = -1;
+
+// ONNX Runtime's own Gemm(transB=1): for many rows of x, where arithmetic bounds and not memory.
+class Gemm {
+ public:
+  Gemm(const OrtKernelInfo* info, bool bias) : bias_(bias) {
+    const float one = 1;
+    const int64_t no = 0, yes = 1;
+    Ort::OpAttr attributes[] = {Ort::OpAttr("alpha", &one, 1, ORT_OP_ATTR_FLOAT),
+                                Ort::OpAttr("beta", &one, 1, ORT_OP_ATTR_FLOAT), Ort::OpAttr("transA", &no, 1, ORT_OP_ATTR_INT),
+                                Ort::OpAttr("transB", &yes, 1, ORT_OP_ATTR_INT)};
+    const char* names[] = {"T"};
+    const ONNXTensorElementDataType types[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT};
+    op_ = Ort::Op::Create(info, "Gemm", "", 13, names, types, 1, attributes, 4, bias ? 3 : 2, 1);
+  }
+
+  void operator()(const OrtKernelContext* context, const OrtValue* x, const OrtValue* w, const OrtValue* bias, OrtValue* y) {
+    const OrtValue* inputs[] = {x, w, bias};
+    OrtValue* outputs[] = {y};
+    op_.Invoke(context, inputs, bias_ ? 3 : 2, outputs, 1);
+  }
+
+ private:
+  bool bias_;
+  Ort::Op op_{nullptr};
+};
+
+// Values are numbered: the node's inputs first, then what the stages give, in order.
+struct Layer {
+  size_t w;
+  int64_t bias;
+  const float *weights, *biases;  // of those two
+  size_t N, y;                    // outputs, and their value; of a gated stage both layers have the same one
+};
+
+struct Stage {
+  size_t x;
+  int64_t residual, activation;  // activation: of the first of two layers, which gates the second
+  Norm norm;                     // its weight is null where there is none
+  size_t K;
+  std::vector<Layer> layers;
+  std::vector<size_t> ends;  // of the units of its layers
+
+  bool gated() const { return activation != NONE; }
+  size_t rows_per_unit() const { return std::max<size_t>(4, UNIT_BYTES / (K * sizeof(float)) / (gated() ? 2 : 1) / 4 * 4); }
+};
+
+float* buffer(std::vector<float>& memory, size_t count) {  // kept from step to step
+  if (memory.size() < count) memory.resize(count);
+  return memory.data();
+}
+
+// One step of a chain with few rows.
+struct Step {
+  const std::vector<Stage>& stages;
+  const std::vector<float*>& values;
+  size_t M;
+
+  using State = const float*;  // the input of the stage, normalised
+
+  State enter(size_t index) {
+    const Stage& stage = stages[index];
+    const float* x = values[stage.x];
+    if (!stage.norm.weight) return x;
+    thread_local std::vector<float> memory;
+    float* normed = buffer(memory, M * stage.K);  // every thread for itself: cheaper than to wait for one
+    for (size_t m = 0; m < M; ++m) kernels().normalise(stage.norm, x + m * stage.K, normed + m * stage.K);
+    return normed;
+  }
+
+  void run(size_t index, size_t first, size_t end, State x) {
+    const Stage& stage = stages[index];
+    for (size_t i = 0, before = 0; i < stage.ends.size(); before = stage.ends[i++]) {
+      if (end <= before || first >= stage.ends[i]) continue;
+      const Layer& layer = stage.layers[i];
+      const size_t rows = stage.rows_per_unit(), n0 = (std::max(first, before) - before) * rows;
+      const size_t n1 = std::min((end - before) * rows, layer.N);
+      float* y = values[layer.y];
+      if (stage.gated()) {
+        const Layer& up = stage.layers[1];
+        kernels().gated({x, layer.weights, up.weights, layer.biases, up.biases, y, M, stage.K, layer.N,
+                         static_cast<Activation>(stage.activation)},
+                        n0, n1);
+      } else {
+        const float* residual = stage.residual == NONE ? nullptr : values[stage.residual];
+        kernels().linear({x, layer.weights, layer.biases, residual, y, M, stage.K, layer.N}, n0, n1);
+      }
+    }
+  }
+
+  bool ahead(size_t index, size_t first, size_t turn) {
+    constexpr size_t TOGETHER = 8;  // lines
+    const Stage& stage = stages[index];
+    const size_t i = std::upper_bound(stage.ends.begin(), stage.ends.end(), first) - stage.ends.begin();
+    const Layer& layer = stage.layers[i];
+    const size_t n = (first - (i ? stage.ends[i - 1] : 0)) * stage.rows_per_unit(), start = turn * TOGETHER * LINE;
+    if (start >= std::min(AHEAD_BYTES, (layer.N - n) * stage.K * sizeof(float))) return false;
+    const char* from = reinterpret_cast<const char*>(layer.weights + n * stage.K) + start;
+    for (size_t line = 0; line < TOGETHER; ++line) __builtin_prefetch(from + line * LINE, 0, 2);
+    return true;
+  }
+};
+
+class ChainKernel : public Kernel<ChainKernel> {
+ public:
+  explicit ChainKernel(const OrtKernelInfo* raw) : plain_(raw, false), with_bias_(raw, true) {
+    const Ort::ConstKernelInfo info(raw);
+    inputs_ = info.GetInputCount();
+    read_stages(info);
+    for (const int64_t value : info.GetAttributes<int64_t>("outputs")) {
+      expect(value >= static_cast<int64_t>(inputs_) && value < static_cast<int64_t>(widths_.size()),
+             "headpool::LinearChain: an output is none of the stages'");
+      outputs_.push_back(value);
+    }
+    expect(outputs_.size() == info.GetOutputCount(), "headpool::LinearChain: `outputs` has a wrong length");
+    for (const Stage& stage : stages_) ends_.push_back((ends_.empty() ? 0 : ends_.back()) + stage.ends.back());
+  }
+
+  void compute(OrtKernelContext* raw) {
+    const Ort::KernelContext context(raw);
+    std::vector<float*> values(widths_.size());
+    const auto first = shape(context.GetInput(stages_.front().x));
+    expect(first.size() == 2, "headpool::LinearChain: x must have two dimensions");
+    const size_t M = first[0];
+    for (size_t i = 0; i < inputs_; ++i) {
+      if (!widths_[i]) continue;
+      const auto value = context.GetInput(i);
+      expect(shape(value) == std::vector<int64_t>{first[0], static_cast<int64_t>(widths_[i])},
+             "headpool::LinearChain: an input does not fit the weights");
+      values[i] = const_cast<float*>(floats(value));
+    }
+    std::vector<Ort::UnownedValue> outputs;
+    for (size_t i = 0; i < outputs_.size(); ++i) {
+      outputs.push_back(context.GetOutput(i, {first[0], static_cast<int64_t>(widths_[outputs_[i]])}));
+      values[outputs_[i]] = outputs.back().GetTensorMutableData<float>();
+    }
+    if (!M) return;
+    M > FEW_ROWS ? many_rows(context, raw, outputs, M) : few_rows(context, values, M);
+  }
+
+ private:
+  void read_stages(const Ort::ConstKernelInfo& info) {
+    const auto numbers = info.GetAttributes<int64_t>("stages");
+    const auto epsilons = info.GetAttributes<float>("epsilons"), offsets = info.GetAttributes<float>("offsets");
+    widths_.assign(inputs_, 0);
+    size_t at = 0;
+    const auto next = [&](int64_t least, size_t end) {
+      expect(at < numbers.size() && numbers[at] >= least && numbers[at] < static_cast<int64_t>(end),
+             "headpool::LinearChain: `stages` is cut short or holds a number out of range");
+      return numbers[at++];
+    };
+    while (at < numbers.size()) {
+      Stage stage{};
+      const size_t known = widths_.size();
+      stage.x = next(0, known);
+      stage.residual = next(NONE, known);
+      const int64_t norm_index = next(NONE, inputs_);
+      stage.activation = next(NONE, ACTIVATIONS);
+      const size_t count = next(1, inputs_ + 1);
+      const auto [norm, norm_shape] = constant(info, norm_index);
+      for (size_t i = 0; i < count; ++i) {
+        const auto w = next(0, inputs_), b = next(NONE, inputs_);
+        const auto [weights, w_shape] = constant(info, w);
+        const auto [biases, b_shape] = constant(info, b);
+        expect(w_shape.size() == 2 && (!biases || b_shape == std::vector<int64_t>{w_shape[0]}) &&
+                   (!i || w_shape[1] == static_cast<int64_t>(stage.K)),
+               "headpool::LinearChain: the weights of a stage contradict each other");
+        stage.K = w_shape[1];
+        stage.layers.push_back({static_cast<size_t>(w), b, weights, biases, static_cast<size_t>(w_shape[0]), 0});
+      }
+      expect(!norm || norm_shape == std::vector<int64_t>{static_cast<int64_t>(stage.K)},
+             "headpool::LinearChain: the weight of a norm does not fit x");
+      expect(stage.gated() ? count == 2 && stage.layers[0].N == stage.layers[1].N && stage.residual == NONE
+                           : stage.residual == NONE || count == 1,
+             "headpool::LinearChain: a gate has two layers of one shape, a residual one layer");
+      has_width(stage.x, stage.K);
+      if (stage.residual != NONE) has_width(stage.residual, stage.layers[0].N);
+      expect(stages_.size() < std::min(epsilons.size(), offsets.size()),
+             "headpool::LinearChain: `epsilons` or `offsets` is too short");
+      stage.norm = {norm, stage.K, epsilons[stages_.size()], offsets[stages_.size()]};
+      for (Layer& layer : stage.layers) {
+        if (!stage.gated() || &layer == &stage.layers[0]) widths_.push_back(layer.N);
+        layer.y = widths_.size() - 1;
+        if (stage.gated() && &layer != &stage.layers[0]) continue;
+        stage.ends.push_back((stage.ends.empty() ? 0 : stage.ends.back()) + divide_up(layer.N, stage.rows_per_unit()));
+      }
+      stages_.push_back(std::move(stage));
+    }
+    expect(!stages_.empty() && stages_.front().x < inputs_, "headpool::LinearChain: `stages` is empty");
+  }
+
+  // The data and shape of a weight; null for NONE. The weights are the graph's own, so that they can be looked up once.
+  static std::pair<const float*, std::vector<int64_t>> constant(const Ort::ConstKernelInfo& info, int64_t index) {
+    if (index == NONE) return {};
+    int is_constant = 0;
+    const Ort::ConstValue value = info.GetTensorConstantInput(index, &is_constant);
+    expect(is_constant, "headpool::LinearChain: a weight is not constant");
+    return {floats(value), shape(value)};
+  }
+
+  // Rows of x or of a residual, whose width the weights say.
+  void has_width(size_t value, size_t width) {
+    if (value < inputs_ && !widths_[value]) widths_[value] = width;
+    expect(widths_[value] == width, "headpool::LinearChain: what one stage gives does not fit the next");
+  }
+
+  void few_rows(const Ort::KernelContext& context, std::vector<float*>& values, size_t M) {
+    thread_local std::vector<float> memory;  // of what only the stages see
+    size_t total = 0;
+    for (size_t i = inputs_; i < values.size(); ++i) total += values[i] ? 0 : widths_[i] * M;
+    float* free = buffer(memory, total);
+    for (size_t i = inputs_; i < values.size(); ++i)
+      if (!values[i]) values[i] = free, free += widths_[i] * M;
+    Step step{stages_, values, M};
+    Relay<Step> relay(ends_, threads_, step);
+    static const size_t most = std::max(1u, std::thread::hardware_concurrency());
+    parallel(context, std::min(most, ends_.back()), [&](size_t) { relay.work(); });
+    if (relay.workers() > threads_) threads_ = relay.workers();
+  }
+
+  void many_rows(const Ort::KernelContext& context, OrtKernelContext* raw, const std::vector<Ort::UnownedValue>& outputs,
+                 size_t M) {
+    std::vector<const OrtValue*> values(widths_.size());
+    for (size_t i = 0; i < inputs_; ++i) values[i] = context.GetInput(i);
+    for (size_t i = 0; i < outputs.size(); ++i) values[outputs_[i]] = outputs[i];
+    std::vector<Ort::Value> own;
+    Ort::AllocatorWithDefaultOptions allocator;
+    const auto create = [&](size_t width) {
+      const int64_t dimensions[] = {static_cast<int64_t>(M), static_cast<int64_t>(width)};
+      own.push_back(Ort::Value::CreateTensor<float>(allocator, dimensions, 2));
+      return static_cast<OrtValue*>(own.back());
+    };
+    const auto data = [](const OrtValue* value) {
+      return Ort::UnownedValue(const_cast<OrtValue*>(value)).GetTensorMutableData<float>();
+    };
+    const auto each = [&](size_t total, size_t step, const auto& work) {
+      parallel(context, divide_up(total, step), [&](size_t task) { work(task * step, std::min(total, (task + 1) * step)); });
+    };
+    for (const Stage& stage : stages_) {
+      const OrtValue* x = values[stage.x];
+      if (stage.norm.weight) {
+        const float* from = data(x);
+        OrtValue* normed = create(stage.K);
+        float* to = data(normed);
+        each(M, std::max<size_t>(1, PIECE / stage.K), [&](size_t m, size_t end) {
+          for (; m < end; ++m) kernels().normalise(stage.norm, from + m * stage.K, to + m * stage.K);
+        });
+        x = normed;
+      }
+      const OrtValue* gate = nullptr;
+      for (const Layer& layer : stage.layers) {
+        const OrtValue* bias = layer.bias == NONE ? nullptr : values[layer.bias];
+        const bool is_gate = stage.gated() && !gate;
+        if (!is_gate && !values[layer.y]) values[layer.y] = create(layer.N);
+        OrtValue* y = is_gate ? create(layer.N) : const_cast<OrtValue*>(values[layer.y]);
+        (bias ? with_bias_ : plain_)(raw, x, values[layer.w], bias, y);
+        if (is_gate) gate = y;
+      }
+      const Layer& last = stage.layers.back();
+      float* y = data(values[last.y]);
+      if (gate) {
+        const float* from = data(gate);
+        each(M * last.N, PIECE / 4, [&](size_t i, size_t end) {
+          kernels().activate(from + i, y + i, end - i, static_cast<Activation>(stage.activation));
+        });
+      }
+      if (stage.residual != NONE) {
+        const float* residual = data(values[stage.residual]);
+        each(M * last.N, PIECE, [&](size_t i, size_t end) {
+          for (; i < end; ++i) y[i] += residual[i];
+        });
+      }
+    }
+  }
+
+  size_t inputs_;
+  std::vector<size_t> widths_;   // of the values; 0 for weights
+  std::vector<size_t> outputs_;  // values
+  std::vector<Stage> stages_;
+  std::vector<size_t> ends_;
+  Gemm plain_, with_bias_;
+  std::atomic<size_t> threads_{2};  // of the session, which does not tell: as many as were ever seen at work
+};
+
+struct ChainOp : Operator<ChainOp, ChainKernel> {
+  const char* GetName() const { return "LinearChain"; }
+  size_t GetInputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t) const { return INPUT_OUTPUT_VARIADIC; }
+  size_t GetOutputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t) const { return INPUT_OUTPUT_VARIADIC; }
+};
+
+}  // namespace
+
+const OrtCustomOp* chain_operator() {
+  static const ChainOp op;
+  return &op;
+}
+
+}  // namespace headpool

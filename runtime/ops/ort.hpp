@@ -1,0 +1,77 @@
+// What the operators share of ONNX Runtime's C++ interface.
+#pragma once
+
+#define ORT_API_MANUAL_INIT
+#include <onnxruntime_cxx_api.h>
+
+#include <cstddef>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+namespace headpool {
+
+inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
+inline void expect(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+inline const float* floats(const Ort::ConstValue& value) { return value ? value.GetTensorData<float>() : nullptr; }
+
+inline std::vector<int64_t> shape(const Ort::ConstValue& value) { return value.GetTensorTypeAndShapeInfo().GetShape(); }
+
+// work(i) for all i < total on the session's threads. What one of them throws is thrown when all have ended.
+template <class F>
+void parallel(const Ort::KernelContext& context, size_t total, const F& work) {
+  if (total == 1) return work(0);
+  struct Shared {
+    const F& work;
+    std::mutex mutex;
+    std::exception_ptr error;
+  } shared{work, {}, {}};
+  context.ParallelFor(
+      [](void* raw, size_t i) {
+        Shared& all = *static_cast<Shared*>(raw);
+        try {
+          all.work(i);
+        } catch (...) {  // ONNX Runtime's threads would end the process
+          const std::lock_guard lock(all.mutex);
+          all.error = std::current_exception();
+        }
+      },
+      total, 0, &shared);
+  if (shared.error) std::rethrow_exception(shared.error);
+}
+
+// Derived has compute(OrtKernelContext*); what it throws becomes ONNX Runtime's error.
+template <class Derived>
+struct Kernel {
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
+    try {
+      static_cast<Derived*>(this)->compute(context);
+      return nullptr;
+    } catch (const std::exception& error) {
+      return Ort::GetApi().CreateStatus(ORT_FAIL, error.what());
+    }
+  }
+};
+
+template <class Op, class K>
+struct Operator : Ort::CustomOpBase<Op, K, true> {
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const noexcept {
+    try {
+      *kernel = std::make_unique<K>(info).release();
+      return nullptr;
+    } catch (const std::exception& error) {
+      return Ort::GetApi().CreateStatus(ORT_FAIL, error.what());
+    }
+  }
+};
+
+const OrtCustomOp* chain_operator();      // chain.cpp
+const OrtCustomOp* attention_operator();  // attention.cpp
+
+}  // namespace headpool
