@@ -1,37 +1,108 @@
-"""The C++ tests of runtime/, built and run: kernels against double precision, and no code shared between instruction sets."""
+"""The programs of runtime/, run: kernels against double precision, sessions, the cost of a step, examples, the package."""
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import hf
+import numpy as np
 import pytest
+from building import REPOSITORY, run
 
-REPOSITORY = Path(__file__).parents[2]
+from exporter.bundle import Bundle
+from exporter.checkpoint import open_checkpoint
+from exporter.cli import _run
+from exporter.engines import open_session
+from exporter.export import ExportOptions, export
+from exporter.generate import generate
+from profiles.results import Results
+
+PROMPT = [5, 17, 33, 2, 40]
 
 
-def lacking(what: str) -> None:
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"the C++ tests need {what}")
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("programs")
+    options = ExportOptions(patterns=("grouped", "fused", "attention", "gqa"), groups=(2, 1), cache="static")
+    return export(open_checkpoint(hf.save("llama", folder)), folder / "bundle", options)
 
 
-def test_cpp(tmp_path: Path) -> None:
-    beside = shutil.which("cmake", path=str(Path(sys.executable).parent))  # from PyPI, as scripts/ops installs it
-    cmake = shutil.which("cmake") or beside
-    headers = [Path(os.environ.get("ONNXRUNTIME_INCLUDE_DIR", "/nowhere")), REPOSITORY / ".deps/onnxruntime/include"]
-    headers += [Path(root, "include", name) for root in ("/usr", "/usr/local") for name in ("onnxruntime", "")]
-    include = next((folder for folder in headers if (folder / "onnxruntime_cxx_api.h").is_file()), None)
-    if cmake is None or shutil.which(os.environ.get("CXX", "c++")) is None or include is None:
-        lacking("cmake, a C++ compiler and ONNX Runtime's headers, which scripts/ops fetches")
-    for command in (
-        [cmake, "-S", REPOSITORY / "runtime", "-B", tmp_path, f"-DONNXRUNTIME_INCLUDE_DIR={include}"],
-        [cmake, "--build", tmp_path, "--parallel", "2"],
-        [Path(cmake).with_name("ctest"), "--test-dir", tmp_path, "--output-on-failure"],
-    ):
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "warning:" not in done.stderr + done.stdout
-    assert "100% tests passed" in done.stdout
-    assert "no_shared_symbols_plain" in done.stdout
+@pytest.fixture(scope="module")
+def greedy(bundle: Bundle) -> list[int]:
+    with open_session(bundle, "g2.grouped", threads=1) as session:
+        return [int(tokens[0]) for tokens in generate(session, [np.array(PROMPT)], 12)]
+
+
+def test_kernels(built: Path, tools: dict[str, str]) -> None:
+    output = run(tools["ctest"], "--test-dir", built, "--output-on-failure")
+    assert "100% tests passed" in output
+    assert "no_shared_symbols_plain" in output
+
+
+def test_sessions_as_an_application_uses_them(built: Path, bundle: Bundle) -> None:
+    output = run(built / "tests/sessions", bundle.path)
+    assert output.splitlines() == [f"{variant.name} is sound" for variant in bundle.variants]
+
+
+@pytest.mark.parametrize("variant", ["g2.grouped", "g1.attention", "g2.gqa"])
+def test_a_step_allocates_only_what_onnx_runtime_does(variant: str, built: Path, bundle: Bundle) -> None:
+    cost = json.loads(run(built / "tests/step", bundle.path, variant))
+    assert cost["steps"] > 2000
+    assert cost["step_allocations"] == cost["run_allocations"] > 0
+
+
+def test_mutated_files_are_read_or_refused(built: Path, bundle: Bundle) -> None:
+    files = [bundle.path / "headpool.json", bundle.path / "model.g2.fused.onnx"]
+    assert "3000 mutations" in run(built / "tests/fuzz", 3000, *files)
+
+
+def test_the_example_generate(built: Path, bundle: Bundle, greedy: list[int]) -> None:
+    output = run(built / "examples/generate", bundle.path, "g2.grouped", len(greedy), *PROMPT)
+    shown = [int(line) for line in output.splitlines() if line.strip().isdigit()]
+    stop = greedy.index(2) + 1 if 2 in greedy else len(greedy)  # eos_token_id
+    assert shown == greedy[:stop]
+
+
+def test_headpool_reads_what_the_example_bench_writes(built: Path, bundle: Bundle, tmp_path: Path, capfd) -> None:
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file in files:
+        run(built / "examples/bench", bundle.path, "g2.fused", file, "8,16", 16, 1, 2)
+    results = Results.load(files[0])
+    assert [(cell.kind, cell.context, cell.batch, len(cell.samples)) for cell in results.cells] == [
+        (kind, context, 2, count) for context in (8, 16) for kind, count in (("decode", 16), ("prefill", 5), ("ttft", 5))
+    ]
+    assert results.cells[0].subject.groups == 2
+    assert _run(["compare", *map(str, files)]) == 0
+    assert "fused" in capfd.readouterr().out
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_the_installed_package(built: Path, tools: dict[str, str], bundle: Bundle, greedy: list[int], tmp_path: Path) -> None:
+    """A project of its own finds it through CMake, shared and static, in C++ and C; a command line through pkg-config."""
+    prefix, consumer = tmp_path / "prefix", tmp_path / "consumer"
+    run(tools["cmake"], "--install", built, "--prefix", prefix)
+    source = REPOSITORY / "runtime/examples/consumer"
+    run(tools["cmake"], "-S", source, "-B", consumer, f"-DCMAKE_PREFIX_PATH={prefix};{tools['deps']}")
+    run(tools["cmake"], "--build", consumer)
+    for program in ("consumer", "consumer_static", "consumer_c"):
+        assert run(consumer / program, bundle.path, *PROMPT) == f"{greedy[0]}\n"
+    if shutil.which("pkg-config") is None:
+        return
+    flags = run("pkg-config", "--cflags", "--libs", "headpool", PKG_CONFIG_PATH=str(next(prefix.glob("lib*/**/pkgconfig"))))
+    library = next(prefix.glob("lib*/**/libheadpool.so")).parent
+    link = [*flags.split(), f"-Wl,-rpath,{library}", f"-Wl,-rpath-link,{tools['deps']}/lib"]
+    run("c++", "-std=c++20", source / "main.cpp", "-o", tmp_path / "by-hand", *link)
+    assert run(tmp_path / "by-hand", bundle.path, *PROMPT) == f"{greedy[0]}\n"
+
+
+def test_without_a_compiler_the_tests_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import building
+
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match=r"^the C\+\+ tests need a compiler$"):
+        building.lacking("a compiler")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match=r"^the C\+\+ tests need a compiler$"):
+        building.lacking("a compiler")

@@ -1,0 +1,16 @@
+# The target onnxruntime::onnxruntime: of ONNX Runtime's own package where it is installed with one, else from its headers and
+# library, which Debian's libonnxruntime-dev or scripts/cpp_deps put under a prefix (CMAKE_PREFIX_PATH).
+find_package(onnxruntime CONFIG QUIET)
+if(TARGET onnxruntime::onnxruntime)
+  set(ONNXRuntime_FOUND TRUE)
+  return()
+endif()
+find_path(ONNXRUNTIME_INCLUDE_DIR onnxruntime_cxx_api.h PATH_SUFFIXES onnxruntime onnxruntime/core/session)
+find_library(ONNXRUNTIME_LIBRARY NAMES onnxruntime libonnxruntime.so.1)
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(ONNXRuntime REQUIRED_VARS ONNXRUNTIME_LIBRARY ONNXRUNTIME_INCLUDE_DIR)
+if(ONNXRuntime_FOUND)
+  add_library(onnxruntime::onnxruntime SHARED IMPORTED)
+  set_target_properties(onnxruntime::onnxruntime PROPERTIES IMPORTED_LOCATION "${ONNXRUNTIME_LIBRARY}"
+    INTERFACE_INCLUDE_DIRECTORIES "${ONNXRUNTIME_INCLUDE_DIR}")
+endif()

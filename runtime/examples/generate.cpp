@@ -1,0 +1,87 @@
+// Generates tokens from a bundle, printing each as it is known:
+//
+//     generate bundle g4.fused 20 1 504 3575 282        20 new tokens after the ids 1 504 3575 282; "" is the first variant
+//     generate bundle g4.fused 20 "The capital of"      the same in text, where it was built with tokenizers-cpp
+//
+// https://github.com/mlc-ai/tokenizers-cpp reads the tokenizer.json in a bundle: cmake -DTOKENIZERS_CPP=/path/to/its/checkout
+#include <cstdio>
+#include <cstdlib>
+#include <headpool/generate.hpp>
+#include <string>
+#include <vector>
+
+#ifdef HEADPOOL_TOKENIZERS_CPP
+#include <tokenizers_cpp.h>
+
+#include <fstream>
+#include <iterator>
+#endif
+
+namespace {
+
+void run(const std::string& bundle, const std::string& variant, long count, const std::vector<std::string>& words) {
+  // 1. The prompt as token ids, and what prints new ones.
+  std::vector<headpool::Token> prompt;
+  std::function<void(headpool::Token)> print = [](headpool::Token token) {
+    std::printf("%lld\n", static_cast<long long>(token));
+  };
+#ifdef HEADPOOL_TOKENIZERS_CPP
+  std::ifstream file(bundle + "/tokenizer.json", std::ios::binary);
+  const std::string json{std::istreambuf_iterator<char>(file), {}};
+  if (json.empty())
+    throw headpool::BundleError(bundle + " has no tokenizer.json; pass token ids to a build without tokenizers-cpp");
+  const auto tokenizer = tokenizers::Tokenizer::FromBlobJSON(json);
+  for (const std::string& word : words)
+    for (const int id : tokenizer->Encode(word)) prompt.push_back(id);
+  std::string shown;
+  std::vector<int> ids;
+  print = [&](headpool::Token token) {  // a token may be a part of a character, so all of the text is decoded each time
+    ids.push_back(static_cast<int>(token));
+    const std::string text = tokenizer->Decode(ids);
+    if (text.size() < shown.size() || text.ends_with("\uFFFD")) return;
+    std::fputs(text.c_str() + shown.size(), stdout);
+    shown = text;
+  };
+#else
+  for (const std::string& word : words) {
+    char* end = nullptr;
+    prompt.push_back(std::strtoll(word.c_str(), &end, 10));
+    if (*end) throw headpool::ArgumentError(word + " is no token id; text needs a build with tokenizers-cpp");
+  }
+#endif
+
+  // 2. The model, and a session that has room for what is to come. More sessions of the model would share its weights.
+  const headpool::Model model = headpool::Model::open(bundle, {variant, 0});
+  headpool::SessionOptions room;
+  room.capacity = static_cast<std::int64_t>(prompt.size()) + count;
+  headpool::Session session(model, room);
+
+  // 3. Prefill, then a token at a time until one that ends the text.
+  headpool::GenerateOptions options;
+  options.max_new_tokens = count;
+  options.sampling = {.temperature = 0, .top_k = 0, .top_p = 1, .seed = 0};  // greedy
+  options.stop_ids = model.info().stop_ids;
+  const std::span<const headpool::Token> prompts[] = {prompt};
+  headpool::generate(session, prompts, options, [&](std::span<const headpool::Token> tokens) {
+    print(tokens[0]);
+    std::fflush(stdout);
+    return true;  // false would stop here
+  });
+  std::fprintf(stderr, "\n%lld tokens in the cache: %.1f kB of K and V\n", static_cast<long long>(session.lengths()[0]),
+               static_cast<double>(session.kv_bytes()) / 1e3);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 5) {
+    std::fprintf(stderr, "usage: %s BUNDLE VARIANT NEW-TOKENS PROMPT…\n", argv[0]);
+    return 2;
+  }
+  try {
+    run(argv[1], argv[2], std::strtol(argv[3], nullptr, 10), {argv + 4, argv + argc});
+  } catch (const headpool::Error& error) {
+    std::fprintf(stderr, "generate: %s\n", error.what());
+    return 2;
+  }
+}

@@ -1,0 +1,42 @@
+// What goes wrong, as exceptions of one family. Every message is one line: what was wrong, the value, and what to do.
+#pragma once
+
+#include <headpool/api.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace headpool {
+
+// The numbers are those of headpool.h.
+enum class ErrorCode {
+  argument = 1,  // the caller's: a token outside the vocabulary, a wrong number of prompts, a temperature below 0
+  bundle = 2,    // the bundle is missing, damaged, of another schema, or points outside its folder
+  capacity = 3,  // the cache is full, or would be
+  backend = 4,   // ONNX Runtime cannot load the graph, or failed in a step
+  memory = 5,    // not enough of it
+  internal = 6,  // anything else
+};
+
+class HEADPOOL_API Error : public std::runtime_error {
+ public:
+  Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  ErrorCode code() const noexcept { return code_; }
+
+ private:
+  ErrorCode code_;
+};
+
+template <ErrorCode C>
+class HEADPOOL_API ErrorOf : public Error {
+ public:
+  explicit ErrorOf(const std::string& message) : Error(C, message) {}
+};
+
+using ArgumentError = ErrorOf<ErrorCode::argument>;
+using BundleError = ErrorOf<ErrorCode::bundle>;
+using CapacityError = ErrorOf<ErrorCode::capacity>;
+using BackendError = ErrorOf<ErrorCode::backend>;
+using MemoryError = ErrorOf<ErrorCode::memory>;
+
+}  // namespace headpool

@@ -1,0 +1,128 @@
+/* headpool's C ABI: what headpool/session.hpp and headpool/generate.hpp offer, for C and for every language that calls C.
+ *
+ *     hp_model* model = NULL;
+ *     hp_session* session = NULL;
+ *     if (hp_model_open("bundle", NULL, &model) || hp_session_create(model, NULL, &session))
+ *       fprintf(stderr, "%s\n", hp_last_error());
+ *
+ * Every function that can fail returns an hp_status and leaves its outputs as they were when it does; hp_last_error() then says
+ * why. Handles are freed by the caller, in any order: a session keeps its model. NULL is freed as nothing.
+ *
+ * Options are structs whose first member is their size, set by HP_INIT, so that a program built for an older version of this
+ * header goes on working; NULL stands for the defaults.
+ *
+ * Threads: models may be used from several threads at once, a session or a sampler by one at a time, different ones together.
+ */
+#ifndef HEADPOOL_H
+#define HEADPOOL_H
+
+#include <headpool/api.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define HP_ABI_VERSION 1 /* grows when a program built for an older one would not work any more */
+
+/* The ABI version of the library that is running. */
+HEADPOOL_API uint32_t hp_abi_version(void);
+/* Of the library, and of the ONNX Runtime under it (NULL where that is too old). */
+HEADPOOL_API const char* hp_version(void);
+HEADPOOL_API const char* hp_onnxruntime_version(void);
+
+typedef int32_t hp_status;
+enum {
+  HP_OK = 0,
+  HP_ARGUMENT = 1, /* the caller's: a token outside the vocabulary, a wrong number of prompts, NULL where something is due */
+  HP_BUNDLE = 2,   /* the bundle is missing, damaged, of another schema, or points outside its folder */
+  HP_CAPACITY = 3, /* the cache is full, or would be */
+  HP_BACKEND = 4,  /* ONNX Runtime cannot load the graph, or failed in a step */
+  HP_MEMORY = 5,   /* not enough of it */
+  HP_INTERNAL = 6  /* anything else */
+};
+
+/* The message of the last failure in this thread: one line, valid until the next. */
+HEADPOOL_API const char* hp_last_error(void);
+
+#define HP_INIT(type) {sizeof(type)} /* hp_session_options options = HP_INIT(hp_session_options); */
+
+typedef struct hp_model hp_model;
+typedef struct hp_session hp_session;
+typedef struct hp_sampler hp_sampler;
+
+typedef struct {
+  size_t size;
+  const char* variant; /* NULL or "": the bundle's first */
+  int32_t threads;     /* of one operator; 0: the physical cores that this process may use */
+} hp_model_options;
+
+HEADPOOL_API hp_status hp_model_open(const char* bundle, const hp_model_options* options, hp_model** out);
+HEADPOOL_API void hp_model_free(hp_model* model);
+
+/* Texts and lists live as long as the model. */
+typedef struct {
+  size_t size;
+  const char *variant, *pattern, *cache, *dtype;
+  int64_t vocab_size, max_positions, heads, layers;
+  const int64_t* kv_heads; /* [layers] */
+  const int64_t* stop_ids;
+  size_t stop_id_count;
+  uint64_t weight_bytes, kv_bytes_per_token;
+  int32_t threads;
+} hp_model_info;
+
+/* Fills the members that `info->size` has room for. */
+HEADPOOL_API hp_status hp_model_get_info(const hp_model* model, hp_model_info* info);
+
+typedef struct {
+  size_t size;
+  int64_t batch;    /* sequences, at most 65536; 0: 1 */
+  int64_t capacity; /* tokens of a sequence; 0, or more than the model's max_positions: those */
+  int64_t chunk;    /* most tokens of a sequence in one call of the graph; 0: 512 */
+} hp_session_options;
+
+HEADPOOL_API hp_status hp_session_create(const hp_model* model, const hp_session_options* options, hp_session** out);
+HEADPOOL_API void hp_session_free(hp_session* session);
+
+/* Feeds prompts[b] of counts[b] tokens to each of `batch` sequences. *logits becomes float [batch, vocab_size], of each one's
+ * last token, valid until the session's next call. */
+HEADPOOL_API hp_status hp_session_prefill(hp_session* session, const int64_t* const* prompts, const size_t* counts,
+                                          size_t batch, const float** logits);
+/* Feeds one token to each sequence. */
+HEADPOOL_API hp_status hp_session_decode(hp_session* session, const int64_t* tokens, size_t batch, const float** logits);
+/* Forgets all but the first `length` tokens of every sequence. */
+HEADPOOL_API hp_status hp_session_rewind(hp_session* session, int64_t length);
+
+HEADPOOL_API int64_t hp_session_batch(const hp_session* session);
+HEADPOOL_API int64_t hp_session_capacity(const hp_session* session);       /* tokens of a sequence */
+HEADPOOL_API uint64_t hp_session_kv_bytes(const hp_session* session);      /* of the tokens now in the cache */
+HEADPOOL_API const int64_t* hp_session_lengths(const hp_session* session); /* [batch], valid until the next call */
+
+/* All zeros but for the size is greedy. */
+typedef struct {
+  size_t size;
+  double temperature; /* 0: the most likely token */
+  int64_t top_k;      /* 0: all */
+  double top_p;       /* 0 or 1: all */
+  uint64_t seed;
+} hp_sampling;
+
+HEADPOOL_API hp_status hp_sampler_create(const hp_sampling* sampling, int64_t batch, hp_sampler** out);
+HEADPOOL_API void hp_sampler_free(hp_sampler* sampler);
+/* The next token of each sequence into tokens[batch], from logits [batch, vocab_size]. */
+HEADPOOL_API hp_status hp_sampler_pick(hp_sampler* sampler, const float* logits, size_t vocab_size, int64_t* tokens);
+
+/* Called with the new token of each sequence (−1 of one that has ended); 0 goes on, anything else stops. */
+typedef int32_t (*hp_on_tokens)(void* user, const int64_t* tokens, size_t batch);
+
+/* Feeds the prompts and generates, a sequence until one of `stop_ids`, all until `max_new_tokens`. */
+HEADPOOL_API hp_status hp_generate(hp_session* session, const int64_t* const* prompts, const size_t* counts, size_t batch,
+                                   int64_t max_new_tokens, const hp_sampling* sampling, const int64_t* stop_ids,
+                                   size_t stop_id_count, hp_on_tokens on_tokens, void* user);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,63 @@
+// A variant of a bundle, loaded: its graph in ONNX Runtime and its weights. Sessions of one model share them.
+#pragma once
+
+#include <headpool/api.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <headpool/error.hpp>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace headpool {
+
+using Token = std::int64_t;
+
+// What a bundle says about one variant.
+struct ModelInfo {
+  std::string variant;  // "g4", or "g4.fused" where the bundle holds several patterns
+  std::string pattern;  // fused, grouped, gqa, attention or repeat
+  std::string cache;    // static or concat
+  std::string dtype;    // fp32, fp16 or bf16
+  std::int64_t vocab_size = 0;
+  std::int64_t max_positions = 0;        // tokens of a sequence that the model was made for
+  std::int64_t heads = 0;                // query heads
+  std::vector<std::int64_t> kv_heads;    // KV heads of each layer
+  std::vector<Token> stop_ids;           // tokens that end a text
+  std::uint64_t weight_bytes = 0;        // that one decode step reads
+  std::uint64_t kv_bytes_per_token = 0;  // of one sequence, all layers
+};
+
+struct ModelOptions {
+  std::string variant;  // empty: the bundle's first
+  int threads = 0;      // of one operator; 0: the physical cores that this process may use
+};
+
+// The variants that the bundle in folder `bundle` holds. Throws BundleError.
+HEADPOOL_API std::vector<ModelInfo> variants(const std::filesystem::path& bundle);
+
+// A handle: copies are the same model, which lives as long as any of them or any session does.
+//
+// Threads: all of it may be used from several threads at once. Sessions of one model that run at the same time share its
+// `threads` threads; a model opened a second time has threads of its own and still shares the weights in pattern fused.
+class HEADPOOL_API Model {
+ public:
+  // Reads headpool.json in folder `bundle` and loads a variant. Throws BundleError, BackendError, MemoryError, ArgumentError.
+  static Model open(const std::filesystem::path& bundle, const ModelOptions& options = {});
+
+  const ModelInfo& info() const noexcept;
+  int threads() const noexcept;
+
+  struct State;
+
+ private:
+  friend class Session;
+  explicit Model(std::shared_ptr<const State> state) : state_(std::move(state)) {}
+  std::shared_ptr<const State> state_;
+};
+
+// Of the ONNX Runtime this library runs on, for example "1.31.1". Throws BackendError where it is too old.
+HEADPOOL_API std::string onnxruntime_version();
+
+}  // namespace headpool

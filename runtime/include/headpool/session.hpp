@@ -1,0 +1,69 @@
+// Tokens in, logits out, over a KV cache.
+//
+//     headpool::Session session(headpool::Model::open("bundle"));
+//     std::span<const float> logits = session.prefill(prompt);
+//     while (…) logits = session.decode(next_token);
+//
+// Letters: B sequences of a batch, V vocabulary size.
+#pragma once
+
+#include <cstdint>
+#include <headpool/model.hpp>
+#include <memory>
+#include <span>
+
+namespace headpool {
+
+struct SessionOptions {
+  std::int64_t batch = 1;     // at most 65536
+  std::int64_t capacity = 0;  // tokens of a sequence; 0, or more than the model's max_positions: those
+  std::int64_t chunk = 512;   // most tokens of a sequence in one call of the graph, which bounds the memory of a long prefill
+};
+
+using Prompts = std::span<const std::span<const Token>>;
+
+// B sequences in step, each with a length of its own, over one cache in memory that is reserved once and used as it fills.
+//
+// A static cache is written in place; decoding allocates nothing but where the cache grows, by a sixteenth at a time. A concat
+// cache is written anew by each step, which is how graphs of that form work.
+//
+// Threads: a session may be moved to another thread, but is used by one at a time. Different sessions, of one model too, may
+// run at the same time.
+class HEADPOOL_API Session {
+ public:
+  // Throws ArgumentError, MemoryError.
+  explicit Session(Model model, const SessionOptions& options = {});
+  Session(Session&&) noexcept;
+  Session& operator=(Session&&) noexcept;
+  ~Session();
+
+  // Feeds a prompt to each sequence, of any lengths but none empty, after what is in the cache. Returns the logits [B, V] of
+  // each one's last token, valid until the next call. Throws ArgumentError and CapacityError, before anything is fed, and
+  // BackendError, after which the tokens that lengths() counts are in the cache.
+  std::span<const float> prefill(Prompts prompts);
+  std::span<const float> prefill(std::span<const Token> prompt);  // of a batch of 1
+
+  // Feeds one token to each sequence. Returns logits [B, V], in fp32 the very memory that the graph wrote; valid until the next
+  // call. Throws as prefill does.
+  std::span<const float> decode(std::span<const Token> tokens);
+  std::span<const float> decode(Token token);  // of a batch of 1
+
+  // The logits [V] of one sequence that the last call returned.
+  std::span<const float> logits(std::int64_t sequence) const;
+
+  // Forgets all but the first `length` tokens of every sequence. Throws ArgumentError where one holds fewer.
+  void rewind(std::int64_t length);
+  void reset();
+
+  const Model& model() const noexcept;
+  std::int64_t batch() const noexcept;
+  std::int64_t capacity() const noexcept;                  // tokens of a sequence
+  std::span<const std::int64_t> lengths() const noexcept;  // tokens of each sequence in the cache
+  std::uint64_t kv_bytes() const noexcept;                 // that those tokens take
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace headpool

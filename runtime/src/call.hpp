@@ -1,0 +1,42 @@
+// One call of a graph: its binding, and the tokens and positions [B, T] that it reads.
+#pragma once
+
+#include <span>
+
+#include "state.hpp"
+
+namespace headpool::detail {
+
+class Call {
+ public:
+  // Logits, [B, 1, V], or [B, T, V] of a graph that gives all of them, go to `logits`.
+  Call(const Model::State& model, std::int64_t batch, std::int64_t T, void* logits, std::size_t logits_bytes);
+
+  std::span<Token> tokens() { return tokens_; }
+  std::span<std::int64_t> positions() { return positions_; }
+  std::int64_t batch() const { return batch_; }
+  std::int64_t T() const { return T_; }
+
+  // Memory that has to stay where it is until the binding changes or the call is gone.
+  void bind_input(const std::string& name, void* data, std::size_t bytes, std::span<const std::int64_t> shape,
+                  ONNXTensorElementDataType type);
+  void bind_output(const std::string& name, void* data, std::size_t bytes, std::span<const std::int64_t> shape,
+                   ONNXTensorElementDataType type);
+
+  void run();
+
+  std::int64_t bound_rows = -1;  // of a static cache: what the binding knows
+
+ private:
+  Ort::Value value(void* data, std::size_t bytes, std::span<const std::int64_t> shape, ONNXTensorElementDataType type) const;
+
+  const Model::State& model_;
+  std::int64_t batch_, T_;
+  std::vector<Token> tokens_;
+  std::vector<std::int64_t> positions_;
+  Ort::MemoryInfo memory_;
+  Ort::RunOptions options_;
+  Ort::IoBinding binding_;
+};
+
+}  // namespace headpool::detail

@@ -1,0 +1,74 @@
+#include "memory.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <headpool/error.hpp>
+#include <map>
+#include <mutex>
+#include <string>
+#include <tuple>
+
+namespace headpool::detail {
+
+constexpr std::size_t PAGE = 2 << 20;
+
+Memory::Memory(std::size_t bytes) : mapped_(bytes + PAGE), size_(bytes) {  // a page more, to start on a whole one
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+#ifdef MAP_NORESERVE
+  flags |= MAP_NORESERVE;  // a cache is reserved for its whole capacity, and mostly not filled
+#endif
+  if (mapped_ < bytes) mapped_ = SIZE_MAX;
+  mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (mapping_ == MAP_FAILED) {
+    mapping_ = nullptr;
+    throw MemoryError("no memory for " + std::to_string(bytes / 1000000) + " MB");
+  }
+#ifdef MADV_HUGEPAGE
+  if (bytes >= PAGE) madvise(mapping_, mapped_, MADV_HUGEPAGE);  // a kernel without huge pages goes on with small ones
+#endif
+  const auto start = reinterpret_cast<std::uintptr_t>(mapping_);
+  data_ = static_cast<std::byte*>(mapping_) + (PAGE - start % PAGE) % PAGE;
+}
+
+Memory::~Memory() {
+  if (mapping_) munmap(mapping_, mapped_);
+}
+
+namespace {
+
+struct Descriptor {
+  int number;
+  ~Descriptor() {
+    if (number >= 0) close(number);
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<const Memory> shared_file(const std::filesystem::path& path) {
+  using Key = std::tuple<dev_t, ino_t, off_t, std::int64_t, std::int64_t>;
+  static std::mutex mutex;
+  static std::map<Key, std::weak_ptr<const Memory>> files;
+
+  const Descriptor file{open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  struct stat status{};
+  if (file.number < 0 || fstat(file.number, &status) != 0) throw BundleError(path.string() + " cannot be read");
+  const Key key{status.st_dev, status.st_ino, status.st_size, status.st_mtim.tv_sec, status.st_mtim.tv_nsec};
+  const std::lock_guard lock(mutex);
+  std::erase_if(files, [](const auto& entry) { return entry.second.expired(); });
+  if (auto known = files[key].lock()) return known;
+  auto memory = std::make_shared<Memory>(static_cast<std::size_t>(status.st_size));
+  for (std::size_t done = 0; done < memory->size();) {
+    const ssize_t count = read(file.number, memory->data() + done, memory->size() - done);
+    if (count <= 0) throw BundleError(path.string() + " cannot be read to its end");
+    done += static_cast<std::size_t>(count);
+  }
+  files[key] = memory;
+  return memory;
+}
+
+}  // namespace headpool::detail

@@ -1,0 +1,119 @@
+#include <algorithm>
+#include <cstring>
+
+#include "cache.hpp"
+
+namespace headpool::detail {
+
+Layout::Layout(const Variant& variant, std::int64_t batch) {
+  for (const CacheBinding& cache : variant.caches) {
+    const auto slabs = static_cast<std::size_t>(batch * cache.heads);
+    const std::size_t bytes = static_cast<std::size_t>(cache.size) * variant.item_bytes();
+    tensors_.push_back({slabs, bytes, row_bytes_});
+    row_bytes_ += slabs * bytes;
+  }
+}
+
+Memory Layout::reserve(std::int64_t rows) const {
+  if (row_bytes_ > (std::size_t{1} << 62) / static_cast<std::size_t>(rows))
+    throw MemoryError("a cache of " + std::to_string(rows) +
+                      " tokens a sequence has no address; lower the batch or the capacity");
+  return Memory(bytes(rows));
+}
+
+namespace {
+
+class StaticCache final : public Cache {
+ public:
+  StaticCache(const Model::State& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk)
+      : model_(model), layout_(model.variant, batch), capacity_(capacity), chunk_(chunk), memory_(layout_.reserve(capacity)) {}
+
+  std::vector<Feed> plan(Prompts prompts, std::span<const std::int64_t> lengths) override {
+    ahead_ = 0;
+    for (std::size_t b = 0; b < prompts.size(); ++b)
+      ahead_ = std::max(ahead_, lengths[b] + static_cast<std::int64_t>(prompts[b].size()) + 1);
+    return right_padded(prompts, lengths, capacity_, chunk_);
+  }
+
+  void prepare(Call& call, std::span<const std::int64_t> lengths, std::span<const std::int64_t>) override {
+    const std::span<const std::int64_t> positions = call.positions();
+    std::int64_t need = 0;
+    for (std::size_t last = static_cast<std::size_t>(call.T()) - 1; last < positions.size();
+         last += static_cast<std::size_t>(call.T()))
+      need = std::max(need, positions[last] + 1);
+    if (need > rows_) grow(next_rows(need), *std::max_element(lengths.begin(), lengths.end()));
+    empty_ = false;
+  }
+
+  void bind(Call& call, std::int64_t first) override {
+    if (call.bound_rows == rows_) return;
+    const auto sequence = static_cast<std::size_t>(first);
+    for (std::size_t i = 0; i < layout_.tensors().size(); ++i) {
+      const CacheBinding& cache = model_.variant.caches[i];
+      const std::int64_t shape[] = {call.batch(), cache.heads, rows_, cache.size};
+      const auto slabs = static_cast<std::size_t>(cache.heads);
+      std::byte* data = memory_.data() + layout_.offset(i, sequence * slabs, rows_);
+      const std::size_t bytes = static_cast<std::size_t>(call.batch() * rows_) * slabs * layout_.tensors()[i].row_bytes;
+      call.bind_input(cache.past, data, bytes, shape, model_.element());
+      call.bind_output(cache.present, data, bytes, shape, model_.element());
+    }
+    call.bound_rows = rows_;
+  }
+
+  void commit(const Call&) override {}
+
+  void rewind(std::int64_t length) override {  // the rows after it are overwritten before they are seen
+    if (length) return;
+    rows_ = 0;
+    empty_ = true;
+  }
+
+  bool empty() const override { return empty_; }
+
+ private:
+  // In decoding S grows by 1/16, so that at most that is read for nothing and at most 16 rows are moved a token, a small part
+  // of what a step reads. A prefill that goes on to `ahead_` rows doubles S until then: its early chunks do not read all of it.
+  std::int64_t next_rows(std::int64_t need) const {
+    if (ahead_ > need) {
+      const std::int64_t doubled = std::max(need, 2 * rows_);
+      need = ahead_ <= doubled + 64 ? ahead_ : doubled;
+    } else if (rows_) {
+      need = std::max(need, rows_ + std::max<std::int64_t>(64, rows_ / 16));
+    }
+    return std::min(capacity_, (need + 63) / 64 * 64);
+  }
+
+  // Every slab moves up, the last one first, so that none is written over before it has moved. The new rows become zeros: a
+  // masked row is multiplied by probability 0, and 0 times the NaN that old bytes may make is NaN.
+  void grow(std::int64_t rows, std::int64_t used) {
+    for (std::size_t i = layout_.tensors().size(); i-- > 0;) {
+      const Layout::Tensor& tensor = layout_.tensors()[i];
+      const std::size_t kept = static_cast<std::size_t>(used) * tensor.row_bytes;
+      const std::size_t all = static_cast<std::size_t>(rows) * tensor.row_bytes;
+      for (std::size_t slab = tensor.slabs; slab-- > 0;) {
+        std::byte* to = memory_.data() + layout_.offset(i, slab, rows);
+        if (kept) std::memmove(to, memory_.data() + layout_.offset(i, slab, rows_), kept);
+        if (written_) std::memset(to + kept, 0, all - kept);
+      }
+    }
+    rows_ = rows;
+    written_ = true;
+  }
+
+  const Model::State& model_;
+  Layout layout_;
+  std::int64_t capacity_, chunk_;
+  Memory memory_;
+  std::int64_t rows_ = 0;   // S
+  std::int64_t ahead_ = 0;  // rows that the prefill now running will need, and one for the first decoded token
+  bool written_ = false;    // whether the memory holds anything but zeros
+  bool empty_ = true;
+};
+
+}  // namespace
+
+std::unique_ptr<Cache> static_cache(const Model::State& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk) {
+  return std::make_unique<StaticCache>(model, batch, capacity, chunk);
+}
+
+}  // namespace headpool::detail

@@ -1,0 +1,129 @@
+// Sessions as an application uses them, over every variant of a bundle of a tiny model: sessions BUNDLE
+//
+// Made for the sanitizers: many sessions made and ended, two threads at once, errors on the way. What the logits are worth is
+// held against other implementations in tests/runtime.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <headpool/generate.hpp>
+#include <thread>
+
+#define CHECK(holds)                                                       \
+  do {                                                                     \
+    if (!(holds)) {                                                        \
+      std::fprintf(stderr, "%s:%d: not %s\n", __FILE__, __LINE__, #holds); \
+      std::exit(1);                                                        \
+    }                                                                      \
+  } while (false)
+
+namespace {
+
+using headpool::Token;
+using Row = std::vector<Token>;
+
+constexpr int SESSIONS = 1000, MODELS = 10;
+
+headpool::SessionOptions options(std::int64_t batch, std::int64_t capacity, std::int64_t chunk = 512) {
+  headpool::SessionOptions result;
+  result.batch = batch, result.capacity = capacity, result.chunk = chunk;
+  return result;
+}
+
+std::vector<Row> texts(headpool::Session& session, const std::vector<Row>& prompts, std::int64_t count) {
+  std::vector<std::span<const Token>> spans(prompts.begin(), prompts.end());
+  std::vector<Row> result(prompts.size());
+  headpool::GenerateOptions how;
+  how.max_new_tokens = count;
+  how.sampling = {.temperature = 1.5, .top_k = 20, .top_p = 0.95, .seed = 7};
+  const auto calls = headpool::generate(session, spans, how, [&](std::span<const Token> tokens) {
+    for (std::size_t b = 0; b < tokens.size(); ++b) result[b].push_back(tokens[b]);
+    return true;
+  });
+  CHECK(calls == count);
+  return result;
+}
+
+void same_again(const headpool::Model& model) {
+  const std::vector<Row> prompts{{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, {5, 4}, {9}};
+  headpool::Session session(model, options(3, 120, 5));
+  const auto first = texts(session, prompts, 80);  // the static cache grows
+  CHECK(session.lengths()[0] == 12 + 79 && session.lengths()[2] == 1 + 79);
+  session.rewind(1);
+  session.reset();
+  CHECK(session.kv_bytes() == 0);
+  CHECK(texts(session, prompts, 80) == first);
+  texts(session, prompts, 9);  // on top of unequal lengths
+  headpool::Session moved = std::move(session);
+  moved.rewind(17);
+  CHECK(moved.kv_bytes() == 3 * 17 * model.info().kv_bytes_per_token);
+}
+
+template <class Failure, class Work>
+void fails(const Work& work) {
+  bool failed = false;
+  try {
+    work();
+  } catch (const Failure& error) {
+    failed = error.what()[0] != '\0';
+  }
+  CHECK(failed);
+}
+
+void mistakes(const headpool::Model& model) {
+  using namespace headpool;
+  Session session(model, options(1, 8));
+  const Token wrong = model.info().vocab_size;
+  fails<ArgumentError>([&] { session.prefill(Row{}); });
+  fails<ArgumentError>([&] { session.prefill(Row{1, wrong}); });
+  fails<ArgumentError>([&] { session.decode(-1); });
+  fails<ArgumentError>([&] { session.decode(Row{1, 2}); });
+  fails<CapacityError>([&] { session.prefill(Row(9, 1)); });
+  CHECK(session.lengths()[0] == 0);
+  session.prefill(Row(8, 1));
+  fails<CapacityError>([&] { session.decode(1); });
+  fails<ArgumentError>([&] { session.rewind(9); });
+  fails<ArgumentError>([&] { session.rewind(-1); });
+  fails<ArgumentError>([&] { session.logits(1); });
+  fails<ArgumentError>([&] { Session(model, options(0, 8)); });
+  fails<ArgumentError>([&] { Session(model, options(1, -8)); });
+  fails<ArgumentError>([&] { Session(model, options(1, 8, 0)); });
+  fails<ArgumentError>([&] { Session(model, options(65537, 8)); });
+  fails<ArgumentError>([&] { Sampler({.temperature = -1, .top_k = 0, .top_p = 1, .seed = 0}); });
+}
+
+void many(const headpool::Model& model) {
+  for (int i = 0; i < SESSIONS; ++i) {
+    headpool::Session session(model, options(1 + i % 2, 100));
+    if (i % 10 == 0 && i % 2 == 0) session.prefill(Row{1, 2, 3});
+  }
+}
+
+void together(const headpool::Model& model) {
+  const auto work = [&](std::vector<Row>& out) {
+    headpool::Session session(model, options(1, 100));
+    out = texts(session, {{3, 1, 4, 1, 5}}, 60);
+  };
+  std::vector<Row> a, b;
+  std::thread one(work, std::ref(a)), other(work, std::ref(b));
+  one.join(), other.join();
+  CHECK(a == b);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CHECK(argc == 2);
+  for (const headpool::ModelInfo& info : headpool::variants(argv[1])) {
+    // One thread: those of ONNX Runtime, which is not built for it, ThreadSanitizer cannot follow.
+    const headpool::Model model = headpool::Model::open(argv[1], {info.variant, 1});
+    CHECK(model.info().variant == info.variant && model.info().kv_bytes_per_token == info.kv_bytes_per_token);
+    same_again(model);
+    mistakes(model);
+    many(model);
+    together(model);
+    for (int i = 0; i < MODELS; ++i) headpool::Session(headpool::Model::open(argv[1], {info.variant, 1})).prefill(Row{1});
+    std::printf("%s is sound\n", info.variant.c_str());
+  }
+  fails<headpool::ArgumentError>([&] { headpool::Model::open(argv[1], {"another", 1}); });
+  fails<headpool::BundleError>([&] { headpool::Model::open(argv[0]); });
+}

@@ -1,0 +1,184 @@
+"""Bundles that are damaged or mean harm: an error of the right kind in one line, never a crash, and nothing read outside."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hf
+import numpy as np
+import pytest
+from capi import ARGUMENT, BACKEND, BUNDLE, CAPACITY, MEMORY, Library, RuntimeFailure
+
+from exporter.checkpoint import open_checkpoint
+from exporter.export import ExportOptions, export
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    options = ExportOptions(patterns=("fused", "grouped"))
+    return export(open_checkpoint(hf.save("llama", folder)), folder / "bundle", options).path
+
+
+@pytest.fixture
+def bundle(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "bundle"))
+
+
+def edit(bundle: Path, change: Callable[[Any], object]) -> None:
+    data = json.loads((bundle / "headpool.json").read_text())
+    change(data["variants"][0])
+    (bundle / "headpool.json").write_text(json.dumps(data))
+
+
+def refused(library: Library, bundle: Path, status: int, message: str, variant: str = "") -> None:
+    with pytest.raises(RuntimeFailure, match=message) as caught:
+        library.open(bundle, variant)
+    assert caught.value.status == status
+    assert "\n" not in str(caught.value)
+
+
+def cache(variant: Any, index: int = 2) -> Any:
+    return variant["inputs"][index]
+
+
+CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "parent": (lambda v: v.update(graph="../model.onnx"), "not a file name in its own folder"),
+    "absolute": (lambda v: v.update(weights=["/etc/passwd"]), "not a file name in its own folder"),
+    "dots": (lambda v: v.update(graph=".."), "not a file name in its own folder"),
+    "nul": (lambda v: v.update(graph="model\0.onnx"), "not a file name in its own folder"),
+    "missing file": (lambda v: v.update(graph="nothing.onnx"), 'lacks "nothing.onnx"'),
+    "no graph": (lambda v: v.pop("graph"), "it lacks graph"),
+    "dtype": (lambda v: v.update(dtype="int4"), 'dtype is "int4"'),
+    "cache form": (lambda v: v.update(cache="concat"), 'input "past_key_values.0.key" is "fp32"|lacks an input|is "fp32"'),
+    "vocabulary": (lambda v: v["config"].update(vocab_size=99999999), 'binding "logits" is'),
+    "huge": (lambda v: v["config"].update(vocab_size=2**40), "not a whole number from 1 to 2147483647"),
+    "negative": (lambda v: v["config"].update(max_positions=-1), "not a whole number"),
+    "fraction": (lambda v: v["config"].update(num_layers=1.5), "not a whole number"),
+    "layers": (lambda v: v["config"].update(num_layers=3), "kv_heads names 2 layers, the model has 3"),
+    "heads of a cache": (lambda v: cache(v)["shape"].__setitem__(1, 7), "does not belong to"),
+    "rank of a cache": (lambda v: cache(v)["shape"].pop(), "has the shape"),
+    "alias": (lambda v: v["outputs"][1].update(alias="input_ids"), "does not belong to"),
+    "two names": (lambda v: cache(v).update(name="input_ids"), "does not belong to|have one name"),
+    "a role": (lambda v: cache(v).update(role="weights"), 'has the role "weights"'),
+    "kv bytes": (lambda v: v.update(kv_bytes_per_token=1), "kv_bytes_per_token is 1"),
+    "a cache less": (lambda v: (v["inputs"].pop(), v["outputs"].pop()), "kv_bytes_per_token is"),
+    "text for a list": (lambda v: v.update(inputs="all"), 'inputs is "all", not a list'),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_manifest_that_is_not_as_export_writes_it(name: str, bundle: Path, library: Library) -> None:
+    change, message = CHANGES[name]
+    edit(bundle, change)
+    refused(library, bundle, BUNDLE, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "headpool.json is damaged"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"schema": 1, "variants": []}', "it has no variants"),
+        ('{"schema": 2}', "has schema 2, this headpool reads schema 1"),
+        ('{"schema": 1, "variants": [NaN]}', "damaged"),
+        ('{"schema": 1, "variants": 1e999}', "damaged"),
+        ('{"schema": 1, "variants": ["\xff"]}', "damaged"),
+    ],
+)
+def test_a_manifest_that_is_none(text: str, message: str, bundle: Path, library: Library) -> None:
+    (bundle / "headpool.json").write_bytes(text.encode("latin-1"))
+    refused(library, bundle, BUNDLE, message)
+
+
+def test_a_path_that_is_no_bundle(tmp_path: Path, library: Library) -> None:
+    refused(library, tmp_path, BUNDLE, "is not a bundle: it has no headpool.json; make one with 'headpool export'")
+    refused(library, tmp_path / "nothing", BUNDLE, "does not exist")
+
+
+def test_sizes_that_the_graph_does_not_have(bundle: Path, library: Library) -> None:
+    """A manifest that agrees with itself: the graph has the last word."""
+
+    def change(variant: Any) -> None:
+        for binding in (*variant["inputs"], *variant["outputs"]):
+            if binding["role"] == "cache":
+                binding["shape"][3] *= 1024
+        variant["kv_bytes_per_token"] *= 1024
+
+    edit(bundle, change)
+    refused(library, bundle, BUNDLE, "is not what headpool.json says; export the bundle again")
+
+
+def test_links_that_leave_the_folder(bundle: Path, tmp_path: Path, library: Library) -> None:
+    weights = bundle / "model.safetensors"
+    outside = weights.rename(tmp_path / "outside")
+    weights.symlink_to(outside)
+    refused(library, bundle, BUNDLE, "is a link that leaves its folder")
+
+
+@pytest.mark.parametrize("variant", ["g2.fused", "g2.grouped"])
+@pytest.mark.parametrize("part", [0, 0.5, 0.999])
+def test_files_that_are_cut_short(variant: str, part: float, bundle: Path, library: Library) -> None:
+    file = bundle / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * part)])
+    status, message = (BUNDLE, "is cut short") if variant == "g2.fused" else (BACKEND, "cannot run")
+    refused(library, bundle, status, message, variant)
+    file.write_bytes(whole)
+    graph = bundle / f"model.{variant}.onnx"
+    graph.write_bytes(graph.read_bytes()[: int(graph.stat().st_size * part)])
+    with pytest.raises(RuntimeFailure) as caught:
+        library.open(bundle, variant)
+    assert caught.value.status in (BUNDLE, BACKEND)
+
+
+def test_random_changes_of_a_manifest(bundle: Path, library: Library) -> None:
+    """Any value for any other: what opens must also run."""
+    generator = random.Random(3)
+    file = bundle / "headpool.json"
+    original = json.loads(file.read_text())
+    values = [None, -1, 0, 1, 2, 7, 2**31, 2**63, 1.5, "", "batch", "static", "concat", "fp16", "input_ids", [], {}, True]
+    statuses = []
+    for _ in range(300):
+        data = copy.deepcopy(original)
+        places = list(_places(data["variants"][0]))
+        for _ in range(generator.choice((1, 1, 2))):
+            holder, key = generator.choice(places)
+            holder[key] = generator.choice(values)
+        file.write_text(json.dumps(data))
+        statuses.append(_status(library, bundle))
+    assert set(statuses) <= {0, ARGUMENT, BUNDLE, CAPACITY, BACKEND, MEMORY}
+    assert 0 < statuses.count(0) < 250  # some values mean nothing to the runtime
+
+
+def _status(library: Library, bundle: Path) -> int:
+    try:
+        model = library.open(bundle)
+        session = model.session(capacity=8)
+        session.prefill([np.array([1, 2])])
+    except RuntimeFailure as failure:
+        return failure.status
+    session.close()
+    model.close()
+    return 0
+
+
+def _places(value: Any) -> Any:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield value, key
+        yield from _places(inner)
+
+
+def test_pointers_that_are_null(library: Library) -> None:
+    for call in ("hp_model_open", "hp_session_create", "hp_session_prefill", "hp_session_decode", "hp_sampler_create"):
+        assert getattr(library.c, call)(*[None] * 5) == ARGUMENT
+        assert library.c.hp_last_error().decode() == f"{call} was given NULL"
+    for call in ("hp_model_free", "hp_session_free", "hp_sampler_free"):
+        getattr(library.c, call)(None)

@@ -1,0 +1,111 @@
+"""The C++ sampler against the Python one: the same tokens can be drawn, with the same probabilities, by a stream of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hf
+import numpy as np
+import pytest
+from capi import ARGUMENT, CAPACITY, CppSession, Library, RuntimeFailure
+from scipy import stats
+
+from exporter.checkpoint import open_checkpoint
+from exporter.export import ExportOptions, export
+from exporter.generate import Sampler
+
+WAYS: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.5, "top_k": 7},
+    {"temperature": 2.0, "top_p": 0.7},
+    {"temperature": 1.3, "top_k": 20, "top_p": 0.9},
+    {"temperature": 0.7, "top_p": 1e-9},
+    {"temperature": 1.0, "top_k": 1},
+]
+
+
+def some_logits(batch: int = 1, size: int = 50) -> np.ndarray:
+    logits = np.random.default_rng(4).normal(0, 2, (batch, size)).astype(np.float32)
+    logits[:, 11] = logits[:, 12] = logits[:, 3]  # equals
+    return logits
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_distribution_is_pythons(way: dict[str, Any], library: Library) -> None:
+    logits = some_logits()
+    scores = Sampler(**way).warp(logits[0])
+    expected = np.exp(scores - scores.max())
+    expected /= expected.sum()
+    drawn = np.bincount(library.pick(logits, 20_000, seed=9, **way)[:, 0], minlength=len(expected))
+    assert set(np.flatnonzero(drawn)) <= set(np.flatnonzero(expected))
+    likely = expected * drawn.sum() >= 5
+    rest = drawn.sum() * expected[~likely].sum()
+    observed, wanted = [*drawn[likely], drawn[~likely].sum()], [*expected[likely] * drawn.sum(), rest]
+    if not rest:
+        observed, wanted = observed[:-1], wanted[:-1]
+    assert len(wanted) == 1 or stats.chisquare(observed, wanted).pvalue > 1e-3
+
+
+def test_seeds_and_sequences(library: Library) -> None:
+    logits = np.repeat(some_logits(), 3, axis=0)
+    drawn = library.pick(logits, 40, temperature=1.0, seed=1)
+    assert (drawn == library.pick(logits, 40, temperature=1.0, seed=1)).all()
+    assert (drawn[:, :1] == library.pick(logits[:1], 40, temperature=1.0, seed=1)).all()
+    assert (drawn[:, 0] != drawn[:, 1]).any()
+    assert (drawn != library.pick(logits, 40, temperature=1.0, seed=2**32 + 1)).any()
+
+
+def test_greedy_takes_the_first_of_equals(library: Library) -> None:
+    logits = np.array([[0, 5, 5, 1], [9, 2, 9, 9]], np.float32)
+    assert library.pick(logits).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ({"temperature": -0.5}, "temperature -0.500000 is not a number from 0"),
+        ({"temperature": float("nan")}, "temperature nan is not a number"),
+        ({"temperature": 1.0, "top_k": -1}, "top-k -1 is not a whole number from 0"),
+        ({"temperature": 1.0, "top_p": 1.5}, r"top-p 1.500000 is outside \(0, 1\]"),
+    ],
+)
+def test_refusals(way: dict[str, Any], message: str, library: Library) -> None:
+    with pytest.raises(RuntimeFailure, match=message) as caught:
+        library.pick(some_logits(), **way)
+    assert caught.value.status == ARGUMENT
+
+
+def test_logits_that_are_no_numbers(library: Library) -> None:
+    for broken in (np.nan, np.inf):
+        logits = some_logits()
+        logits[0, 5] = broken
+        with pytest.raises(RuntimeFailure, match="the logits are not finite numbers"):
+            library.pick(logits, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def session(library: Library, tmp_path_factory: pytest.TempPathFactory) -> CppSession:
+    folder = tmp_path_factory.mktemp("generation")
+    bundle = export(open_checkpoint(hf.save("llama", folder)), folder / "bundle", ExportOptions())
+    return library.open(bundle.path).session(batch=2, capacity=40)
+
+
+def test_generation_ends_where_it_should(session: CppSession) -> None:
+    prompts = [np.array([3, 4, 5]), np.array([60])]
+    session.reset()
+    tokens = session.generate(prompts, 20)
+    assert len(tokens) == 20
+    assert session.lengths.tolist() == [22, 20]  # the last token is not fed
+    stop = tokens[4][0]
+    first = [row[0] for row in tokens].index(stop)
+    session.reset()
+    stopped = session.generate(prompts, 20, stop_ids=[stop])
+    assert [row[0] for row in stopped[: first + 1]] == [row[0] for row in tokens[: first + 1]]
+    assert all(row[0] == -1 for row in stopped[first + 1 :])
+    session.reset()
+    assert session.generate(prompts, 20, until=lambda row: row == tokens[2]) == tokens[:3]
+    session.reset()
+    with pytest.raises(RuntimeFailure, match="do not fit the capacity of 40 tokens") as caught:
+        session.generate(prompts, 39)
+    assert caught.value.status == CAPACITY
+    assert session.lengths.tolist() == [0, 0]

