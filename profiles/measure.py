@@ -123,14 +123,18 @@ def measure(
 
 
 def cohorts(subjects: Sequence[Subject], batch: int, capacity: int, memory: int) -> list[list[int]]:
-    """Indices of `subjects` split in order so that each part fits into `memory` bytes, a part being at least one subject.
+    """Indices of `subjects` split so that each part fits into `memory` bytes, a part being at least one subject.
+
+    What differs in nothing but its KV heads stays together where it can: those ratios are what a run is made for.
 
     A session is taken to need its weights twice (a runtime may hold a copy in a layout of its own) and its caches twice (a
     concat cache is written anew at every step).
     """
+    kinds = [(subject.pattern, subject.cache, subject.dtype) for subject in subjects]
     parts: list[list[int]] = []
     used = 0
-    for index, subject in enumerate(subjects):
+    for index in sorted(range(len(subjects)), key=lambda index: kinds.index(kinds[index])):
+        subject = subjects[index]
         need = 2 * subject.weight_bytes + 2 * batch * capacity * subject.kv_bytes_per_token
         if not parts or used + need > memory:
             parts.append([])

@@ -18,8 +18,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 PAGE = 2 << 20
+DTYPES = {
+    kind: onnx.helper.tensor_dtype_to_np_dtype(kind)
+    for name, kind in onnx.TensorProto.DataType.items()
+    if name not in ("UNDEFINED", "STRING")
+}
 _lock = threading.Lock()
 _files: weakref.WeakValueDictionary[tuple[Path, int, int], _File] = weakref.WeakValueDictionary()
 
@@ -70,19 +76,26 @@ def initializers(graph: Path) -> tuple[dict[str, Any], list[_File]]:
     Both have to be kept as long as a session uses them: the runtime does not. Raises as `read` does, and ValueError for a file
     that ends too early.
     """
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except DecodeError:
+        raise ValueError("the file is damaged; export the bundle again") from None
     values: dict[str, Any] = {}
     files: dict[str, _File] = {}
-    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+    for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         place = {entry.key: entry.value for entry in tensor.external_data}
-        name, start = place["location"], int(place.get("offset", 0))
+        name, start, dtype = place.get("location", ""), int(place.get("offset", 0)), DTYPES.get(tensor.data_type)
+        if dtype is None:
+            raise ValueError(f"{tensor.name} has type {tensor.data_type}, which is none of weights; export the bundle again")
+        length = int(place.get("length", math.prod(tensor.dims) * dtype.itemsize))
         if name not in files:
             files[name] = read(graph.parent / name)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        data = files[name].bytes[start : start + int(place["length"])]
-        if len(data) < int(place["length"]):
-            raise ValueError(f"{name} is cut short, it has {len(files[name].bytes)} bytes; export the bundle again")
+        data = files[name].bytes[start : start + length]
+        if start < 0 or len(data) < length:
+            place_of = f"bytes {start:,} to {start + length:,} of {name}, which has {len(files[name].bytes):,}"
+            raise ValueError(f"{tensor.name} is said to be {place_of}: one of the two was cut short; export the bundle again")
         data = data.view(dtype).reshape(tuple(tensor.dims))
         values[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(data)
     return values, list(files.values())

@@ -39,7 +39,7 @@ def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, 
     return emit.op(
         "FusedAttention",
         "FusedAttention",
-        _before_reshape(query),
+        query,
         _before_reshape(key),
         _before_reshape(node.value),
         node.past_key,
@@ -63,18 +63,29 @@ def finish(model: ir.Model) -> None:
 
 
 def _drop_reshapes(graph: ir.Graph, node: ir.Node) -> None:
-    """The operator's output has as few dimensions as its query; Reshapes to [−1, H·Dv] after it have nothing left to do."""
-    query, output = node.inputs[0], node.outputs[0]
-    if query is None or query.shape is None or len(query.shape) != 2:
+    """Where only Reshapes to [−1, H·Dv] follow, the operator gives that itself, for a query of two dimensions."""
+    output, cache = node.outputs[0], node.inputs[4]
+    query = _before_reshape(node.inputs[0]) if node.inputs[0] is not None else None
+    if query is None or query.shape is None or len(query.shape) != 2 or output.is_graph_output():
         return
+    assert cache is not None and cache.shape is not None  # noqa: PT018
+    width = node.attributes["num_heads"].as_int() * int(cache.shape[3])  # type: ignore[arg-type]
     reshapes = [use.node for use in output.uses()]
-    targets = [node.inputs[1].const_value if node.op_type == "Reshape" and node.inputs[1] else None for node in reshapes]
-    if not all(target is not None and target.shape == (2,) and target.numpy()[0] == -1 for target in targets):
+    if not all(_flattens(reshape, width) for reshape in reshapes):
         return
+    node.replace_input_with(0, query)
     for reshape in reshapes:
         output.shape = reshape.outputs[0].shape
         reshape.outputs[0].replace_all_uses_with(output)
         graph.remove(reshape, safe=True)
+
+
+def _flattens(node: ir.Node, width: int) -> bool:
+    """Whether it is a Reshape to [−1, width] whose output only other nodes read."""
+    if (node.domain, node.op_type) != ("", "Reshape") or node.outputs[0].is_graph_output():
+        return False
+    target = node.inputs[1].const_value if node.inputs[1] is not None else None
+    return target is not None and target.numpy().tolist() == [-1, width]
 
 
 def _before_rotation(x: ir.Value) -> tuple[ir.Value, list[ir.Value | None]]:

@@ -7,7 +7,7 @@ Promises: an 8B shape (Llama-3.1-8B's, fp16, sparse zero-filled safetensors) exp
 from __future__ import annotations
 
 import json
-import resource
+import os
 import struct
 import subprocess
 import sys
@@ -87,10 +87,14 @@ def write_sparse(folder: Path, config: dict[str, Any]) -> None:
 
 
 def run(*arguments: str) -> tuple[float, float]:
-    """Seconds and peak resident bytes of one `headpool` command. The largest child so far sets the peak."""
+    """Seconds and peak resident bytes of one `headpool` command."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "exporter", *arguments], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    process = subprocess.Popen([sys.executable, "-m", "exporter", *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)  # of this process alone; resource.getrusage knows only the largest so far
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
 def written(folder: Path) -> int:

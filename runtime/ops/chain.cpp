@@ -128,6 +128,8 @@ class ChainKernel : public Kernel<ChainKernel> {
     for (const int64_t value : info.GetAttributes<int64_t>("outputs")) {
       expect(value >= static_cast<int64_t>(inputs_) && value < static_cast<int64_t>(widths_.size()),
              "headpool::LinearChain: an output is none of the stages'");
+      expect(std::find(outputs_.begin(), outputs_.end(), value) == outputs_.end(),
+             "headpool::LinearChain: an output is given twice");
       outputs_.push_back(value);
     }
     expect(outputs_.size() == info.GetOutputCount(), "headpool::LinearChain: `outputs` has a wrong length");
@@ -180,7 +182,7 @@ class ChainKernel : public Kernel<ChainKernel> {
         const auto w = next(0, inputs_), b = next(NONE, inputs_);
         const auto [weights, w_shape] = constant(info, w);
         const auto [biases, b_shape] = constant(info, b);
-        expect(w_shape.size() == 2 && (!biases || b_shape == std::vector<int64_t>{w_shape[0]}) &&
+        expect(w_shape.size() == 2 && w_shape[1] > 0 && (!biases || b_shape == std::vector<int64_t>{w_shape[0]}) &&
                    (!i || w_shape[1] == static_cast<int64_t>(stage.K)),
                "headpool::LinearChain: the weights of a stage contradict each other");
         stage.K = w_shape[1];

@@ -78,7 +78,7 @@ inline Vec tanh(Vec x) { return 1.0f - 2.0f / (exp_bounded(x + x) + 1.0f); }
 inline Vec act(Vec x, Activation kind) {
   switch (kind) {
     case Activation::relu:
-      return max(x, Vec{});
+      return x < 0.0f ? Vec{} : x;  // NaN stays NaN
     case Activation::silu:
       return x / (1.0f + exp_bounded(-x));
     case Activation::sigmoid:

@@ -167,7 +167,6 @@ void test_activate(const Kernels& kernels) {
     kernels.activate(far.data(), up.data(), far.size(), kind);
     for (size_t i = 0; i < far.size(); ++i)
       close(up[i], activation(far[i], kind), 1e-6 * (1 + std::abs(activation(far[i], kind))), what);
-    if (kind == Activation::relu) continue;
     const float nan = std::numeric_limits<float>::quiet_NaN();
     float made = 1;
     kernels.activate(&nan, &made, 1, kind);

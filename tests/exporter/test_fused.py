@@ -201,6 +201,35 @@ def test_a_library_of_something_else(bundle: Bundle, elsewhere: Path, capfd: pyt
     assert "RegisterCustomOps" in the_one_line(bundle, capfd)
 
 
+@pytest.mark.parametrize("damage", ["cut", "noise", "type", "place"])
+def test_a_damaged_graph(damage: str, bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+    path = bundle.graph_path(bundle.variants[0])
+    content = path.read_bytes()
+    model = onnx.load(path, load_external_data=False)
+    (tensor, *_) = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    if damage == "type":
+        tensor.data_type = 77
+    elif damage == "place":
+        next(entry for entry in tensor.external_data if entry.key == "offset").value = "-8"
+    content = {"cut": content[: len(content) // 2], "noise": b"\xff" * 1000}.get(damage, model.SerializeToString())
+    path.write_bytes(content)
+    assert "export the bundle again" in the_one_line(bundle, capfd)
+
+
+def test_a_weight_whose_length_only_its_shape_says(bundle: Bundle) -> None:
+    """ONNX allows that."""
+    path = bundle.graph_path(bundle.variants[0])
+    with open_session(bundle) as session:
+        expected = session.prefill([np.arange(9)])
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in [entry for entry in tensor.external_data if entry.key == "length"]:
+            tensor.external_data.remove(entry)
+    path.write_bytes(model.SerializeToString())
+    with open_session(bundle) as session:
+        np.testing.assert_array_equal(session.prefill([np.arange(9)]), expected)
+
+
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_damaged_weights(damage: str, bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
     harness.operators()

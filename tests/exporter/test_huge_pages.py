@@ -97,7 +97,7 @@ def test_weights_that_are_damaged_or_gone(checkpoint: Checkpoint, tmp_path: Path
     del values, files
     weights.write_bytes(content[:-3])
     with pytest.raises(
-        ValueError, match=rf"{weights.name} is cut short, it has {len(content) - 3} bytes; export the bundle again"
+        ValueError, match=rf"of {weights.name}, which has {len(content) - 3:,}: one of the two was cut short; export the bundle"
     ):
         huge_pages.initializers(bundle.graph_path(bundle.variants[0]))
     weights.unlink()

@@ -100,3 +100,20 @@ def test_records_out_of_range_are_refused():
                 raise
             refused += 1
     assert 200 < refused < 300
+
+
+@pytest.mark.parametrize("wrong", ["an output twice", "no inputs"])
+def test_nodes_that_are_refused(wrong):
+    model = graph(f"p = {GEMM}(x, square) o = {GEMM}(p, square2) y = Relu(o) z = Relu(p)", "y z")
+    fuse_linears(model)
+    chain_linears(model)
+    proto = ir.to_proto(model)
+    (node,) = [node for node in proto.graph.node if node.op_type == "LinearChain"]
+    if wrong == "an output twice":
+        (attribute,) = [attribute for attribute in node.attribute if attribute.name == "outputs"]
+        attribute.CopyFrom(onnx.helper.make_attribute("outputs", [attribute.ints[0]] * 2))
+    for weight in proto.graph.initializer:
+        if wrong == "no inputs":
+            weight.CopyFrom(onnx.numpy_helper.from_array(np.zeros((K, 0), np.float32), weight.name))
+    with pytest.raises(Exception, match=r"headpool::LinearChain: (an output is given twice|the weights of a stage contradict)"):
+        harness.ort_session(proto, own_operators=True)

@@ -216,3 +216,65 @@ def test_no_canonical_node_is_left_and_names_stay():
     lowered = lower(build(6, 2, 16, 16, 16), "fused")
     assert [value.name for value in lowered.graph.outputs] == ["output", "present_key", "present_value"]
     assert {node.domain for node in lowered.graph} == {DOMAIN}
+
+
+def flat_query(after: list[tuple[str, list[int] | None]]) -> ir.Model:
+    """One attention over 4 query heads of 6 and values of 10 whose query is a Reshape of [B·T,H·D]; `after` follows its output:
+    operators, with the target of a Reshape or the permutation of a Transpose."""
+    heads, groups, size, width = 4, 2, 6, 10
+    model = standalone(heads, groups, size)
+    graph, node = model.graph, model.graph.node(0)
+    for value, shape in (
+        (node.inputs[2], ["B", "T", groups * width]),
+        (node.inputs[4], ["B", groups, "S", width]),
+        (node.outputs[0], ["B", "T", heads * width]),
+        (node.outputs[2], ["B", groups, "S", width]),
+    ):
+        value.shape = ir.Shape(shape)
+    flat = ir.Value(name="flat", shape=ir.Shape(["R", heads * size]), type=ir.TensorType(ir.DataType.FLOAT))
+    graph.inputs[list(graph.inputs).index(node.inputs[0])] = flat
+
+    def reshape(x: ir.Value, target: list[int], name: str, rank: int) -> ir.Node:
+        shape = ir.Value(name=f"{name}.shape", const_value=ir.tensor(np.array(target)), shape=ir.Shape([len(target)]))
+        graph.register_initializer(shape)
+        made = ir.node("Reshape", [x, shape], name=name)
+        made.outputs[0].shape = ir.Shape([f"{name}{axis}" for axis in range(rank - 1)] + [target[-1]])
+        return made
+
+    query = reshape(flat, [1, -1, heads * size], "query.flat", 3)
+    graph.insert_before(node, query)
+    node.replace_input_with(0, query.outputs[0])
+    value = node.outputs[0]
+    place = list(graph.outputs).index(value)
+    for index, (op_type, numbers) in enumerate(after):
+        if op_type == "Reshape":
+            following = reshape(value, numbers, f"after{index}", 2)
+        else:
+            following = ir.node(op_type, [value], {"perm": numbers} if numbers else {}, name=f"after{index}")
+        graph.insert_after(list(graph)[-1], following)
+        value = following.outputs[0]
+        value.name, value.type = f"after{index}.y", ir.TensorType(ir.DataType.FLOAT)
+    graph.outputs[place] = value
+    return model
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        [("Reshape", [-1, 40]), ("Relu", None)],
+        [("Reshape", [-1, 10]), ("Softmax", None)],
+        [("Reshape", [-1, 40])],
+        [("Transpose", [0, 2, 1])],
+    ],
+    ids=["to the rows of a linear layer", "to heads", "an output of the graph", "no reshape"],
+)
+def test_what_follows_its_output_keeps_its_shape(after):
+    rng, results = np.random.default_rng(0), []
+    shapes = {"flat": (3, 24), "key": (1, 3, 12), "value": (1, 3, 20), "past_key": (1, 2, 8, 6), "past_value": (1, 2, 8, 10)}
+    given_ones = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    given_ones["position_ids"] = np.arange(3)[None]
+    for pattern in ("fused", "grouped"):
+        model = ir.to_proto(lower(flat_query(after), pattern))
+        results.append(harness.ort_session(model, own_operators=pattern == "fused").run(None, given_ones))
+    for actual, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)

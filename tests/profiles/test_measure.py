@@ -93,6 +93,12 @@ def test_cohorts_fit_into_memory(factory):
     assert cohorts(subjects, 2, 10, 640) == [[0], [1, 2], [3]]  # 520, 360, 280, 240
 
 
+def test_cohorts_keep_a_pattern_together(factory):
+    kinds = [(g, pattern) for g in (8, 4) for pattern in ("grouped", "gqa")]
+    subjects = [factory.subject(*kind, weight_bytes=100, kv_bytes_per_token=0) for kind in kinds]
+    assert cohorts(subjects, 1, 10, 400) == [[0, 2], [1, 3]]
+
+
 def test_cells_name_their_cohort(factory, fakes):
     cells, log = run(factory, fakes, Plan(contexts=(16,), kinds=("decode",), samples=2, memory=1))
     assert [cell.cohort for cell in cells] == [0, 1]
