@@ -16,6 +16,9 @@ from typing import Any
 import onnx_ir as ir
 import psutil
 
+from exporter.config import CacheForm, ModelConfig
+from exporter.engines import INSTALL_CUDA
+from exporter.errors import EngineError
 from exporter.units import size
 from graphs.canonical import standalone
 from graphs.errors import GraphError
@@ -31,7 +34,7 @@ def diagnose() -> dict[str, Any]:
         _check("checkpoints, conversion, export", _torch),
         _check("ONNX Runtime on the CPU", _onnxruntime),
         *_patterns(),
-        _check("ONNX Runtime on CUDA", lambda: check_provider("CUDAExecutionProvider", "onnxruntime-gpu", "gpu")),
+        _check("ONNX Runtime on CUDA", lambda: check_provider("CUDAExecutionProvider")),
         _check("onnxruntime-genai", lambda: _package(("onnxruntime-genai", "onnxruntime-genai-cuda"), "genai")),
         _check("optimum-onnx", lambda: _package(("optimum-onnx",), "optimum")),
     ]
@@ -77,14 +80,28 @@ def _onnxruntime() -> str:
     return f"onnxruntime {onnxruntime.__version__}, providers {', '.join(onnxruntime.get_available_providers())}"
 
 
-def check_provider(name: str, package: str, extra: str) -> str:
+def check_provider(name: str) -> str:
     """Opens an attention node on an execution provider of ONNX Runtime; its name. Raises where that does not work."""
-    import onnxruntime
-
-    if name not in onnxruntime.get_available_providers():
-        raise RuntimeError(f"this onnxruntime has no {name}; install the extra headpool[{extra}] ({package})")
     _open(standalone(4, 2, 64, dtype=ir.DataType.FLOAT16), "gqa", name)
     return name
+
+
+def check_runs(provider: str, config: ModelConfig, pattern: str, cache: CacheForm, dtype: str) -> None:
+    """Opens one attention node of each KV-head count of `config` on an execution provider of ONNX Runtime.
+
+    It takes milliseconds, and tells what a whole model would after minutes of export. Raises EngineError where none opens.
+    """
+    for count in sorted(set(config.kv_heads)):
+        node = standalone(config.num_heads, count, config.head_dim, cache == "static", DTYPES[dtype])
+        try:
+            _open(node, pattern, provider)
+        except EngineError:
+            raise
+        except Exception as error:  # the runtime raises classes of its own that have no public base
+            raise EngineError(
+                f"onnxruntime cannot run pattern {pattern}, {cache} cache, {dtype} on {provider}: {_reason(error, dtype)}; "
+                "choose another --dtype, --pattern, --cache or --backend"
+            ) from None
 
 
 def _package(names: tuple[str, ...], extra: str) -> str:
@@ -125,6 +142,10 @@ def _reason(error: Exception, dtype: str) -> str:
 def _open(model: ir.Model, pattern: str, provider: str) -> None:
     import onnxruntime
 
+    if provider not in (available := onnxruntime.get_available_providers()):
+        raise EngineError(
+            f"onnxruntime {onnxruntime.__version__} here has no {provider} (it has {', '.join(available)}): {INSTALL_CUDA}"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if pattern == "fused":

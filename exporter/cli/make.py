@@ -81,10 +81,12 @@ def export_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> 
     """
     from exporter.checkpoint import open_source
     from exporter.export import ExportOptions, export
+    from exporter.files import check_output
     from exporter.inspection import bundle_report, variant_lines
 
     source = open_source(checkpoint, given["seed"])
     chosen = options.build(ExportOptions, with_plan(given.pop("plan"), source, given))
+    check_output(out, checkpoint)
     with progress_bar() as progress:
         bundle = export(source, out, chosen, progress)
     if source.files:

@@ -53,6 +53,16 @@ def test_sweep_makes_a_bundle_results_and_a_page(headpool, made: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_repeats_in_lists_are_measured_once(headpool, made: Path, tmp_path: Path) -> None:
+    """What would be measured twice could not be told apart, and compare would refuse the file."""
+    lists = ["--contexts", "4,4", "--batch", "1,2,1", "--kinds", "decode,decode", "--breakdown", "4,4", "--variants", "g2"]
+    few = ["--samples", "2", "--threads", "1", "--out", tmp_path / "out", "--json"]
+    code, out, _ = headpool("profile", made / "bundle", *lists, *few)
+    assert code == 0
+    assert [cell["batch"] for cell in json.loads(out.splitlines()[-1])["cells"]] == [1, 2]
+    assert headpool("compare", tmp_path / "out", tmp_path / "out")[0] == 0
+
+
 def test_run_answers_as_the_torch_model_does(headpool, made: Path) -> None:
     """Greedy, streamed; against transformers' own generation."""
     import torch
