@@ -55,11 +55,9 @@ def convert_command(
     _tell_no_tokenizer(out)
     record = conversion_record(before, after, method, seed, grouping, calibration)
     data = {"out": str(out), "conversion": record, "kv_heads": list(after.kv_heads)}
-    finish(
-        as_json,
-        data,
-        f"{out}: {_heads(before.kv_heads)} → {_heads(after.kv_heads)} KV heads of {after.num_heads} query heads, by {method}",
-    )
+    how = f", by {record['method']}" if record else ": none changed"
+    heads = f"{_heads(before.kv_heads)} → {_heads(after.kv_heads)} KV heads of {after.num_heads} query heads"
+    finish(as_json, data, f"{out}: {heads}{how}")
 
 
 @click.command("export")

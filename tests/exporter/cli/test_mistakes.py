@@ -15,10 +15,10 @@ RUN = ["run", BUNDLE, "--tokens", "1,2,3"]
 PROFILE = ["profile", BUNDLE, "--contexts", "4", "--samples", "2", "--kinds", "decode", "--threads", "1"]
 DIVIDE = "4 KV heads do not divide 6 query heads; choose from 6, 3, 2, 1"
 MISTAKES: list[tuple[list[str], str]] = [
-    (["nonsense"], "command 'nonsense' is not one of doctor, inspect, convert, export"),
+    (["nonsense"], "command 'nonsense' is not one of doctor, inspect, convert, select, uptrain, export"),
     (["--nope"], "option --nope does not exist (see 'headpool --help')"),
     (["export", MODEL], "argument OUT is missing (see 'headpool export --help')"),
-    (["convert", MODEL, "out"], "option --groups is missing (see 'headpool convert --help')"),
+    (["convert", MODEL, "out"], "neither of --groups and --plan given; give one of them"),
     (["export", MODEL, "out", "--zzz"], "option --zzz does not exist (see 'headpool export --help')"),
     (
         ["export", MODEL, "out", "--dtyp", "fp16"],
@@ -115,6 +115,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["report", FAST, "--out", FAST], "fast.json exists; choose another name or remove it"),
     (["completion", "tcsh"], "SHELL: 'tcsh' is not one of bash, zsh, fish (see 'headpool completion --help')"),
     (["inspect", "nothing"], "nothing does not exist"),
+    (["inspect", FAST], "fast.json is a results file of 'headpool profile' or 'sweep'; read it with 'headpool report' or"),
+    (["export", MODEL, "out", "--pattern", "fused", "--dtype", "fp16"], "it is fp16; headpool's operators are for fp32"),
 ]
 
 
