@@ -5,10 +5,13 @@ ONNX Runtime is asked for each pattern by opening a session on one attention nod
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
 import re
+import shutil
+import subprocess
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +21,8 @@ import psutil
 
 from exporter.config import CacheForm, ModelConfig
 from exporter.engines import INSTALL_CUDA
+from exporter.engines.tensorrt.device import check_device, compute_capability
+from exporter.engines.tensorrt.library import load
 from exporter.errors import EngineError
 from exporter.units import size
 from graphs.canonical import standalone
@@ -35,8 +40,16 @@ def diagnose() -> dict[str, Any]:
         _check("ONNX Runtime on the CPU", _onnxruntime),
         *_patterns(),
         _check("ONNX Runtime on CUDA", lambda: check_provider("CUDAExecutionProvider")),
+        *(
+            _check(f"{backend}: {what}", functools.partial(probe, backend))
+            for backend in ("tensorrt-rtx", "tensorrt")
+            for what, probe in (("build", _tensorrt_builds), ("run", _tensorrt_runs))
+        ),
         _check("onnxruntime-genai", lambda: _package(("onnxruntime-genai", "onnxruntime-genai-cuda"), "genai")),
         _check("optimum-onnx", lambda: _package(("optimum-onnx",), "optimum")),
+        _check("uptrain: data of Hugging Face", lambda: _package(("datasets",), "uptrain")),
+        _check("uptrain: TensorBoard files", lambda: _package(("tensorboardX",), "uptrain")),
+        _check("C++ compiler (scripts/ops)", _compiler),
     ]
     machine = {
         "system": platform.platform(),
@@ -58,7 +71,7 @@ def _check(what: str, probe: Callable[[], str]) -> dict[str, Any]:
     try:
         return {"what": what, "ok": True, "detail": probe()}
     except Exception as error:  # the reason is the answer
-        return {"what": what, "ok": False, "detail": _short(error, 200)}
+        return {"what": what, "ok": False, "detail": _short(error, 300)}
 
 
 def _short(error: Exception, width: int) -> str:
@@ -102,6 +115,26 @@ def check_runs(provider: str, config: ModelConfig, pattern: str, cache: CacheFor
                 f"onnxruntime cannot run pattern {pattern}, {cache} cache, {dtype} on {provider}: {_reason(error, dtype)}; "
                 "choose another --dtype, --pattern, --cache or --backend"
             ) from None
+
+
+def _tensorrt_builds(backend: str) -> str:
+    library = load(backend)
+    if not library.chips():
+        check_device()  # it builds for the GPU of this machine only
+    return f"{library.trt.__name__} {library.version}, for {', '.join(library.chips()) or compute_capability()}"
+
+
+def _tensorrt_runs(backend: str) -> str:
+    load(backend)
+    check_device()
+    return f"on {compute_capability()}"
+
+
+def _compiler() -> str:
+    name = os.environ.get("CXX", "c++")
+    if (path := shutil.which(name)) is None:
+        raise RuntimeError(f"{name} was not found; g++ from 12 or clang from 15 on builds the operators of the pattern fused")
+    return subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()[0]
 
 
 def _package(names: tuple[str, ...], extra: str) -> str:
