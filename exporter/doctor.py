@@ -5,10 +5,13 @@ ONNX Runtime is asked for each pattern by opening a session on one attention nod
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
 import re
+import shutil
+import subprocess
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +19,11 @@ from typing import Any
 import onnx_ir as ir
 import psutil
 
+from exporter.config import CacheForm, ModelConfig
+from exporter.engines import INSTALL_CUDA
+from exporter.engines.tensorrt.device import check_device, compute_capability
+from exporter.engines.tensorrt.library import load
+from exporter.errors import EngineError
 from exporter.units import size
 from graphs.canonical import standalone
 from graphs.errors import GraphError
@@ -31,9 +39,17 @@ def diagnose() -> dict[str, Any]:
         _check("checkpoints, conversion, export", _torch),
         _check("ONNX Runtime on the CPU", _onnxruntime),
         *_patterns(),
-        _check("ONNX Runtime on CUDA", lambda: check_provider("CUDAExecutionProvider", "onnxruntime-gpu", "gpu")),
+        _check("ONNX Runtime on CUDA", lambda: check_provider("CUDAExecutionProvider")),
+        *(
+            _check(f"{backend}: {what}", functools.partial(probe, backend))
+            for backend in ("tensorrt-rtx", "tensorrt")
+            for what, probe in (("build", _tensorrt_builds), ("run", _tensorrt_runs))
+        ),
         _check("onnxruntime-genai", lambda: _package(("onnxruntime-genai", "onnxruntime-genai-cuda"), "genai")),
         _check("optimum-onnx", lambda: _package(("optimum-onnx",), "optimum")),
+        _check("uptrain: data of Hugging Face", lambda: _package(("datasets",), "uptrain")),
+        _check("uptrain: TensorBoard files", lambda: _package(("tensorboardX",), "uptrain")),
+        _check("C++ compiler (scripts/ops)", _compiler),
     ]
     machine = {
         "system": platform.platform(),
@@ -55,7 +71,7 @@ def _check(what: str, probe: Callable[[], str]) -> dict[str, Any]:
     try:
         return {"what": what, "ok": True, "detail": probe()}
     except Exception as error:  # the reason is the answer
-        return {"what": what, "ok": False, "detail": _short(error, 200)}
+        return {"what": what, "ok": False, "detail": _short(error, 300)}
 
 
 def _short(error: Exception, width: int) -> str:
@@ -77,14 +93,48 @@ def _onnxruntime() -> str:
     return f"onnxruntime {onnxruntime.__version__}, providers {', '.join(onnxruntime.get_available_providers())}"
 
 
-def check_provider(name: str, package: str, extra: str) -> str:
+def check_provider(name: str) -> str:
     """Opens an attention node on an execution provider of ONNX Runtime; its name. Raises where that does not work."""
-    import onnxruntime
-
-    if name not in onnxruntime.get_available_providers():
-        raise RuntimeError(f"this onnxruntime has no {name}; install the extra headpool[{extra}] ({package})")
     _open(standalone(4, 2, 64, dtype=ir.DataType.FLOAT16), "gqa", name)
     return name
+
+
+def check_runs(provider: str, config: ModelConfig, pattern: str, cache: CacheForm, dtype: str) -> None:
+    """Opens one attention node of each KV-head count of `config` on an execution provider of ONNX Runtime.
+
+    It takes milliseconds, and tells what a whole model would after minutes of export. Raises EngineError where none opens.
+    """
+    for count in sorted(set(config.kv_heads)):
+        node = standalone(config.num_heads, count, config.head_dim, cache == "static", DTYPES[dtype])
+        try:
+            _open(node, pattern, provider)
+        except EngineError:
+            raise
+        except Exception as error:  # the runtime raises classes of its own that have no public base
+            raise EngineError(
+                f"onnxruntime cannot run pattern {pattern}, {cache} cache, {dtype} on {provider}: {_reason(error, dtype)}; "
+                "choose another --dtype, --pattern, --cache or --backend"
+            ) from None
+
+
+def _tensorrt_builds(backend: str) -> str:
+    library = load(backend)
+    if not library.chips():
+        check_device()  # it builds for the GPU of this machine only
+    return f"{library.trt.__name__} {library.version}, for {', '.join(library.chips()) or compute_capability()}"
+
+
+def _tensorrt_runs(backend: str) -> str:
+    load(backend)
+    check_device()
+    return f"on {compute_capability()}"
+
+
+def _compiler() -> str:
+    name = os.environ.get("CXX", "c++")
+    if (path := shutil.which(name)) is None:
+        raise RuntimeError(f"{name} was not found; g++ from 12 or clang from 15 on builds the operators of the pattern fused")
+    return subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()[0]
 
 
 def _package(names: tuple[str, ...], extra: str) -> str:
@@ -125,6 +175,10 @@ def _reason(error: Exception, dtype: str) -> str:
 def _open(model: ir.Model, pattern: str, provider: str) -> None:
     import onnxruntime
 
+    if provider not in (available := onnxruntime.get_available_providers()):
+        raise EngineError(
+            f"onnxruntime {onnxruntime.__version__} here has no {provider} (it has {', '.join(available)}): {INSTALL_CUDA}"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if pattern == "fused":

@@ -89,10 +89,7 @@ def export(
     """
     report = progress or (lambda *_: None)
     config = checkpoint.config
-    for count in options.groups or ():
-        if isinstance(count, int):
-            check_groups(config.num_heads, count)
-    _check_patterns(config, options)
+    check_options(config, options)
     refuse_existing(out)
     check_tokenizer(checkpoint.side_files, checkpoint.name)
     convert = convert or converter(checkpoint, options, report)
@@ -120,8 +117,11 @@ def converter(checkpoint: Checkpoint, options: ExportOptions, progress: Progress
     return Converter(checkpoint, options.method, options.seed, options.grouping, options.calibration, progress)
 
 
-def _check_patterns(config: ModelConfig, options: ExportOptions) -> None:
-    """Refuse a pattern that does not fit before any weight is written; lowering would refuse it later."""
+def check_options(config: ModelConfig, options: ExportOptions) -> None:
+    """Refuse KV heads or a pattern that do not fit before any weight is written. Raises UserError."""
+    for count in options.groups or ():
+        if isinstance(count, int):
+            check_groups(config.num_heads, count)
     models = [config.with_kv_heads(count) for count in options.groups or (config.kv_heads,)]
     counts = sorted({count for model in models for count in model.kv_heads})
     for pattern, count in itertools.product(options.patterns, counts):

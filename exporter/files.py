@@ -23,6 +23,13 @@ def refuse_existing(path: Path) -> None:
         raise UserError(f"{path} cannot be written: {parent} is read-only; choose another place")
 
 
+def check_output(out: Path, source: Path) -> None:
+    """An output that is not there yet, and not in the folder that is read: inputs are left as they are."""
+    refuse_existing(out)
+    if source.is_dir() and source.resolve() in out.resolve().parents:
+        raise UserError(f"{out} is inside {source}, which is only read; choose a place outside it")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path` that becomes `path` when the block ends, and vanishes when it raises."""

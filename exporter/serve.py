@@ -18,21 +18,23 @@ from exporter.engines import open_session
 from exporter.engines.base import Session
 from exporter.errors import EngineError, UserError
 from exporter.generate import ENDED, Sampler, generate
-from exporter.tokenizer import Tokenizer
+from exporter.tokenizer import TOKENIZER, Tokenizer
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of each prompt, and the tokenizer to write the answer with (None: ids are answered with ids)."""
+    """Token ids of each prompt, and the tokenizer, if there is one; `as_ids` are answered with ids, as they came."""
 
     ids: list[np.ndarray]
     tokenizer: Tokenizer | None
+    as_ids: bool = False
 
     @classmethod
-    def from_ids(cls, ids: tuple[int, ...], variant: Variant) -> Prompts:
+    def from_ids(cls, bundle: Bundle, variant: Variant, ids: tuple[int, ...]) -> Prompts:
         if max(ids) >= variant.config.vocab_size:
             raise EngineError(f"token id {max(ids)} is outside the vocabulary of {variant.config.vocab_size}")
-        return cls([np.array(ids, np.int64)], None)
+        tokenizer = Tokenizer.open(bundle.path) if (bundle.path / TOKENIZER).is_file() else None
+        return cls([np.array(ids, np.int64)], tokenizer, as_ids=True)
 
     @classmethod
     def from_texts(cls, bundle: Bundle, variant: Variant, texts: list[str], chat: bool) -> Prompts:
@@ -91,7 +93,7 @@ class Generation:
     def stream(self) -> Iterator[str]:
         """Pieces of the first sequence's text (or its ids) as soon as they are known."""
         stops = self.variant.config.eos_token_ids
-        text = self.prompts.tokenizer.stream() if self.prompts.tokenizer else None
+        text = self.prompts.tokenizer.stream() if self.prompts.tokenizer and not self.prompts.as_ids else None
         started = time.perf_counter()
         for tokens in generate(self.session, self.prompts.ids, self.count, self.sampler, stops):
             self.seconds.append(time.perf_counter() - started)
@@ -105,9 +107,10 @@ class Generation:
             yield text.finish()
 
     @property
-    def texts(self) -> list[str]:
+    def texts(self) -> list[str] | None:
+        """The answers; None where the bundle has no tokenizer."""
         tokenizer = self.prompts.tokenizer
-        return [tokenizer.decode(np.array(ids)) if tokenizer else " ".join(map(str, ids)) for ids in self.new]
+        return [tokenizer.decode(np.array(ids)) for ids in self.new] if tokenizer else None
 
     def report(self) -> dict[str, Any]:
         first, rest = self.seconds[0], self.seconds[1:]
@@ -115,7 +118,7 @@ class Generation:
             "variant": self.variant.name,
             "prompt_tokens": [len(prompt) for prompt in self.prompts.ids],
             "tokens": self.new,
-            "texts": self.texts if self.prompts.tokenizer else None,
+            "texts": self.texts,
             "time_to_first_token_seconds": first,
             "seconds_per_token_p50": float(np.median(rest)) if rest else None,
             "kv_bytes": self.session.kv_bytes(),
@@ -125,7 +128,9 @@ class Generation:
     def summary(self) -> str:
         figures = self.report()
         each = figures["seconds_per_token_p50"]
-        speed = f", then {each * 1e3:.1f} ms a token ({len(self.new) / each:.1f} tokens/s)" if each else ""
+        batch = len(self.new)
+        what = "token" if batch == 1 else f"step of {batch} tokens"
+        speed = f", then {each * 1e3:.1f} ms a {what} ({batch / each:.1f} tokens/s)" if each else ""
         full = f"; stopped at the model's context of {self.variant.config.max_positions} tokens" if self._full else ""
         return f"first token after {figures['time_to_first_token_seconds'] * 1e3:.0f} ms{speed}; {self.variant.name}{full}"
 

@@ -41,9 +41,7 @@ def profile_bundle(
     the plan at which the runtime profiles itself afterwards (its own run: profiling slows a step); ONNX Runtime only.
     Raises BundleError, EngineError and UserError.
     """
-    chosen = _chosen([Bundle.open(path) for path in bundles], variants)
-    for _, variant in chosen:
-        check_plan(plan, breakdown, variant.config)
+    chosen = choose(bundles, variants, plan, breakdown)
     machine, software = fingerprint(), versions()  # before the run: of the code that is now loaded
     subjects: list[tuple[Subject, OpenSession]] = []
     for bundle, variant in chosen:
@@ -112,15 +110,26 @@ def bundle_hash(bundle: Bundle, variant: Variant) -> str:
     return digest.hexdigest()
 
 
-def _chosen(bundles: list[Bundle], names: Sequence[str] | None) -> list[tuple[Bundle, Variant]]:
-    every = [(bundle, variant) for bundle in bundles for variant in bundle.variants]
-    if names is None:
-        return every
+def choose(
+    bundles: Sequence[str | Path], names: Sequence[str] | None, plan: Plan, breakdown: Sequence[int] = ()
+) -> list[tuple[Bundle, Variant]]:
+    """What `profile_bundle` would measure; only manifests are read.
+
+    Raises BundleError for a bundle or variant that is not there, UserError for a bundle given twice and for a plan that a
+    variant cannot be measured by.
+    """
+    for index, path in enumerate(bundles):
+        if Path(path).resolve() in {Path(other).resolve() for other in bundles[:index]}:
+            raise UserError(f"bundle {path} is given twice; its figures could not be told apart, name it once")
+    every = [(bundle, variant) for bundle in map(Bundle.open, bundles) for variant in bundle.variants]
     known = {variant.name for _, variant in every}
-    for name in names:
+    for name in names or ():
         if name not in known:
             raise BundleError(one_of("variant", name, sorted(known)))
-    return [(bundle, variant) for bundle, variant in every if variant.name in names]
+    chosen = [(bundle, variant) for bundle, variant in every if names is None or variant.name in names]
+    for _, variant in chosen:
+        check_plan(plan, breakdown, variant.config)
+    return chosen
 
 
 def _with_breakdown(cell: Cell, opener: OpenSession, seed: int) -> Cell:

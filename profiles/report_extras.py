@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
+from exporter.convert.methods import REPETITION
 from exporter.units import size
 from profiles.report_data import Row, group_labels, grouped, name_and_unit, place_label
 from profiles.report_figures import KV_HEADS, Figure, Styles, Table
@@ -14,6 +15,7 @@ from profiles.results import BREAKDOWN_CLASSES, Subject
 from profiles.units import milliseconds
 
 ORIGINAL = "original"
+EXACT = (ORIGINAL, REPETITION)  # nothing is lost: points of every method's line
 CLASS_NAMES = {"attention": "attention", "matmul": "weight matmuls", "other": "other kernels", "runtime": "between kernels"}
 
 
@@ -69,7 +71,7 @@ def quality(rows: Sequence[Row], styles: Styles) -> Figure | None:
     unique.sort(key=lambda row: row.subject.mean_groups)
     names = group_labels(rows)
     panels = []
-    methods = sorted({method(row) for row in unique} - {ORIGINAL}) or [ORIGINAL]  # each one's line starts at the original
+    methods = sorted({method(row) for row in unique} - {*EXACT}) or [ORIGINAL]  # each one's line starts at the original
     metrics = list(dict.fromkeys(name for row in rows for name in row.quality))
     for metric in metrics[:4]:
         lines = []
@@ -78,7 +80,7 @@ def quality(rows: Sequence[Row], styles: Styles) -> Figure | None:
             points = [
                 Point(names.index(row.groups), row.quality[metric], f"{method(row)}, {_value(row, metric)}")
                 for row in measured
-                if method(row) in (label, ORIGINAL)
+                if method(row) in (label, *EXACT)
             ]
             lines.append(Series(label, f"s{(index + 4) % 8}", tuple(points), index))
         name, unit = name_and_unit(metric)

@@ -15,11 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from exporter.checkpoint import Checkpoint
+from exporter.config import ModelConfig
 from exporter.convert import Converter
+from exporter.doctor import check_runs
+from exporter.engines import BACKENDS
 from exporter.engines.torch_eager import open_torch
-from exporter.errors import UserError
+from exporter.errors import EngineError, UserError, one_of
 from exporter.evaluate import agreement, check_text, cross_entropy, cut, default_text
-from exporter.export import ExportOptions, converter, export
+from exporter.export import DEFAULT_CACHE, ExportOptions, check_options, converter, export
 from exporter.files import new_folder, refuse_existing
 from exporter.tokenizer import TOKENIZER, Tokenizer
 from profiles.bundles import check_plan, profile_bundle
@@ -47,6 +50,8 @@ def sweep(checkpoint: Checkpoint, out: Path, options: SweepOptions, progress: Pr
     """Write the folder `out`, whole or not at all, and return the results."""
     refuse_existing(out)
     check_plan(options.plan, options.breakdown, checkpoint.config)
+    check_options(checkpoint.config, options.export)
+    _check_backend(checkpoint.config, options)
     text = _text(checkpoint, options.quality_tokens)
     convert = converter(checkpoint, options.export, progress)
     with new_folder(out) as folder:
@@ -64,6 +69,23 @@ def sweep(checkpoint: Checkpoint, out: Path, options: SweepOptions, progress: Pr
         results.save(folder / "results.json")
         write_report([results], folder / "report.html")
     return results
+
+
+def _check_backend(config: ModelConfig, options: SweepOptions) -> None:
+    """Refuse a backend that cannot run what is to be exported, before it is. Raises EngineError."""
+    if options.backend not in BACKENDS:
+        raise EngineError(one_of("backend", options.backend, BACKENDS))
+    backend = BACKENDS[options.backend]
+    if backend.runtime != "onnxruntime":
+        raise EngineError(
+            f"sweep builds no engines, and {options.backend} runs nothing else; take the steps one by one: headpool export, "
+            f"headpool build --backend {options.backend}, headpool profile --backend {options.backend}"
+        )
+    for kv_heads in options.export.groups or (config.kv_heads,):
+        for pattern in options.export.patterns:
+            cache = options.export.cache or DEFAULT_CACHE[pattern]
+            provider = backend.options.get("provider", "CPUExecutionProvider")
+            check_runs(provider, config.with_kv_heads(kv_heads), pattern, cache, options.export.dtype)
 
 
 def _text(checkpoint: Checkpoint, count: int) -> np.ndarray | None:

@@ -55,6 +55,10 @@ def open_config(path: Path, seed: int = 0) -> Checkpoint:
     if not 0 <= seed < 2**31:
         raise CheckpointError(f"seed {seed} is not a whole number from 0 to {2**31 - 1}")
     hf_config = read_json(path)
+    if {"schema", "cells"} <= hf_config.keys():
+        raise CheckpointError(
+            f"{path} is a results file of 'headpool profile' or 'sweep'; read it with 'headpool report' or 'headpool compare'"
+        )
     folder = path.parent
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else None
     config = parse_config(hf_config, generation, path)

@@ -55,11 +55,9 @@ def convert_command(
     _tell_no_tokenizer(out)
     record = conversion_record(before, after, method, seed, grouping, calibration)
     data = {"out": str(out), "conversion": record, "kv_heads": list(after.kv_heads)}
-    finish(
-        as_json,
-        data,
-        f"{out}: {_heads(before.kv_heads)} → {_heads(after.kv_heads)} KV heads of {after.num_heads} query heads, by {method}",
-    )
+    how = f", by {record['method']}" if record else ": none changed"
+    heads = f"{_heads(before.kv_heads)} → {_heads(after.kv_heads)} KV heads of {after.num_heads} query heads"
+    finish(as_json, data, f"{out}: {heads}{how}")
 
 
 @click.command("export")
@@ -81,10 +79,12 @@ def export_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> 
     """
     from exporter.checkpoint import open_source
     from exporter.export import ExportOptions, export
+    from exporter.files import check_output
     from exporter.inspection import bundle_report, variant_lines
 
     source = open_source(checkpoint, given["seed"])
     chosen = options.build(ExportOptions, with_plan(given.pop("plan"), source, given))
+    check_output(out, checkpoint)
     with progress_bar() as progress:
         bundle = export(source, out, chosen, progress)
     if source.files:

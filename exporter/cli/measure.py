@@ -13,10 +13,28 @@ from exporter.cli.select import short, with_plan
 
 KINDS = ("decode", "prefill", "ttft")
 WIDTH = 110  # characters that the table takes
+
+
+def once(ctx: click.Context, param: click.Parameter, value: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A list without its repeats: the same cell measured twice could not be told apart."""
+    return tuple(dict.fromkeys(value))
+
+
 measuring = options.all_of(
-    click.option("--contexts", type=options.IntList(), default="128,1024", show_default=True, help="Tokens in the cache."),
-    click.option("--batch", "batches", type=options.IntList(), default="1", show_default=True, help="Sequences at once."),
-    click.option("--kinds", type=options.ChoiceList(KINDS), default=",".join(KINDS), show_default=True, help="What to time."),
+    click.option(
+        "--contexts", type=options.IntList(), callback=once, default="128,1024", show_default=True, help="Tokens in the cache."
+    ),
+    click.option(
+        "--batch", "batches", type=options.IntList(), callback=once, default="1", show_default=True, help="Sequences at once."
+    ),
+    click.option(
+        "--kinds",
+        type=options.ChoiceList(KINDS),
+        callback=once,
+        default=",".join(KINDS),
+        show_default=True,
+        help="What to time.",
+    ),
     click.option("--samples", type=click.IntRange(min=1), default=104, show_default=True, help="Steps a cell; 100 give a p99."),
     click.option("--prefill-samples", type=click.IntRange(min=1), default=5, show_default=True, help="Prefills a cell."),
     click.option("--seconds", type=float, help="Bound on each cell's share of the sampling time."),
@@ -38,15 +56,17 @@ def profile_command(bundles: tuple[Path, ...], out: Path, variants: str | None, 
       headpool profile mha gqa8 --out both.json --batch 1,4 --kinds decode
     """
     from exporter.files import refuse_existing
-    from profiles.bundles import profile_bundle
+    from profiles.bundles import choose, profile_bundle
     from profiles.measure import Plan
 
+    plan, names = options.build(Plan, given), variants.split(",") if variants else None
+    choose(bundles, names, plan, given["breakdown"])  # a mistake in the inputs is said before one in the output
     refuse_existing(out)
     with progress_bar() as progress:
         results = profile_bundle(
             bundles,
-            options.build(Plan, given),
-            variants=variants.split(",") if variants else None,
+            plan,
+            variants=names,
             backend=given["backend"],
             threads=given["threads"],
             breakdown=given["breakdown"],
@@ -76,6 +96,7 @@ def sweep_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> N
     from exporter.checkpoint import open_source
     from exporter.config import group_counts
     from exporter.export import ExportOptions
+    from exporter.files import check_output
     from profiles.measure import Plan
     from profiles.sweep import SweepOptions, sweep
 
@@ -84,6 +105,7 @@ def sweep_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> N
         given = with_plan(plan, source, {**given, "groups": given["groups"] or (short(source.config.kv_heads),)})
     given["groups"] = given["groups"] or tuple(group_counts(source.config.num_heads))
     stages = {"export": options.build(ExportOptions, given), "plan": options.build(Plan, given)}
+    check_output(out, checkpoint)
     with progress_bar() as progress:
         results = sweep(source, out, options.build(SweepOptions, {**given, **stages}), progress)
     _show(results, as_json, {"out": str(out), "report": str(out / "report.html"), "results": str(out / "results.json")})

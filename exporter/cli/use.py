@@ -58,7 +58,7 @@ def run_command(
     if tokens and (prompts or chat):
         raise UserError("--tokens stands instead of --prompt and --chat; give one of them")
     texts = prompts or (() if tokens else (_stdin(),))
-    fed = Prompts.from_ids(tokens, chosen) if tokens else Prompts.from_texts(opened, chosen, list(texts), chat)
+    fed = Prompts.from_ids(opened, chosen, tokens) if tokens else Prompts.from_texts(opened, chosen, list(texts), chat)
     sampler = Sampler(temperature, top_k, top_p, seed)
     generation = Generation(opened, chosen, fed, sampler, max_new_tokens, capacity, backend, threads)
     with generation:
@@ -68,7 +68,7 @@ def run_command(
                 click.echo(piece, nl=False)
         if streaming:
             click.echo()
-    lines = [f"[{row}] {text}" for row, text in enumerate(generation.texts)]
+    lines = [f"[{row}] {text}" for row, text in enumerate(generation.texts or ())]
     if as_json or not streaming:
         finish(as_json, generation.report(), lines)
     click.echo(generation.summary(), err=True)

@@ -22,6 +22,7 @@ from exporter.weights import ComputedTensor, LazyTensor, Weights
 Method = Literal["mean", "first", "random", "mean-renorm", "procrustes", "optimal"]
 METHODS: tuple[Method, ...] = get_args(Method)
 SHARINGS = {"procrustes": aligned, "optimal": leading}  # the methods that fold into W_Q and W_O
+REPETITION = "repetition"  # exact, whatever the method that was named
 Grouping = Literal["contiguous", "best"]
 GROUPINGS: tuple[Grouping, ...] = get_args(Grouping)
 
@@ -75,9 +76,15 @@ def conversion_record(
     grouping: Grouping = "contiguous",
     calibration: str | None = None,
 ) -> dict[str, Any] | None:
-    """What a manifest says of a conversion: how, and KV heads per layer. None where no head changed."""
+    """What a manifest says of a conversion: how, and KV heads per layer. None where no head changed.
+
+    Where heads were only repeated, no method had a part in it: it is REPETITION.
+    """
     if before.kv_heads == after.kv_heads:
         return None
+    counts = {"kv_heads_before": list(before.kv_heads), "kv_heads_after": list(after.kv_heads)}
+    if is_exact(before, after):
+        return {"method": REPETITION, "seed": None, **counts}
     folded = {"grouping": grouping, "calibration": calibration or "self"} if method in SHARINGS else {}
     if folded and before.qk_norm:
         folded["keys"] = "mean"  # QK-norm lets nothing of them be folded
@@ -85,8 +92,7 @@ def conversion_record(
         "method": method,
         **folded,
         "seed": seed if method == "random" or folded else None,
-        "kv_heads_before": list(before.kv_heads),
-        "kv_heads_after": list(after.kv_heads),
+        **counts,
     }
 
 

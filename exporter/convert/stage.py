@@ -12,7 +12,7 @@ from exporter.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from exporter.config import ModelConfig, check_groups
 from exporter.convert.calibration import calibration_tokens
 from exporter.convert.methods import SHARINGS, Grouping, Method, check_method, convert_weights, is_exact
-from exporter.files import refuse_existing
+from exporter.files import check_output
 from exporter.tokenizer import check_tokenizer
 from exporter.weights import Weights
 
@@ -83,7 +83,7 @@ def convert_checkpoint(
     checkpoint = open_checkpoint(path)
     if isinstance(kv_heads, int):
         check_groups(checkpoint.config.num_heads, kv_heads)
-    refuse_existing(out)
+    check_output(out, path)
     check_tokenizer(checkpoint.side_files, str(path))
     config, weights = Converter(checkpoint, method, seed, grouping, calibration, progress)(kv_heads)
     total = sum(tensor.nbytes for tensor in weights.values())

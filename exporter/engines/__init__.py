@@ -11,6 +11,9 @@ from exporter.bundle import Bundle, Variant
 from exporter.engines.base import Session
 from exporter.errors import EngineError, one_of
 
+# onnxruntime and onnxruntime-gpu fill the same folder, so only the one installed last is whole; as README's "Install" has it.
+INSTALL_CUDA = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'onnxruntime-gpu>=1.31'"
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -27,7 +30,7 @@ BACKENDS = {
     "onnxruntime-cuda": Backend(
         "exporter.engines.onnxruntime",
         "onnxruntime",
-        "pip uninstall onnxruntime; pip install onnxruntime-gpu",
+        INSTALL_CUDA,
         {"provider": "CUDAExecutionProvider"},
     ),
     **{

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from exporter.checkpoint import Checkpoint, expected_shapes, hf_config_for, open_checkpoint, open_source, write_checkpoint
 from exporter.errors import EngineError, UserError
-from exporter.files import refuse_existing
+from exporter.files import check_output, refuse_existing
 from exporter.models.decoder import canonical_to_module
 from exporter.uptrain import run_folder, state
 from exporter.uptrain.metrics import BOARD, JSON, Metrics, read_metrics
@@ -89,7 +89,7 @@ def uptrain(
 
 def _check(path: Path, out: Path, options: UptrainOptions, count: int) -> None:
     """All that can be known before anything is computed."""
-    refuse_existing(out)
+    check_output(out, path)
     options.share(count)
     source, teacher = _open(path, options)
     config = source.config

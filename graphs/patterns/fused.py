@@ -22,12 +22,14 @@ from graphs.chain import chain_linears
 from graphs.emit import Emitter
 from graphs.linear import fuse_linears
 
+WORDS = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}  # as --dtype has them
+
 
 def check(node: GroupedAttention) -> str | None:
     if not node.static:
         return "its cache is concat; headpool's operators work on a static cache"
     if node.dtype != ir.DataType.FLOAT:
-        return f"it is {node.dtype.name}; headpool's operators are for fp32"
+        return f"it is {WORDS.get(node.dtype, node.dtype.name)}; headpool's operators are for fp32"
     return None
 
 

@@ -40,7 +40,7 @@ def _need(backend: str, device: str) -> None:
     if (why := missing()) is not None:
         raise RuntimeError(f"no GPU: {why}")
     if backend == "onnxruntime":
-        check_provider("CUDAExecutionProvider", "onnxruntime-gpu", "gpu")
+        check_provider("CUDAExecutionProvider")
     elif backend != "torch":
         load(backend)
 

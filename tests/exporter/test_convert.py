@@ -130,6 +130,12 @@ def test_untouched_tensors_are_the_same_objects() -> None:
 def test_the_record_names_what_was_done() -> None:
     config = make_config(12)
     assert conversion_record(config, config, "mean") is None
+    assert conversion_record(config.with_kv_heads(4), config, "optimal", 7) == {
+        "method": "repetition",
+        "seed": None,
+        "kv_heads_before": [4, 4],
+        "kv_heads_after": [12, 12],
+    }
     assert conversion_record(config, config.with_kv_heads(4), "random", 7) == {
         "method": "random",
         "seed": 7,

@@ -56,8 +56,8 @@ def test_nodes_of_a_layer(name: str, tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"cache": "concat"}, "its cache is concat; headpool's operators work on a static cache"),
-        ({"dtype": "fp16"}, "it is FLOAT16; headpool's operators are for fp32"),
-        ({"dtype": "bf16"}, "it is BFLOAT16; headpool's operators are for fp32"),
+        ({"dtype": "fp16"}, "it is fp16; headpool's operators are for fp32"),
+        ({"dtype": "bf16"}, "it is bf16; headpool's operators are for fp32"),
     ],
 )
 def test_what_it_is_not_made_for(changes: dict[str, Any], reason: str, saved: Path, tmp_path: Path, capfd) -> None:

@@ -236,7 +236,7 @@ def test_user_mistakes(bundles: dict[tuple[str, str], Bundle], tmp_path: Path, m
     with pytest.raises(EngineError, match="optimisation 'max' is not one of none, basic, extended, all"):
         open_session(opened, optimisation="max")
     if "CUDAExecutionProvider" not in __import__("onnxruntime").get_available_providers():
-        with pytest.raises(EngineError, match=r"has no CUDAExecutionProvider .* pip install onnxruntime-gpu"):
+        with pytest.raises(EngineError, match=r"has no CUDAExecutionProvider .* pip install 'onnxruntime-gpu>=1\.31'"):
             open_session(opened, backend="onnxruntime-cuda")
 
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")

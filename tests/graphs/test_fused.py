@@ -199,8 +199,8 @@ def test_only_one_of_both_rotated():
     ("static", "dtype", "reason"),
     [
         (False, ir.DataType.FLOAT, "its cache is concat; headpool's operators work on a static cache"),
-        (True, ir.DataType.FLOAT16, "it is FLOAT16; headpool's operators are for fp32"),
-        (True, ir.DataType.BFLOAT16, "it is BFLOAT16; headpool's operators are for fp32"),
+        (True, ir.DataType.FLOAT16, "it is fp16; headpool's operators are for fp32"),
+        (True, ir.DataType.BFLOAT16, "it is bf16; headpool's operators are for fp32"),
     ],
 )
 def test_refusals(static, dtype, reason):

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import hf
+import numpy as np
 import pytest
+
+from exporter.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,23 @@ def test_sweep_makes_a_bundle_results_and_a_page(headpool, made: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_more_heads_are_said_to_be_repeated(headpool, made: Path, tmp_path: Path) -> None:
+    code, out, _ = headpool("convert", made / "model", tmp_path / "mha", "--groups", "6")
+    assert (code, out) == (0, f"{tmp_path}/mha: 2 → 6 KV heads of 6 query heads, by repetition\n")
+    code, out, _ = headpool("convert", made / "model", tmp_path / "same", "--groups", "2")
+    assert (code, out) == (0, f"{tmp_path}/same: 2 → 2 KV heads of 6 query heads: none changed\n")
+
+
+def test_repeats_in_lists_are_measured_once(headpool, made: Path, tmp_path: Path) -> None:
+    """What would be measured twice could not be told apart, and compare would refuse the file."""
+    lists = ["--contexts", "4,4", "--batch", "1,2,1", "--kinds", "decode,decode", "--breakdown", "4,4", "--variants", "g2"]
+    few = ["--samples", "2", "--threads", "1", "--out", tmp_path / "out", "--json"]
+    code, out, _ = headpool("profile", made / "bundle", *lists, *few)
+    assert code == 0
+    assert [cell["batch"] for cell in json.loads(out.splitlines()[-1])["cells"]] == [1, 2]
+    assert headpool("compare", tmp_path / "out", tmp_path / "out")[0] == 0
+
+
 def test_run_answers_as_the_torch_model_does(headpool, made: Path) -> None:
     """Greedy, streamed; against transformers' own generation."""
     import torch
@@ -70,6 +90,7 @@ def test_run_answers_as_the_torch_model_does(headpool, made: Path) -> None:
     for capacity in (16, 100):
         data = json.loads(headpool(*command, "--tokens", "5,9,33,17", "--capacity", capacity, "--json")[1])
         assert data["tokens"] == [expected]
+        assert data["texts"] == [Tokenizer.open(made / "bundle").decode(np.array(expected))]
 
 
 def test_run_prompts(headpool, made: Path, monkeypatch) -> None:
@@ -79,6 +100,8 @@ def test_run_prompts(headpool, made: Path, monkeypatch) -> None:
     two = headpool(*command, "--prompt", "Hello", "--prompt", "to all of you")
     assert two[1].splitlines()[0] == f"[0] {one[1].rstrip(chr(10))}"
     assert two[1].splitlines()[1].startswith("[1] ")
+    assert " ms a token (" in one[2]
+    assert " ms a step of 2 tokens (" in two[2]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
     assert headpool(*command)[1] == one[1]
     chat = json.loads(headpool(*command, "--prompt", "Hello", "--chat", "--json")[1])

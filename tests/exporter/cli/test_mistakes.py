@@ -15,10 +15,10 @@ RUN = ["run", BUNDLE, "--tokens", "1,2,3"]
 PROFILE = ["profile", BUNDLE, "--contexts", "4", "--samples", "2", "--kinds", "decode", "--threads", "1"]
 DIVIDE = "4 KV heads do not divide 6 query heads; choose from 6, 3, 2, 1"
 MISTAKES: list[tuple[list[str], str]] = [
-    (["nonsense"], "command 'nonsense' is not one of doctor, inspect, convert, export"),
+    (["nonsense"], "command 'nonsense' is not one of doctor, inspect, convert, select, uptrain, export"),
     (["--nope"], "option --nope does not exist (see 'headpool --help')"),
     (["export", MODEL], "argument OUT is missing (see 'headpool export --help')"),
-    (["convert", MODEL, "out"], "option --groups is missing (see 'headpool convert --help')"),
+    (["convert", MODEL, "out"], "neither of --groups and --plan given; give one of them"),
     (["export", MODEL, "out", "--zzz"], "option --zzz does not exist (see 'headpool export --help')"),
     (
         ["export", MODEL, "out", "--dtyp", "fp16"],
@@ -115,6 +115,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["report", FAST, "--out", FAST], "fast.json exists; choose another name or remove it"),
     (["completion", "tcsh"], "SHELL: 'tcsh' is not one of bash, zsh, fish (see 'headpool completion --help')"),
     (["inspect", "nothing"], "nothing does not exist"),
+    (["inspect", FAST], "fast.json is a results file of 'headpool profile' or 'sweep'; read it with 'headpool report' or"),
+    (["export", MODEL, "out", "--pattern", "fused", "--dtype", "fp16"], "it is fp16; headpool's operators are for fp32"),
 ]
 
 
@@ -146,6 +148,24 @@ EARLY: list[tuple[list[str], str]] = [
     (["sweep", MODEL + "/config.json", "out", "--contexts", "129", "--kinds", "ttft"], f"a context of 129 tokens {LONG} 128"),
     (["sweep", MODEL, "out", "--contexts", "4", "--breakdown", "8"], "breakdown context 8 is not one of 4"),
     (["sweep", MODEL, "out", "--contexts", "4", "--quality-tokens", "1"], "the text has 1 tokens, at least 2 are needed"),
+    (
+        ["sweep", MODEL, "out", "--contexts", "4", "--dtype", "bf16", "--pattern", "gqa"],
+        "cannot run pattern gqa, static cache, bf16 on CPUExecutionProvider: no kernel for bf16; choose another --dtype",
+    ),
+    (["sweep", MODEL, "out", "--contexts", "4", "--dtype", "fp16", "--pattern", "fused"], "pattern fused does not fit this"),
+    (
+        ["sweep", MODEL, "out", "--contexts", "4", "--backend", "tensorrt-rtx"],
+        "sweep builds no engines, and tensorrt-rtx runs nothing else; take the steps one by one: headpool export, "
+        "headpool build --backend tensorrt-rtx, headpool profile --backend tensorrt-rtx",
+    ),
+    (["sweep", MODEL, MODEL + "/out"], "{made}/model/out is inside {made}/model, which is only read; choose a place outside"),
+    (["export", MODEL, MODEL + "/out"], "{made}/model/out is inside {made}/model, which is only read; choose a place outside"),
+    (["convert", MODEL, MODEL + "/out", "--groups", "1"], "model/out is inside {made}/model, which is only read"),
+    (["uptrain", MODEL, MODEL + "/../model/out", "--steps", "1", "--data", FAST], "model/out is inside {made}/model, which"),
+    (["profile", BUNDLE, BUNDLE + "/../bundle"], "bundle is given twice; its figures could not be told apart, name it once"),
+    (["profile", "nope", "--out", FAST], "nope is not a bundle: it does not exist"),
+    (["profile", BUNDLE, "--seconds", "-1", "--out", FAST], "seconds -1.0 is not a positive bound"),
+    (["profile", BUNDLE, "--variants", "g7", "--contexts", "4", "--out", FAST], "variant 'g7' is not one of g1, g2"),
 ]
 
 
@@ -194,12 +214,9 @@ def test_a_prompt_that_is_not_text(refused, made: Path, monkeypatch) -> None:
 
 
 def test_bfloat16_on_a_cpu_without_it(refused, headpool, made: Path, tmp_path: Path) -> None:
-    """ONNX Runtime's CPU provider has no bf16 Gemm: said when it is run, in one line, and a sweep leaves nothing."""
+    """ONNX Runtime's CPU provider has no bf16 Gemm: said when it is run, in one line."""
     words = ["--groups", "2", "--dtype", "bf16"]
     assert headpool("export", made / "model", tmp_path / "bf16", *words)[0] == 0
     assert "cannot run model.onnx (pattern grouped, bf16) on CPUExecutionProvider" in refused(
         "run", tmp_path / "bf16", "--tokens", "1"
-    )
-    assert "cannot run model.onnx" in refused(
-        "sweep", made / "model", "out", *words, "--contexts", "4", "--quality-tokens", "0"
     )
