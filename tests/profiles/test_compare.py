@@ -180,10 +180,14 @@ def test_a_row_without_peers_has_no_speed_up(factory):
 
 def test_eighty_columns_break_no_figure(factory):
     a = factory.sweep(groups=(9, 1), contexts=(128,))
+    long = tuple(dataclasses.replace(c, samples=c.samples * 3) if c.kind == "decode" else c for c in a.cells)  # p99 and max
+    a = dataclasses.replace(a, cells=long)
     for table in (results_table(a), comparison_table(compare(a, a), fail_above=1.05)):
         rows = [line for line in text_of(table, 80).splitlines() if re.search(r"\b128\b", line)]
         assert len(rows) == len(a.cells)
         assert all(re.match(r" *\d (grouped|gqa|repeat) +(decode|prefill|ttft) ", re.sub(" +", " ", row)) for row in rows)
+        body = re.split(r" *─+ *\n", text_of(table, 80))[1]
+        assert len(re.split(r"\n *\n", body)[0].splitlines()) == len(a.cells)  # none goes over two lines
     assert len(re.findall(r"\d\.\d{3}–\d\.\d{3} ", text_of(comparison_table(compare(a, a)), 80))) == len(a.cells)
 
 

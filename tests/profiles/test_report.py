@@ -166,7 +166,13 @@ def test_a_single_floor_is_a_tick_and_its_label_stays_beside_it(factory):
     assert all('d="M-8 0h16"' in chart for chart in charts)
     floor, median = re.findall(r'class="label muted"[^>]* y="([\d.]+)"', page), re.findall(r'<svg x="[^"]*" y="([\d.]+)"', page)
     assert [float(y) - 4 for y in floor] == [float(y) for y in median]
-    many = render([factory.sweep(groups=(9, 1), contexts=(128,), patterns=("gqa", "grouped", "repeat"))])
+    ratios = (("gqa", 1.2), ("grouped", 1.1), ("repeat", 1.3), ("attention", 6.0))
+    cells = [
+        factory.cell(factory.subject(g, pattern), samples=(0.01 * over,), floor=0.01)
+        for pattern, over in ratios
+        for g in (9, 1)
+    ]
+    many = render([factory.sweep(cells=tuple(cells))])
     (section,) = re.findall(r'<section id="floor">.*?</section>', many, re.S)
     line = float(re.search(r'<g class="muted"><line [^>]*y1="([\d.]+)"', section)[1])
     labels = {name: float(y) for y, name in re.findall(r'class="label [^"]*"[^>]* y="([\d.]+)"[^>]*>(\w+)<', section)}
