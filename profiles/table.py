@@ -18,7 +18,7 @@ from profiles.units import milliseconds
 
 OPTIONAL = ("model", "backend", "cache", "dtype", "kind", "batch")  # columns only where they differ; else part of the title
 
-WHOLE = ("pattern", "kind", "batch", "cache", "dtype", "context", "interval", "verdict")  # columns broken last of all
+WHOLE = ("pattern", "kind", "batch", "cache", "dtype", "context", "KV", "interval", "verdict")  # columns broken last of all
 MANY = 8
 APART = "*: not measured in turns, so a drift of the machine may be part of it"
 
