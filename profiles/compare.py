@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from exporter.errors import UserError
 from profiles import stats
 from profiles.noise import busy
 from profiles.results import Cell, Results
-from profiles.table import add_columns, constants, optional, plain_table, with_warnings
+from profiles.table import add_columns, constants, optional, plain_table, values, with_warnings
 from profiles.units import milliseconds
 
 Key = tuple[int | tuple[int, ...], str, str, str, int, int, str]
@@ -33,6 +32,11 @@ class Pair:
     def verdict(self) -> str:
         """slower or faster where the interval lies wholly on that side of 1, else the same."""
         return "slower" if self.low > 1 else "faster" if self.high < 1 else "same"
+
+    @property
+    def apart(self) -> bool:
+        """Whether the cell was measured in turns with other graphs in the one run than in the other."""
+        return self.a.cohort != self.b.cohort
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def comparison_table(comparison: Comparison, fail_above: float | None = None) ->
     failed = comparison.failures(fail_above) if fail_above is not None else []
     title, varying = constants(pair.a for pair in comparison.pairs)
     alone = [f"{count} of {name}" for name, count in (("a", comparison.only_a), ("b", comparison.only_b)) if count]
-    footer = "medians; 95 % bootstrap interval of their ratio"
+    footer = "medians; 95 % bootstrap interval of their ratio, which holds any drift of the machine between the two runs"
+    footer += "; *: measured beside other graphs in b than in a" if any(pair.apart for pair in comparison.pairs) else ""
     table = plain_table(title, f"{footer}; without a partner: {', '.join(alone)}" if alone else footer)
     add_columns(table, varying, ("context", "a ms", "b ms", "b / a", "interval", "verdict"))
     for pair in comparison.pairs:
@@ -100,11 +105,11 @@ def comparison_table(comparison: Comparison, fail_above: float | None = None) ->
             milliseconds(stats.median(pair.a.samples)),
             milliseconds(stats.median(pair.b.samples)),
             f"{pair.ratio:.3f}",
-            f"{pair.low:.3f} – {pair.high:.3f}",
+            f"{pair.low:.3f}–{pair.high:.3f}{' *' if pair.apart else ''}",
             f"slower than {fail_above:g}×" if pair in failed else pair.verdict,
         ]
         style = "bold red" if pair in failed else {"slower": "yellow", "faster": "green", "same": ""}[pair.verdict]
-        table.add_row(*map(Text, row), style=style)
+        table.add_row(*values(row), style=style)
     return table
 
 
@@ -112,8 +117,17 @@ def _by_key(results: Results, which: str) -> dict[Key, Cell]:
     counts = Counter(key(cell) for cell in results.cells)
     for name, count in counts.items():
         if count > 1:
-            raise UserError(f"{which} file holds {count} cells of {name}; measure one model on one backend a file to compare")
+            raise UserError(
+                f"{which} file holds {count} cells of {_words(name)}; measure one model on one backend a file to compare"
+            )
     return {key(cell): cell for cell in results.cells}
+
+
+def _words(name: Key) -> str:
+    """ "8 KV heads, grouped, static, fp32, batch 1, 1,024 tokens, decode"."""
+    groups, pattern, cache, dtype, batch, context, kind = name
+    heads = ", ".join(map(str, groups)) + " (by layer)" if isinstance(groups, tuple) else str(groups)
+    return f"{heads} KV head{'s' * (groups != 1)}, {pattern}, {cache}, {dtype}, batch {batch}, {context:,} tokens, {kind}"
 
 
 def _warnings(a: Results, b: Results) -> list[str]:

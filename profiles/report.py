@@ -49,7 +49,7 @@ def render(results: Sequence[Results]) -> str:
         sentences=report_words.sentences(rows),
         figures=[figure for figure in figures if figure],
         css=Markup(report_page.css(len(styles.groups))),
-        method=report_runs.METHOD,
+        method=report_runs.method(results),
         runs=[report_runs.describe(number, result) for number, result in enumerate(results, 1)],
         subjects=_subjects(rows),
         table=table,

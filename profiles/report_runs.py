@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ from profiles.results import KIND_NAMES, Results
 Facts = list[tuple[str, str]]
 
 METHOD = (
-    "All graphs of one batch and context are alive at once and measured in turns, in short bursts whose order reverses every "
-    "round, so that a drift of the machine falls on all alike; each turn starts with untimed steps that fill the caches. "
+    "{graphs} are alive at once and measured in turns, in short bursts whose order reverses every "
+    "round, so that a drift of the machine falls on all {alike}; each turn starts with untimed steps that fill the caches. "
     "Garbage collection is off, warm-up is not counted, and every sample is kept. The read bandwidth is measured before, amid "
     "and after the samples; the floor takes the best."
 )
@@ -36,6 +37,24 @@ SETTINGS = {
     "optimisation": ("Graph optimisation", ""),
     "chunk": ("Prefill chunk", "tokens"),
 }
+
+
+# A setting's unit where there is one of it.
+ONE = {
+    "sequences at once": "sequence",
+    "tokens": "token",
+    "samples a cell": "sample a cell",
+    "samples in a row": "sample",
+    "untimed steps": "untimed step",
+    "rows": "row",
+}
+
+
+def method(results: Sequence[Results]) -> str:
+    """How the graphs took turns: all of a batch and context in one cohort, or in several where memory did not hold them."""
+    if any(cell.cohort for result in results for cell in result.cells):
+        return METHOD.format(graphs="The graphs of one cohort", alike="of them alike, though not on another cohort's")
+    return METHOD.format(graphs="All graphs of one batch and context", alike="alike")
 
 
 @dataclass(frozen=True)
@@ -92,7 +111,9 @@ def _settings(result: Results) -> Facts:
         for name, value in cell.options.items():
             if value not in options.setdefault(name, []):
                 options[name].append(value)
-    chosen = {name: value for name, value in result.settings.items() if value is not None and name != "backend"}
+    kinds = {cell.kind for cell in result.cells}
+    idle = {"backend"} | ({"samples"} if "decode" not in kinds else {"prefill_samples"} if kinds == {"decode"} else set())
+    chosen = {name: value for name, value in result.settings.items() if value is not None and name not in idle}
     facts = [_setting(name, value) for name, value in chosen.items() if name not in options]
     facts += [_setting(name, values if len(values) > 1 else values[0]) for name, values in options.items()]
     cohorts = 1 + max((cell.cohort for cell in result.cells), default=0)
@@ -110,7 +131,8 @@ def _setting(name: str, value: Any) -> tuple[str, str]:
     label, unit = SETTINGS.get(name, (name.replace("_", " ").capitalize(), ""))
     if name == "memory" and isinstance(value, (int, float)):
         return label, size(value)
-    return label, f"{_text(value)} {unit}".strip()
+    text = _text(value)
+    return label, f"{text} {ONE.get(unit, unit) if text == '1' else unit}".strip()
 
 
 def _text(value: Any) -> str:

@@ -88,6 +88,9 @@ def line_chart(name: str, series: Sequence[Series], x: Axis, y: Axis, direct_lab
             for a, b in itertools.pairwise(s.points)
         ]
         body += [_marker(point, s.shape, x, py) for point in s.points if s.shape is not None]
+        if s.shape is None and len(s.points) == 1:  # no line joins it to anything
+            tick = Markup('<svg x="{}" y="{:.1f}" overflow="visible"><path class="line" d="M-8 0h16"/></svg>')
+            body.append(tick.format(_percent(x.at(s.points[0].x)), py(s.points[0].y)))
         parts.append(Markup('<g class="{}">{}</g>').format(s.style, Markup("").join(body)))
     if direct_labels:
         parts.append(_end_labels([(py(s.points[-1].y), x.at(s.points[-1].x), s) for s in series if s.points], bottom))
@@ -190,13 +193,14 @@ def _marker(point: Point, shape: int | None, x: Axis, py: Callable[[float], floa
 
 def _end_labels(ends: list[tuple[float, float, Series]], bottom: float) -> Markup:
     """A label right of each last point (row in pixels, column in 0 … 1); labels that would overlap on the narrowest page are
-    pushed down, and up again from the bottom."""
+    pushed down, and up again from the bottom or from the label of a dashed line, which is nothing without its place."""
     ordered = sorted(ends, key=lambda end: end[0])
     spans = [(column * NARROW - 6, column * NARROW + 9 + len(s.label) * CHARACTER) for _, column, s in ordered]
     clash = [[a[0] < b[1] and b[0] < a[1] for b in spans] for a in spans]
     rows: list[float] = []
-    for index, (row, _, _) in enumerate(ordered):
-        rows.append(max([row, *(other + LABEL_PITCH for j, other in enumerate(rows) if clash[index][j])]))
+    for index, (row, _, s) in enumerate(ordered):
+        above = () if s.shape is None else (o + LABEL_PITCH for j, o in enumerate(rows) if clash[index][j])
+        rows.append(max([row, *above]))
     for index in reversed(range(len(rows))):
         below = (rows[j] - LABEL_PITCH for j in range(index + 1, len(rows)) if clash[index][j])
         rows[index] = min([rows[index], bottom, *below])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,12 +32,13 @@ class Headline:
     at: tuple[Row, ...]
 
 
-def headline(rows: Sequence[Row]) -> Headline | None:
-    """None without decode cells. Only the first model's cells are looked at."""
+def headlines(rows: Sequence[Row]) -> dict[str, Headline]:
+    """By model, in the order of the rows; empty without decode cells."""
     decode = [row for row in rows if row.cell.kind == "decode"]
-    decode = [row for row in decode if row.subject.model == decode[0].subject.model]
-    if not decode:
-        return None
+    return {model: _headline(part) for model, part in grouped(decode, lambda row: row.subject.model).items()}
+
+
+def _headline(decode: Sequence[Row]) -> Headline:
     batch = min(row.cell.batch for row in decode)
     context = max(row.cell.context for row in decode if row.cell.batch == batch)
     at = [row for row in decode if row.place == (batch, context)]
@@ -48,45 +50,57 @@ def headline(rows: Sequence[Row]) -> Headline | None:
 
 
 def tiles(rows: Sequence[Row]) -> list[Tile]:
-    """Three to five figures to be read first."""
-    found = headline(rows)
-    if found is None:
+    """Three to five figures to be read first; with several models one of each, for they are not compared."""
+    models = headlines(rows)
+    if not models:
         return [Tile(str(len(rows)), "cells measured; none of decode")]
+    return [tile for found in models.values() for tile in _tiles(found)[: 1 if len(models) > 1 else None]]
+
+
+def _tiles(found: Headline) -> list[Tile]:
     few, many, context = found.few, found.many, found.few.cell.context
     each = f"a token at {context:,} tokens of context with {_heads(few)}"
     result = [Tile(f"{milliseconds(few.times.p50)} ms", f"{each} ({few.series})")]
     if few is not many:
         speed, less = many.times.p50 / few.times.p50, _kv_ratio(few, many)
-        sure = "" if _differ(many, few) else ": no measurable difference"
+        sure = ", measured apart" if _apart(many, few) else ""
+        sure += "" if _differ(many, few) else ": no measurable difference"
         result.append(Tile(f"{speed:.2f}×", f"as fast as with {_heads(many)}{sure}"))
         result.append(Tile(f"{less:.3g}×", f"less KV memory: {size(few.subject.kv_bytes_per_token)} for each token"))
     if few.ratio:
         result.append(Tile(f"{few.ratio:.2f}×", "the floor that memory bandwidth sets for it"))
     if (change := _quality_change(few, many)) is not None:
-        metric, before, after = change
+        metric, *values = change
         name, unit = name_and_unit(metric)
-        result.append(Tile(f"{after - before:+.3g}", f"{f'{unit} of ' if unit else ''}{name}: {before:.3g} to {after:.3g}"))
+        before, after, difference = _with_difference(*values)
+        result.append(Tile(difference, f"{f'{unit} of ' if unit else ''}{name}: {before} to {after}"))
     return result
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """What the figures say."""
-    found = headline(rows)
-    if found is None:
+    """What the figures say; where there are several models, each sentence begins with its own."""
+    models = headlines(rows)
+    if not models:
         return ["No decode step was measured."]
-    return [*_speed(found), *_patterns(found), *_floor(found), *_slopes(rows, found), *_loss(found)]
+    texts = []
+    for model, found in models.items():
+        own = [row for row in rows if row.subject.model == model]
+        said = [*_speed(found), *_patterns(found), *_floor(found), *_slopes(own, found), *_loss(found)]
+        texts += [f"{model}: {text}" for text in said] if len(models) > 1 else said
+    return texts
 
 
 def _speed(found: Headline) -> list[str]:
     few, many = found.few, found.many
-    where = f"at {few.cell.context:,} tokens of context" + (f" and batch {few.cell.batch}" if few.cell.batch > 1 else "")
+    where = _where(found)
     if few is many:
         return [f"With {_heads(few)} a decode step takes {milliseconds(few.times.p50)} ms {where} ({few.series})."]
     low, high = _ratio_interval(many, few)
+    apart = " The two were not measured in turns, so a drift of the machine may be part of it." if _apart(many, few) else ""
     return [
         f"Going from {_heads(many)} to {_heads(few)} takes a decode step {where} from {milliseconds(many.times.p50)} ms to "
         f"{milliseconds(few.times.p50)} ms ({few.series}): {many.times.p50 / few.times.p50:.2f} times as fast, "
-        f"95 % interval {low:.2f} to {high:.2f}{', so it may be no change at all' if low <= 1 <= high else ''}.",
+        f"95 % interval {low:.2f} to {high:.2f}{', so it may be no change at all' if low <= 1 <= high else ''}.{apart}",
         f"Its KV cache takes {size(few.subject.kv_bytes_per_token)} a token rather than "
         f"{size(many.subject.kv_bytes_per_token)}: {size(few.cell.kv_bytes)} rather than {size(many.cell.kv_bytes)} {where}.",
     ]
@@ -99,7 +113,9 @@ def _patterns(found: Headline) -> list[str]:
     slower = [row for row in rivals if _differ(row, found.few)]
     texts = [f"{row.series} takes {row.times.p50 / found.few.times.p50:.2f} times as long" for row in slower]
     texts += [f"{row.series} is as fast within the noise" for row in rivals if row not in slower]
-    return [f"With {_heads(found.few)}, {found.few.series} has the lowest median; {', '.join(texts)}."]
+    if any(_apart(row, found.few) for row in rivals):
+        texts.append("not all of them were measured in turns, so a drift of the machine may be part of it")
+    return [f"With {_heads(found.few)}, {found.few.series} has the lowest median {_where(found)}; {', '.join(texts)}."]
 
 
 def _floor(found: Headline) -> list[str]:
@@ -140,12 +156,31 @@ def _loss(found: Headline) -> list[str]:
         return []
     metric, before, after = change
     name, unit = name_and_unit(metric)
-    return [f"What it cost: {name} goes from {before:.3g} to {after:.3g}{f' {unit}' if unit else ''}."]
+    first, last, _ = _with_difference(before, after)
+    return [f"What it cost: {name} goes from {first} to {last}{f' {unit}' if unit else ''}."]
 
 
 def _quality_change(few: Row, many: Row) -> tuple[str, float, float] | None:
     shared = [name for name in few.quality if name in many.quality]
     return (shared[0], many.quality[shared[0]], few.quality[shared[0]]) if shared and few is not many else None
+
+
+def _with_difference(before: float, after: float) -> tuple[str, str, str]:
+    """Both values, and what is added: with the decimals in which three digits of the difference show, six at most."""
+    change = after - before
+    decimals = min(6, max(0, 2 - math.floor(math.log10(abs(change))))) if change and math.isfinite(change) else 2
+    before, after = round(before, decimals), round(after, decimals)
+    return f"{before:.{decimals}f}", f"{after:.{decimals}f}", f"{after - before:+.{decimals}f}"
+
+
+def _where(found: Headline) -> str:
+    cell = found.few.cell
+    return f"at {cell.context:,} tokens of context" + (f" and batch {cell.batch}" if cell.batch > 1 else "")
+
+
+def _apart(one: Row, other: Row) -> bool:
+    """Whether the two were not measured in turns, so that a drift of the machine does not cancel in their ratio."""
+    return (one.run, one.cell.cohort) != (other.run, other.cell.cohort)
 
 
 def _ratio_interval(above: Row, below: Row) -> tuple[float, float]:

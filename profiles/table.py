@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from rich import box
@@ -17,10 +18,15 @@ from profiles.units import milliseconds
 
 OPTIONAL = ("model", "backend", "cache", "dtype", "kind", "batch")  # columns only where they differ; else part of the title
 
+WHOLE = ("pattern", "kind", "batch", "cache", "dtype", "context", "KV", "interval", "verdict")  # columns broken last of all
+MANY = 8
+APART = "*: not measured in turns, so a drift of the machine may be part of it"
+
 
 def results_view(results: Results) -> Group:
-    """For a terminal: what the reader must know first, then the table."""
-    return with_warnings([busy(results)], results_table(results))
+    """For a terminal: what the reader must know first, then the table, then what the KV heads cost in quality."""
+    lines = [Text(line) for line in quality_lines(results.cells)]
+    return Group(with_warnings([busy(results)], results_table(results)), *lines)
 
 
 def with_warnings(texts: Iterable[str | None], table: Table) -> Group:
@@ -30,10 +36,13 @@ def with_warnings(texts: Iterable[str | None], table: Table) -> Group:
 
 def results_table(results: Results) -> Table:
     """One row a cell. "speed-up" is against the largest G of the same pattern, cache, dtype, batch, context and kind; "≈ 1"
-    where its 95 % interval holds 1. The tail is p99 from 100 samples on, else the largest."""
+    where its 95 % interval holds 1, "*" where the two were measured apart, nothing where there is no other G. The tail is p99
+    from 100 samples on, else the largest."""
     baselines = baseline_cells(results.cells)
     title, varying = constants(results.cells)
-    table = plain_table(title, _caption(results))
+    compared = Counter(map(peers, results.cells))
+    apart = any(cell.cohort != baselines[peers(cell)].cohort for cell in results.cells)
+    table = plain_table(title, _caption(results) + (f"; {APART}" if apart else ""))
     tails = [name for name, many in (("p99 ms", True), ("max ms", False)) if many in {_has_p99(c) for c in results.cells}]
     add_columns(table, varying, ("context", "p50 ms", "p90 ms", *tails, "× floor", "KV", "speed-up"))
     for cell in sorted(results.cells, key=_order):
@@ -49,10 +58,23 @@ def results_table(results: Results) -> Table:
             *("" if (value := tail[name]) is None else milliseconds(value) for name in tails),
             f"{times.p50 / cell.floor:.2f}" if cell.floor else "",
             size(cell.subject.kv_bytes_per_token),
-            "1" if baseline is cell else _speed_up(baseline, cell),
+            ("1" if compared[peers(cell)] > 1 else "") if baseline is cell else _speed_up(baseline, cell),
         ]
-        table.add_row(*map(Text, row))
+        table.add_row(*values(row))
     return table
+
+
+def quality_lines(cells: Iterable[Cell]) -> list[str]:
+    """What was measured of each number of KV heads beside its latency: "quality, G = 3: cross-entropy 2.6 nats a token"."""
+    cells = [cell for cell in cells if cell.quality]
+    models = {cell.subject.model for cell in cells}
+    lines = []
+    for cell in sorted(cells, key=lambda cell: -cell.subject.mean_groups):
+        names = [f"G = {cell.subject.groups_label}"] + ([cell.subject.model] if len(models) > 1 else [])
+        figures = [(*name.partition(", "), value) for name, value in (cell.quality or {}).items()]
+        text = ", ".join(f"{name} {f'{value:#.4g}'.rstrip('.')} {unit}".strip() for name, _, unit, value in figures)
+        lines.append(f"quality, {', '.join(names)}: {text}")
+    return list(dict.fromkeys(lines))
 
 
 def plain_table(title: str, caption: str) -> Table:
@@ -61,12 +83,22 @@ def plain_table(title: str, caption: str) -> Table:
 
 
 def add_columns(table: Table, varying: tuple[str, ...], figures: tuple[str, ...]) -> None:
-    """KV heads, pattern, what varies, figures. A terminal that is too narrow breaks values over lines rather than cut them."""
+    """KV heads, pattern, what varies, figures. A terminal that is too narrow breaks values over lines rather than cut them.
+
+    no_wrap has Rich take width from the other columns first; the texts' own no_wrap=False (see `values`) breaks them still.
+    Many columns stand closer together, so that they fit into 80 characters.
+    """
+    table.padding = (0, int(len(varying) + len(figures) < MANY), 0, 0)
     table.add_column("KV heads", justify="right", overflow="fold")
     for name in ("pattern", *varying):
-        table.add_column(name, overflow="fold")
+        table.add_column(Text(name, no_wrap=False), overflow="fold", no_wrap=name in WHOLE)
     for name in figures:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(Text(name, no_wrap=False), justify="right", overflow="fold", no_wrap=name in WHOLE)
+
+
+def values(row: Iterable[str]) -> list[Text]:
+    """The texts of one row, none of which is cut."""
+    return [Text(value, no_wrap=False) for value in row]
 
 
 def optional(cell: Cell) -> dict[str, str]:
@@ -108,7 +140,8 @@ def _has_p99(cell: Cell) -> bool:
 
 def _speed_up(baseline: Cell, cell: Cell) -> str:
     low, high = stats.ratio_interval(baseline.samples, cell.samples, block=max(baseline.burst, cell.burst))
-    return "≈ 1" if low <= 1 <= high else f"{stats.median(baseline.samples) / stats.median(cell.samples):.2f}"
+    text = "≈ 1" if low <= 1 <= high else f"{stats.median(baseline.samples) / stats.median(cell.samples):.2f}"
+    return text + (" *" if baseline.cohort != cell.cohort else "")
 
 
 def _order(cell: Cell) -> tuple[object, ...]:

@@ -9,7 +9,10 @@ import pytest
 from rich.console import Console
 
 from exporter.errors import UserError
+from profiles import noise
+from profiles.benchmarks import readme
 from profiles.compare import compare, comparison_table, comparison_view
+from profiles.results import Results
 from profiles.table import results_table, results_view
 
 
@@ -57,7 +60,8 @@ def test_matching_is_by_what_was_measured(factory):
     assert (found.only_a, found.only_b) == (9, 9)
     with pytest.raises(UserError, match="no cell in common"):
         compare(a, factory.sweep(groups=(1,), patterns=("repeat",)))
-    with pytest.raises(UserError, match="the second file holds 2 cells of"):
+    words = "the second file holds 2 cells of 9 KV heads, grouped, static, fp32, batch 1, 128 tokens, decode; measure"
+    with pytest.raises(UserError, match=words):
         compare(a, dataclasses.replace(a, cells=a.cells * 2))
     with pytest.raises(UserError, match="--fail-above 0 is not a positive ratio"):
         found.failures(0)
@@ -118,6 +122,73 @@ def test_a_busy_machine_is_named_above_the_tables(factory):
     assert text_of(comparison_view(compare(quiet, busy))).startswith(f"! b: {words}")
     assert text_of(comparison_view(compare(busy, quiet))).startswith(f"! a: {words}")
     assert "Busy" not in text_of(comparison_view(compare(quiet, quiet)))
+
+
+def test_steps_that_scatter_are_a_busy_machine(factory):
+    """Where everything is slow all the time the bandwidth's median is its best, and only the scatter shows."""
+    calm, wild = (0.1,) * 7 + (0.11,), (0.1,) * 6 + (0.4, 0.5)
+
+    def shown(*cells):
+        found = [factory.cell(factory.subject(g), samples=samples) for g, samples in zip((9, 3, 1), cells, strict=True)]
+        return text_of(results_view(factory.sweep(cells=tuple(found), machine=loaded, bandwidth=None)))
+
+    loaded = dataclasses.replace(factory.MACHINE, load=9.0)
+    assert shown(wild, wild, calm).startswith("! Busy machine: p90 of a decode step is typically 4.30 times its median.")
+    assert "Busy" not in shown(calm, calm, wild)  # one hiccup is no busy machine, nor is the load of an export before
+    prefill = factory.cell(factory.subject(), "prefill", samples=wild)
+    assert "Busy" not in text_of(results_view(factory.sweep(cells=(prefill,))))
+
+
+def test_the_committed_runs_are_quiet():
+    for path in readme.FOLDER.glob("smollm2*.json"):
+        assert noise.busy(Results.load(path)) is None
+
+
+def test_quality_stands_under_the_table(factory):
+    a = factory.sweep(contexts=(128,))
+    lines = text_of(results_view(a)).splitlines()
+    assert [line.rstrip() for line in lines[-3:]] == [
+        "quality, G = 9: loss 2.590, agreement 1.000",
+        "quality, G = 3: loss 2.600, agreement 0.7000",
+        "quality, G = 1: loss 4.610, agreement 0.6000",
+    ]
+    assert "quality" not in text_of(results_view(dataclasses.replace(a, cells=(factory.cell(factory.subject()),))))
+    nats = factory.cell(factory.subject(), quality={"cross-entropy, nats a token": 5.69})
+    assert text_of(results_view(factory.sweep(cells=(nats,)))).endswith("cross-entropy 5.690 nats a token\n")
+
+
+def test_only_what_took_turns_is_compared_without_a_mark(factory):
+    def sweep(cohort):
+        cells = [factory.cell(factory.subject(g), samples=(t,) * 8, cohort=c) for g, t, c in ((9, 0.3, 0), (1, 0.1, cohort))]
+        return factory.sweep(cells=tuple(cells))
+
+    apart, together = text_of(results_table(sweep(1))), text_of(results_table(sweep(0)))
+    assert "3.00 *" in apart
+    assert "*: not measured in turns" in " ".join(apart.split())
+    assert "*" not in together
+    assert text_of(comparison_table(compare(sweep(0), sweep(1)))).count("1.000–1.000 *") == 1
+    shown = " ".join(text_of(comparison_table(compare(sweep(0), sweep(1)))).split())
+    assert "*: measured beside other graphs in b than in a" in shown
+    assert "*" not in text_of(comparison_table(compare(sweep(1), sweep(1))))
+
+
+def test_a_row_without_peers_has_no_speed_up(factory):
+    cells = [factory.cell(factory.subject(g, model=m), samples=(0.1,), floor=0.05) for g, m in ((9, "mha"), (3, "gqa3"))]
+    lines = text_of(results_table(factory.sweep(cells=tuple(cells)))).splitlines()
+    assert [line.split()[-1] for line in lines if "grouped" in line] == ["kB", "kB"]
+
+
+def test_eighty_columns_break_no_figure(factory):
+    a = factory.sweep(groups=(9, 1), contexts=(128,))
+    long = tuple(dataclasses.replace(c, samples=c.samples * 3) if c.kind == "decode" else c for c in a.cells)  # p99 and max
+    a = dataclasses.replace(a, cells=long)
+    for table in (results_table(a), comparison_table(compare(a, a), fail_above=1.05)):
+        rows = [line for line in text_of(table, 80).splitlines() if re.search(r"\b128\b", line)]
+        assert len(rows) == len(a.cells)
+        assert all(re.match(r" *\d (grouped|gqa|repeat) +(decode|prefill|ttft) ", re.sub(" +", " ", row)) for row in rows)
+        body = re.split(r" *─+ *\n", text_of(table, 80))[1]
+        assert len(re.split(r"\n *\n", body)[0].splitlines()) == len(a.cells)  # none goes over two lines
+    assert len(re.findall(r"\d\.\d{3}–\d\.\d{3} ", text_of(comparison_table(compare(a, a)), 80))) == len(a.cells)
 
 
 def test_the_footer_says_only_what_there_is(factory):

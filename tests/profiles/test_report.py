@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from html.parser import HTMLParser
 
@@ -13,7 +14,7 @@ from profiles import stats
 from profiles.report import render, write_report
 from profiles.report_data import rows_of
 from profiles.report_svg import nice_axis
-from profiles.report_words import headline, sentences
+from profiles.report_words import headlines, sentences, tiles
 from profiles.units import milliseconds, rounded
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -97,7 +98,7 @@ def test_every_number_of_the_table_is_on_the_page(results, page):
 
 
 def test_the_headline_is_computed(results, page):
-    found = headline(rows_of([results]))
+    (found,) = headlines(rows_of([results])).values()
     assert (found.few.groups, found.many.groups, found.few.series) == ("1", "9", "grouped")
     assert found.few.cell.context == 4096
     ratio = found.many.times.p50 / found.few.times.p50
@@ -106,6 +107,91 @@ def test_the_headline_is_computed(results, page):
     assert f"{milliseconds(found.few.times.p50)} ms" in text
     assert "15.4 kB a token rather than 138 kB" in text
     assert "loss goes from 2.59 to 4.61" in text
+
+
+def test_each_model_has_its_own_headline(factory):
+    """A bundle and what was converted from it are two models: neither is left out, and none is called the only one."""
+    cells = [factory.cell(factory.subject(g, model=m), context=64) for g, m in ((9, "mha"), (3, "mha-gqa3"))]
+    rows = rows_of([factory.sweep(cells=tuple(cells))])
+    assert [tile.what.split("with ")[1] for tile in tiles(rows)] == [
+        "9 KV heads (grouped · mha)",
+        "3 KV heads (grouped · mha-gqa3)",
+    ]
+    said = sentences(rows)
+    assert [text.split(":")[0] for text in said] == ["mha", "mha", "mha-gqa3", "mha-gqa3"]
+    assert said[2].startswith("mha-gqa3: With 3 KV heads a decode step takes")
+    assert not [text for text in sentences(rows_of([factory.sweep()])) if text.startswith("SmolLM2")]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "texts"),
+    [
+        (5.6906563, 5.6982174, ("5.69066", "5.69822", "+0.00756")),
+        (2.59, 4.61, ("2.59", "4.61", "+2.02")),
+        (1234.4, 2345.6, ("1234", "2346", "+1112")),
+        (2.5, 2.5, ("2.50", "2.50", "+0.00")),
+        (2.5, 2.5 + 1e-14, ("2.500000", "2.500000", "+0.000000")),
+    ],
+)
+def test_a_change_of_quality_does_not_contradict_itself(factory, before, after, texts):
+    qualities = ((9, {"loss": before}), (1, {"loss": after}))
+    cells = tuple(factory.cell(factory.subject(g), quality=q) for g, q in qualities)
+    rows = rows_of([factory.sweep(cells=cells)])
+    first, last, change = texts
+    assert (tiles(rows)[-1].value, tiles(rows)[-1].what) == (change, f"loss: {first} to {last}")
+    assert sentences(rows)[-1] == f"What it cost: loss goes from {first} to {last}."
+
+
+def test_graphs_measured_apart_are_called_so(factory):
+    def page(cohort):
+        cells = [factory.cell(factory.subject(g), cohort=c, median=0.02 + g / 1e3) for g, c in ((9, 0), (1, cohort))]
+        return " ".join(Page(render([factory.sweep(cells=tuple(cells))])).text)
+
+    apart, together = page(1), page(0)
+    for words in (
+        "The two were not measured in turns",
+        "with 9 KV heads, measured apart",
+        "The graphs of one cohort are alive",
+    ):
+        assert words in apart
+        assert words not in together
+    assert "All graphs of one batch and context are alive at once" in together
+    assert "All graphs" not in apart
+
+
+def test_a_single_floor_is_a_tick_and_its_label_stays_beside_it(factory):
+    page = render([factory.sweep(cells=(factory.cell(factory.subject(), floor=0.01),))])
+    charts = re.findall(r'<g class="muted">(.*?)</g>', page)
+    assert len(charts) == 2  # milliseconds, and × floor
+    assert all('d="M-8 0h16"' in chart for chart in charts)
+    floor, median = re.findall(r'class="label muted"[^>]* y="([\d.]+)"', page), re.findall(r'<svg x="[^"]*" y="([\d.]+)"', page)
+    assert [float(y) - 4 for y in floor] == [float(y) for y in median]
+    ratios = (("gqa", 1.2), ("grouped", 1.1), ("repeat", 1.3), ("attention", 6.0))
+    cells = [
+        factory.cell(factory.subject(g, pattern), samples=(0.01 * over,), floor=0.01)
+        for pattern, over in ratios
+        for g in (9, 1)
+    ]
+    many = render([factory.sweep(cells=tuple(cells))])
+    (section,) = re.findall(r'<section id="floor">.*?</section>', many, re.S)
+    line = float(re.search(r'<g class="muted"><line [^>]*y1="([\d.]+)"', section)[1])
+    labels = {name: float(y) for y, name in re.findall(r'class="label [^"]*"[^>]* y="([\d.]+)"[^>]*>(\w+)<', section)}
+    assert labels["floor"] == pytest.approx(line + 4, abs=0.1)
+    rows = sorted(labels.values())
+    assert all(b - a >= 13.9 for a, b in itertools.pairwise(rows))
+
+
+def test_settings_are_of_what_was_measured(factory):
+    settings = {"batches": [1], "samples": 8, "prefill_samples": 5}
+    facts = {}
+    for kind in ("decode", "prefill"):
+        page = render([factory.sweep(cells=(factory.cell(factory.subject(), kind),), settings=settings)])
+        facts[kind] = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert facts["decode"]["Batch"] == "1 sequence"
+    assert facts["decode"]["Decode"] == "8 samples a cell"
+    assert "Prefill" not in facts["decode"]
+    assert facts["prefill"]["Prefill"] == "5 samples a cell"
+    assert "Decode" not in facts["prefill"]
 
 
 def test_noise_is_named(factory):
