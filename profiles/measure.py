@@ -141,7 +141,7 @@ def cohorts(subjects: Sequence[Subject], batch: int, capacity: int, memory: int)
             used = 0
         parts[-1].append(index)
         used += need
-    return parts
+    return [sorted(part) for part in parts]
 
 
 @dataclass
