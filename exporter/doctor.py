@@ -21,8 +21,8 @@ import psutil
 
 from exporter.config import CacheForm, ModelConfig
 from exporter.engines import INSTALL_CUDA
+from exporter.engines.tensorrt.api import load
 from exporter.engines.tensorrt.device import check_device, compute_capability
-from exporter.engines.tensorrt.library import load
 from exporter.errors import EngineError
 from exporter.units import size
 from graphs.canonical import standalone
@@ -118,10 +118,10 @@ def check_runs(provider: str, config: ModelConfig, pattern: str, cache: CacheFor
 
 
 def _tensorrt_builds(backend: str) -> str:
-    library = load(backend)
-    if not library.chips():
+    api = load(backend)
+    if not api.chips():
         check_device()  # it builds for the GPU of this machine only
-    return f"{library.trt.__name__} {library.version}, for {', '.join(library.chips()) or compute_capability()}"
+    return f"{api.trt.__name__} {api.version}, for {', '.join(api.chips()) or compute_capability()}"
 
 
 def _tensorrt_runs(backend: str) -> str:

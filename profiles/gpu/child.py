@@ -30,8 +30,8 @@ def check(step: Step, place: Place) -> dict[str, Any]:
 def _need(backend: str, device: str) -> None:
     """Raises with the reason why `backend` cannot run on `device`."""
     from exporter.doctor import check_provider
+    from exporter.engines.tensorrt.api import load
     from exporter.engines.tensorrt.device import missing
-    from exporter.engines.tensorrt.library import load
 
     if device == "cpu":
         if backend.startswith("tensorrt"):

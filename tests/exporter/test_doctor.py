@@ -10,7 +10,7 @@ import pytest
 
 from exporter import doctor
 from exporter.engines import INSTALL_CUDA
-from exporter.engines.tensorrt.library import Library
+from exporter.engines.tensorrt.api import Api
 from exporter.errors import EngineError
 from graphs.patterns import PATTERNS
 
@@ -77,7 +77,7 @@ def test_without_a_gpu_rtx_builds_for_named_chips_and_nothing_runs(monkeypatch) 
     for backend, chips in (("tensorrt-rtx", ("sm86", "sm120")), ("tensorrt", ())):
         kinds = SimpleNamespace(__members__=[chip.upper() for chip in chips])
         trt = SimpleNamespace(__name__="trt", ComputeCapability=kinds)
-        monkeypatch.setattr(doctor, "load", lambda name, trt=trt: Library(name, trt, "1.2"))
+        monkeypatch.setattr(doctor, "load", lambda name, trt=trt: Api(name, trt, "1.2"))
         checks = {check["what"]: check for check in doctor.diagnose()["checks"]}
         build, run = checks[f"{backend}: build"], checks[f"{backend}: run"]
         gpu = "TensorRT engines run on an NVIDIA GPU: "

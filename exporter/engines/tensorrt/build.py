@@ -12,8 +12,8 @@ from typing import Any
 from exporter.bundle import Bundle, Variant
 from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.apart import keep_apart
+from exporter.engines.tensorrt.api import Api, Messages, load
 from exporter.engines.tensorrt.compile import compile_plan, config_of, profiles_of
-from exporter.engines.tensorrt.library import Library, Messages, load
 from exporter.engines.tensorrt.network import Network, Parsed, parse
 from exporter.engines.tensorrt.plan import BuildOptions, recipe_of, targets_of, variants_of
 from exporter.engines.tensorrt.quantize import quantize_weights
@@ -41,10 +41,10 @@ def build(bundle: Bundle, options: BuildOptions, progress: Progress | None = Non
     Raises EngineError, BundleError, or GraphError where a parsed network deviates from its plan.
     """
     report = progress or (lambda *_: None)
-    library = load(options.backend)
+    api = load(options.backend)
     variants = variants_of(bundle, options.variants)
-    targets = targets_of(library, options)
-    plans = [(variant, recipe_of(bundle, variant, library, targets, options)) for variant in variants]
+    targets = targets_of(api, options)
+    plans = [(variant, recipe_of(bundle, variant, api, targets, options)) for variant in variants]
     folder = bundle.path / record.FOLDER / record.folder_name(options.backend, targets)
     built = []
     for index, (variant, recipe) in enumerate(plans):
@@ -54,7 +54,7 @@ def build(bundle: Bundle, options: BuildOptions, progress: Progress | None = Non
         fresh = old is None or old.recipe != recipe or not old.intact(folder)
         if fresh:
             folder.mkdir(parents=True, exist_ok=True)
-            new = _build_one(bundle, variant, recipe, library, folder, partial(_share, report, f"building {variant.name}"))
+            new = _build_one(bundle, variant, recipe, api, folder, partial(_share, report, f"building {variant.name}"))
             there[new.file] = new
             record.write(folder, tuple(there[file] for file in sorted(there)))
         built.append(Built(folder, there[f"{name}.engine"], fresh))
@@ -72,13 +72,13 @@ def _stem(variant: Variant, recipe: Recipe) -> str:
 
 
 def _build_one(
-    bundle: Bundle, variant: Variant, recipe: Recipe, library: Library, folder: Path, on_progress: Callable[[int], None]
+    bundle: Bundle, variant: Variant, recipe: Recipe, api: Api, folder: Path, on_progress: Callable[[int], None]
 ) -> EngineRecord:
     """Parse, verify and compile one variant; the log is kept whatever happens, the plan only when it is whole."""
     name, messages, started = _stem(variant, recipe), Messages(), time.perf_counter()
     plan = folder / f"{name}.engine"
     try:
-        source, parsed, network = prepare(bundle, variant, recipe, library, messages)
+        source, parsed, network = prepare(bundle, variant, recipe, api, messages)
         profiles = profiles_of(recipe)
         config = config_of(parsed, variant, recipe, profiles)
         with record.replacing(plan) as temporary:
@@ -104,14 +104,14 @@ def _build_one(
 
 
 def prepare(
-    bundle: Bundle, variant: Variant, recipe: Recipe, library: Library, messages: Messages
+    bundle: Bundle, variant: Variant, recipe: Recipe, api: Api, messages: Messages
 ) -> tuple[Source, Parsed, dict[str, Any]]:
     """Read the graph and its weights, parse it, and verify the network. The source must live until the engine is built."""
     source = open_source(bundle, variant, recipe.batch, recipe.capacity)
     keep_apart(source)
     quantised = quantize_weights(source, recipe.quantize, variant.dtype) if recipe.quantize is not None else []
-    parsed = parse(library, source, messages)
-    facts = verify(Network(library.trt, parsed.definition), variant, Sizes(recipe.batch, recipe.capacity), len(quantised))
+    parsed = parse(api, source, messages)
+    facts = verify(Network(api.trt, parsed.definition), variant, Sizes(recipe.batch, recipe.capacity), len(quantised))
     return source, parsed, facts
 
 

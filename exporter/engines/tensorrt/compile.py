@@ -27,10 +27,10 @@ def profiles_of(recipe: Recipe) -> tuple[Profile, ...]:
 
 
 def config_of(parsed: Parsed, variant: Variant, recipe: Recipe, profiles: tuple[Profile, ...]) -> Any:
-    """The IBuilderConfig of a recipe. Raises EngineError where the library refuses a profile."""
-    trt, builder = parsed.library.trt, parsed.builder
+    """The IBuilderConfig of a recipe. Raises EngineError where TensorRT refuses a profile."""
+    trt, builder = parsed.api.trt, parsed.builder
     config = builder.create_builder_config()
-    if parsed.library.rtx:
+    if parsed.api.rtx:
         config.num_compute_capabilities = len(recipe.targets)
         for index, target in enumerate(recipe.targets):
             # A chip that has no name there was asked for as the one here: the builder may know it all the same.
@@ -62,7 +62,7 @@ def compile_plan(
     parsed: Parsed, config: Any, source: Source, path: Path, on_progress: Callable[[int], None]
 ) -> tuple[int, str]:
     """Build and stream the plan to `path`; its bytes and SHA-256. Raises EngineError with the builder's reason."""
-    trt = parsed.library.trt
+    trt = parsed.api.trt
     with (
         _timing_cache(parsed, config, path.parent),
         _releasing(source),
@@ -78,7 +78,7 @@ def compile_plan(
             raise writing.error
         if not done or not writing.size:
             raise EngineError(
-                f"{trt.__name__} {parsed.library.version} did not build {source.path.name}: {parsed.messages.reason()}"
+                f"{trt.__name__} {parsed.api.version} did not build {source.path.name}: {parsed.messages.reason()}"
             )
         file.flush()
         os.fsync(file.fileno())
@@ -88,7 +88,7 @@ def compile_plan(
 @contextmanager
 def _timing_cache(parsed: Parsed, config: Any, folder: Path) -> Iterator[None]:
     """Kernel timings, kept beside the engines for the next build. tensorrt_rtx times nothing when it builds."""
-    if parsed.library.rtx:
+    if parsed.api.rtx:
         yield
         return
     path = folder / "timing.cache"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from exporter.engines.tensorrt.library import Library, Messages, logger
+from exporter.engines.tensorrt.api import Api, Messages, logger
 from exporter.engines.tensorrt.weights import Source
 from exporter.errors import EngineError, GraphError
 
@@ -18,7 +18,7 @@ DTYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
 class Parsed:
     """A parsed network and what must outlive it. `source` has to stay open until the engine is built."""
 
-    library: Library
+    api: Api
     messages: Messages
     log: Any
     builder: Any
@@ -26,12 +26,12 @@ class Parsed:
     parser: Any
 
 
-def parse(library: Library, source: Source, messages: Messages) -> Parsed:
-    """Raises EngineError where the library cannot start, GraphError in one line where it does not take the graph."""
-    trt, log = library.trt, logger(library.trt, messages)
+def parse(api: Api, source: Source, messages: Messages) -> Parsed:
+    """Raises EngineError where TensorRT cannot start, GraphError in one line where it does not take the graph."""
+    trt, log = api.trt, logger(api.trt, messages)
     builder = trt.Builder(log)
     if not builder:
-        raise EngineError(f"{trt.__name__} {library.version} has no builder here: {messages.reason()}")
+        raise EngineError(f"{trt.__name__} {api.version} has no builder here: {messages.reason()}")
     kinds = trt.NetworkDefinitionCreationFlag
     flags = 1 << int(kinds.STRONGLY_TYPED) if hasattr(kinds, "STRONGLY_TYPED") else 0
     definition = builder.create_network(flags)
@@ -39,8 +39,8 @@ def parse(library: Library, source: Source, messages: Messages) -> Parsed:
     loaded = parser.load_model_proto(source.model.SerializeToString(), str(source.path))
     loaded = loaded and all(parser.load_initializer(name, *place) for name, place in source.places.items())
     if not loaded or not parser.parse_model_proto():
-        raise GraphError(f"{library.trt.__name__} {library.version} does not take {source.path.name}: {_parse_errors(parser)}")
-    return Parsed(library, messages, log, builder, definition, parser)
+        raise GraphError(f"{api.trt.__name__} {api.version} does not take {source.path.name}: {_parse_errors(parser)}")
+    return Parsed(api, messages, log, builder, definition, parser)
 
 
 def _parse_errors(parser: Any) -> str:

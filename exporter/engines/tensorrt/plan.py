@@ -8,7 +8,7 @@ from pathlib import Path
 
 from exporter.bundle import Bundle, Variant
 from exporter.engines.tensorrt import record
-from exporter.engines.tensorrt.library import HERE, Library
+from exporter.engines.tensorrt.api import HERE, Api
 from exporter.engines.tensorrt.quantize import check_quantize
 from exporter.engines.tensorrt.record import Recipe
 from exporter.errors import BundleError, EngineError, one_of
@@ -54,12 +54,12 @@ def variants_of(bundle: Bundle, names: tuple[str, ...] | None) -> list[Variant]:
     return fitting
 
 
-def targets_of(library: Library, options: BuildOptions) -> tuple[str, ...]:
-    """The chips to build for, in order. Raises EngineError for one that the library does not build for."""
-    asked = options.targets or (PORTABLE if library.rtx else (HERE,))
-    if not library.rtx and asked != (HERE,):
+def targets_of(api: Api, options: BuildOptions) -> tuple[str, ...]:
+    """The chips to build for, in order. Raises EngineError for one that TensorRT does not build for."""
+    asked = options.targets or (PORTABLE if api.rtx else (HERE,))
+    if not api.rtx and asked != (HERE,):
         raise EngineError(f"backend tensorrt builds for the GPU it runs on, not for {', '.join(asked)}; leave --target out")
-    library.check_targets(asked)
+    api.check_targets(asked)
     if asked == (HERE,):
         from exporter.engines.tensorrt.device import compute_capability
 
@@ -67,7 +67,7 @@ def targets_of(library: Library, options: BuildOptions) -> tuple[str, ...]:
     return tuple(sorted(asked, key=lambda name: int(name[2:])))
 
 
-def recipe_of(bundle: Bundle, variant: Variant, library: Library, targets: tuple[str, ...], options: BuildOptions) -> Recipe:
+def recipe_of(bundle: Bundle, variant: Variant, api: Api, targets: tuple[str, ...], options: BuildOptions) -> Recipe:
     """The engine's recipe. Raises EngineError for sizes and features that cannot be."""
     limit = variant.config.max_positions
     capacity = min(limit, CAPACITY) if options.capacity is None else options.capacity
@@ -83,7 +83,7 @@ def recipe_of(bundle: Bundle, variant: Variant, library: Library, targets: tuple
     for word in options.compatible:
         if word not in COMPATIBLE:
             raise EngineError(one_of("compatible", word, COMPATIBLE))
-    if options.compatible and library.rtx:
+    if options.compatible and api.rtx:
         raise EngineError("--compatible is of backend tensorrt; a tensorrt-rtx engine runs on the chips that --target names")
     if variant.dtype == "bf16" and "sm75" in targets:
         raise EngineError(f"variant {variant.name} is bf16, which sm75 lacks; leave sm75 out, or export it in fp16")
@@ -96,9 +96,9 @@ def recipe_of(bundle: Bundle, variant: Variant, library: Library, targets: tuple
     return Recipe(
         graph_sha256=_file_hash(bundle.graph_path(variant)),
         weights_sha256={name: _file_hash(bundle.path / name) for name in variant.weights},
-        backend=library.backend,
-        module=library.trt.__name__,
-        version=library.version,
+        backend=api.backend,
+        module=api.trt.__name__,
+        version=api.version,
         targets=targets,
         batch=options.batch,
         capacity=capacity,

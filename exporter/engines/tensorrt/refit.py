@@ -6,16 +6,14 @@ from typing import Any
 
 from exporter.bundle import Bundle, Variant
 from exporter.engines.tensorrt.apart import keep_apart
-from exporter.engines.tensorrt.library import Library, Messages
+from exporter.engines.tensorrt.api import Api, Messages
 from exporter.engines.tensorrt.quantize import quantize_weights
 from exporter.engines.tensorrt.record import Recipe, sha256
 from exporter.engines.tensorrt.weights import open_source
 from exporter.errors import EngineError
 
 
-def refit(
-    library: Library, engine: Any, log: Any, messages: Messages, bundle: Bundle, variant: Variant, recipe: Recipe
-) -> None:
+def refit(api: Api, engine: Any, log: Any, messages: Messages, bundle: Bundle, variant: Variant, recipe: Recipe) -> None:
     """Give `engine` the weights it was built from. Raises EngineError where the bundle's are others or do not fit."""
     for name, built in recipe.weights_sha256.items():
         if (found := sha256(bundle.path / name)) != built:
@@ -24,8 +22,8 @@ def refit(
     keep_apart(source)
     if recipe.quantize is not None:
         quantize_weights(source, recipe.quantize, variant.dtype)
-    refitter = library.trt.Refitter(engine, log)
-    parser = library.trt.OnnxParserRefitter(refitter, log)
+    refitter = api.trt.Refitter(engine, log)
+    parser = api.trt.OnnxParserRefitter(refitter, log)
     done = parser.load_model_proto(source.model.SerializeToString(), str(source.path))
     done = done and all(parser.load_initializer(name, *place) for name, place in source.places.items())
     if not (done and parser.refit_model_proto() and refitter.refit_cuda_engine()):

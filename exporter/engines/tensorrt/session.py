@@ -19,8 +19,8 @@ from exporter.bundle import Bundle, Variant
 from exporter.engines.base import Session, SessionInfo, check_score
 from exporter.engines.feeding import Feed, right_padded
 from exporter.engines.tensorrt import record
+from exporter.engines.tensorrt.api import Api, Messages, load, logger
 from exporter.engines.tensorrt.device import check_device, compute_capability
-from exporter.engines.tensorrt.library import Library, Messages, load, logger
 from exporter.engines.tensorrt.record import EngineRecord
 from exporter.engines.tensorrt.refit import refit
 from exporter.errors import EngineError
@@ -45,19 +45,19 @@ def open_session(
     With `profile_to`, the times of the engine's layers are summed over all calls and `close()` writes them; decoding then does
     without its CUDA graph. Raises EngineError.
     """
-    library = load(backend)
-    wanted = record.Wanted(backend, library.version, batch, capacity, quantize)
+    api = load(backend)
+    wanted = record.Wanted(backend, api.version, batch, capacity, quantize)
     record.choose(bundle, variant, wanted)  # what is not there needs no GPU to know
     check_device()
     device = compute_capability()
     folder, engine = record.choose(bundle, variant, wanted, device)
-    runtime = _Engine(library, folder, engine)
+    runtime = _Engine(api, folder, engine)
     if engine.recipe.strip:
-        refit(library, runtime.engine, runtime.log, runtime.messages, bundle, variant, engine.recipe)
+        refit(api, runtime.engine, runtime.log, runtime.messages, bundle, variant, engine.recipe)
     runtime.check_aliases(variant)
     options = {"capacity": engine.recipe.capacity, "prefill": engine.recipe.prefill, "quantize": engine.recipe.quantize}
     provider = f"{torch.cuda.get_device_name()} ({device})"
-    versions = {engine.recipe.module: library.version, "torch": torch.__version__}
+    versions = {engine.recipe.module: api.version, "torch": torch.__version__}
     info = SessionInfo(backend, provider, versions, options)
     try:
         return TensorRTSession(runtime, variant, engine, capacity, info, None if profile_to is None else Path(profile_to))
@@ -70,14 +70,14 @@ def open_session(
 class _Engine:
     """A deserialised plan and what it needs to live."""
 
-    def __init__(self, library: Library, folder: Path, engine: EngineRecord) -> None:
+    def __init__(self, api: Api, folder: Path, engine: EngineRecord) -> None:
         self.messages = Messages()
-        self.log = logger(library.trt, self.messages)
-        self.library = library
-        self.runtime = library.trt.Runtime(self.log)
+        self.log = logger(api.trt, self.messages)
+        self.api = api
+        self.runtime = api.trt.Runtime(self.log)
         self.engine = self.runtime.deserialize_cuda_engine(read_plan(folder, engine))
         if self.engine is None:
-            name = f"{library.trt.__name__} {library.version}"
+            name = f"{api.trt.__name__} {api.version}"
             raise EngineError(f"{name} does not load {folder / engine.file}: {self.messages.reason()}")
 
     def check_aliases(self, variant: Variant) -> None:
@@ -176,7 +176,7 @@ class TensorRTSession(Session):
             self._run(self._step)
         self.stream.synchronize()
         self.lengths += 1
-        if self._graph is None and self._profile_to is None and not self.runtime.library.rtx:
+        if self._graph is None and self._profile_to is None and not self.runtime.api.rtx:
             self._graph = self._capture()  # after a first step: by then the engine has allocated what it needs
         return self._step.host_logits.numpy()[:, 0]
 
@@ -212,8 +212,8 @@ class TensorRTSession(Session):
         del self._step
 
     def _context(self, profile: int) -> Any:
-        trt, engine = self.runtime.library.trt, self.runtime.engine
-        if self.runtime.library.rtx and profile == DECODE and self._profile_to is None:
+        trt, engine = self.runtime.api.trt, self.runtime.engine
+        if self.runtime.api.rtx and profile == DECODE and self._profile_to is None:
             # It compiles kernels for the shapes it meets; only its own capture knows when those are ready.
             config = engine.create_runtime_config()
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE

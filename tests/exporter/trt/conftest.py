@@ -8,11 +8,11 @@ import pytest
 import tiny
 
 from exporter.bundle import Bundle
-from exporter.engines.tensorrt.library import Library, load
+from exporter.engines.tensorrt.api import Api, load
 
 
 @pytest.fixture(scope="session")
-def library() -> Library:
+def api() -> Api:
     return load("tensorrt-rtx")
 
 

@@ -12,8 +12,8 @@ from exporter.bundle import Bundle
 from exporter.cli import _run
 from exporter.engines import open_session
 from exporter.engines.tensorrt import record
+from exporter.engines.tensorrt.api import Messages, logger
 from exporter.engines.tensorrt.build import build
-from exporter.engines.tensorrt.library import Messages, logger
 from exporter.engines.tensorrt.plan import BuildOptions
 from exporter.engines.tensorrt.record import EngineRecord, Wanted, choose
 from exporter.engines.tensorrt.session import read_plan
@@ -108,11 +108,11 @@ def test_a_missing_wheel_is_one_line(attention):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_the_runtime_gives_its_reason_without_a_driver(built, library):
+def test_the_runtime_gives_its_reason_without_a_driver(built, api):
     """What our own check spares the user: the plan is whole, the module loads nothing."""
     _, folder, engine = built
     messages = Messages()
-    runtime = library.trt.Runtime(logger(library.trt, messages))
+    runtime = api.trt.Runtime(logger(api.trt, messages))
     assert runtime.deserialize_cuda_engine(read_plan(folder, engine)) is None
     assert "cudaError" in messages.reason() or "CUDA" in messages.reason()
 

@@ -13,7 +13,7 @@ import tiny
 from onnx import TensorProto, helper, numpy_helper
 
 from exporter.bundle import Bundle
-from exporter.engines.tensorrt.library import Library, Messages
+from exporter.engines.tensorrt.api import Api, Messages
 from exporter.engines.tensorrt.network import Network, parse
 from exporter.engines.tensorrt.verify import Sizes, check_casts, check_grouped, verify
 from exporter.engines.tensorrt.weights import Source, fix_shapes, open_source
@@ -48,47 +48,47 @@ class Graph:
         return next(node for node in self.graph.node if name in node.output)
 
 
-def check(library: Library, graph: Graph) -> dict[str, Any]:
-    parsed = parse(library, graph.source, Messages())
-    return verify(Network(library.trt, parsed.definition), graph.variant, SIZES)
+def check(api: Api, graph: Graph) -> dict[str, Any]:
+    parsed = parse(api, graph.source, Messages())
+    return verify(Network(api.trt, parsed.definition), graph.variant, SIZES)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("pattern", ["attention", "grouped"])
 @pytest.mark.parametrize("logits", ["last", "all"])
-def test_what_headpool_exports_is_as_planned(library, decoder, tmp_path, pattern, dtype, logits):
-    facts = check(library, Graph(tiny.bundle(tmp_path, decoder, pattern, dtype=dtype, logits=logits)))
+def test_what_headpool_exports_is_as_planned(api, decoder, tmp_path, pattern, dtype, logits):
+    facts = check(api, Graph(tiny.bundle(tmp_path, decoder, pattern, dtype=dtype, logits=logits)))
     assert facts["fused_attention"] == (2 if pattern == "attention" else 0)
     assert facts["cache_updates"] == 4
     assert facts["heads"] == ["6:2", "6:3"]
 
 
-def test_upper_left_causality_is_refused(library, attention):
+def test_upper_left_causality_is_refused(api, attention):
     """`is_causal` without a mask parses, to a triangle that starts at the first cache row."""
     graph = Graph(attention)
     for node in graph.nodes("Attention"):
         del node.input[3:]
         node.attribute.append(helper.make_attribute("is_causal", 1))
     with pytest.raises(GraphError, match="layer 0: its attention is causal UPPER_LEFT, planned NONE: wrong for decoding"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_a_mask_that_is_left_out_is_refused(library, attention):
+def test_a_mask_that_is_left_out_is_refused(api, attention):
     graph = Graph(attention)
     del graph.nodes("Attention")[1].input[3:]
     with pytest.raises(GraphError, match="layer 1: its attention has no mask"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_a_mask_that_ignores_the_positions_is_refused(library, attention):
+def test_a_mask_that_ignores_the_positions_is_refused(api, attention):
     graph = Graph(attention)
     node = graph.nodes("Attention")[0]
     node.input[3] = graph.constant("all seen", np.zeros((2, 1, 1, 32), np.float16))
     with pytest.raises(GraphError, match="layer 0: its mask does not come from position_ids"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_nonpad_kv_seqlen_is_refused(library, attention):
+def test_nonpad_kv_seqlen_is_refused(api, attention):
     """The parser takes the input and leaves it out of the network."""
     graph = Graph(attention)
     node = graph.nodes("Attention")[0]
@@ -96,28 +96,28 @@ def test_nonpad_kv_seqlen_is_refused(library, attention):
     lengths = graph.before(node, "Add", [rows, graph.constant("one", np.array(1))], "lengths")
     node.input.extend(["", "", lengths])
     with pytest.raises(GraphError, match="the result of lengths is not used: an input of a node was ignored"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_nonpad_kv_seqlen_as_an_input_is_refused(library, attention):
+def test_nonpad_kv_seqlen_as_an_input_is_refused(api, attention):
     graph = Graph(attention)
     graph.graph.input.append(helper.make_tensor_value_info("lengths", TensorProto.INT64, [2]))
     graph.nodes("Attention")[0].input.extend(["", "", "lengths"])
     with pytest.raises(GraphError, match=r"input lengths is not in the contract \(and 1 more"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_attention_with_several_outputs_is_refused(library, attention):
+def test_attention_with_several_outputs_is_refused(api, attention):
     """Caches passed through Attention itself: past in, present out."""
     graph = Graph(attention)
     node = graph.nodes("Attention")[0]
     node.input.extend(["past_key_values.0.key", "past_key_values.0.value"])
     node.output.extend(["more keys", "more values"])
     with pytest.raises(GraphError, match=r"tensorrt_rtx .* does not take attention.*Attention"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_unequal_head_sizes_are_refused_where_attention_is_fused(library):
+def test_unequal_head_sizes_are_refused_where_attention_is_fused(api):
     """Q and K of 16 channels, V of 8, as GLU attention has them."""
     dims = {"q": 16, "k": 16, "v": 8}
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, [1, 2, 4, d]) for n, d in dims.items()]
@@ -126,7 +126,7 @@ def test_unequal_head_sizes_are_refused_where_attention_is_fused(library):
     node = helper.make_node("Attention", ["q", "k", "v", "m"], ["y"])
     model = helper.make_model(helper.make_graph([node], "g", inputs, [output]), opset_imports=[helper.make_opsetid("", 24)])
     with pytest.raises(GraphError, match="does not take"):
-        parse(library, Source(model, tiny.Path("v.onnx")), Messages())
+        parse(api, Source(model, tiny.Path("v.onnx")), Messages())
 
 
 def unequal(pattern: str) -> onnx.ModelProto:
@@ -142,9 +142,9 @@ def unequal(pattern: str) -> onnx.ModelProto:
     return model
 
 
-def test_unequal_head_sizes_go_as_grouped(library):
-    parsed = parse(library, Source(unequal("grouped"), tiny.Path("v.onnx")), Messages())
-    network = Network(library.trt, parsed.definition)
+def test_unequal_head_sizes_go_as_grouped(api):
+    parsed = parse(api, Source(unequal("grouped"), tiny.Path("v.onnx")), Messages())
+    network = Network(api.trt, parsed.definition)
     assert len(network.of("KV_CACHE_UPDATE")) == 2
     assert network.outputs["present_value"].shape == (1, 2, 32, 8)
     assert network.outputs["output"].shape == (1, -1, 48)
@@ -152,7 +152,7 @@ def test_unequal_head_sizes_go_as_grouped(library):
         unequal("attention")
 
 
-def test_a_cache_that_is_copied_is_refused(library, attention):
+def test_a_cache_that_is_copied_is_refused(api, attention):
     graph = Graph(attention)
     update = graph.output("present.1.value")
     update.output[0] = "written"
@@ -162,49 +162,49 @@ def test_a_cache_that_is_copied_is_refused(library, attention):
     with pytest.raises(
         GraphError, match=r"present.1.value is made by a ELEMENTWISE layer, not by a KV-cache update: it is a copy"
     ):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_a_cache_that_another_layer_writes_is_refused(library, attention):
+def test_a_cache_that_another_layer_writes_is_refused(api, attention):
     """Layer 0's keys into layer 0's values and the other way about: every name and shape is right."""
     graph = Graph(attention)
     key, value = graph.nodes("TensorScatter")[:2]
     key.input[0], value.input[0] = value.input[0], key.input[0]
     with pytest.raises(GraphError, match=r"present.0.key updates past_key_values.0.value, not past_key_values.0.key"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_a_cache_read_before_its_update_is_refused(library, attention):
+def test_a_cache_read_before_its_update_is_refused(api, attention):
     graph = Graph(attention)
     graph.nodes("Attention")[0].input[1] = "past_key_values.0.key"
     with pytest.raises(GraphError, match=r"past_key_values.0.key is also read by"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_rows_that_ignore_the_positions_are_refused(library, attention):
+def test_rows_that_ignore_the_positions_are_refused(api, attention):
     graph = Graph(attention)
     graph.nodes("TensorScatter")[2].input[2] = graph.constant("rows", np.zeros(2, np.int64))
     with pytest.raises(GraphError, match=r"present.1.key: its rows do not come from position_ids"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_attention_over_another_layers_cache_is_refused(library, attention):
+def test_attention_over_another_layers_cache_is_refused(api, attention):
     graph = Graph(attention)
     second = graph.nodes("Attention")[1]
     second.input[1], second.input[2] = "present.0.key", "present.0.value"
     with pytest.raises(GraphError, match=r"layer 0 has 2 fused attention layers over present.0.key, planned 1"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_keys_and_values_in_each_others_place_are_refused(library, attention):
+def test_keys_and_values_in_each_others_place_are_refused(api, attention):
     graph = Graph(attention)
     node = graph.nodes("Attention")[0]
     node.input[1], node.input[2] = node.input[2], node.input[1]
     with pytest.raises(GraphError, match=r"layer 0 has 0 fused attention layers over present.0.key"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_a_repeated_cache_is_refused(library, attention):
+def test_a_repeated_cache_is_refused(api, attention):
     """The head ratio is lost where K and V are expanded before the fused attention."""
     graph = Graph(attention)
     node = graph.nodes("Attention")[0]
@@ -212,85 +212,85 @@ def test_a_repeated_cache_is_refused(library, attention):
         parts = [node.input[index]] * 3
         node.input[index] = graph.before(node, "Concat", parts, f"repeated {index}", axis=1)
     with pytest.raises(GraphError, match=r"layer 0 has 0 fused attention layers over present.0.key, planned 1"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_another_head_count_than_planned_is_refused(library, attention):
+def test_another_head_count_than_planned_is_refused(api, attention):
     graph = Graph(attention)
     graph.variant = dataclasses.replace(graph.variant, config=dataclasses.replace(graph.variant.config, num_heads=12))
     with pytest.raises(
         GraphError, match=r"layer 0: its attention has \[6, 2, 2\] query, key and value heads, planned \[12, 2, 2\]"
     ):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_other_kv_heads_than_planned_are_refused(library, grouped):
+def test_other_kv_heads_than_planned_are_refused(api, grouped):
     graph = Graph(grouped)
     graph.variant = dataclasses.replace(graph.variant, config=graph.variant.config.with_kv_heads((3, 3)))
     with pytest.raises(
         GraphError, match=r"input past_key_values.0.key is fp16 \[2, 2, 32, 16\], planned fp16 \[2, 3, 32, 16\]"
     ):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_attention_that_may_be_decomposed_is_refused(library, attention):
+def test_attention_that_may_be_decomposed_is_refused(api, attention):
     graph = Graph(attention)
     graph.nodes("Attention")[0].attribute.append(helper.make_attribute("TRT_decomposable", 1))
     with pytest.raises(GraphError, match="layer 0: its attention may be decomposed, planned fused"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_decomposed_attention_is_refused(library, decoder, tmp_path):
+def test_decomposed_attention_is_refused(api, decoder, tmp_path):
     """A graph of MatMul and Softmax under the name of the fused pattern."""
     graph = Graph(tiny.bundle(tmp_path, decoder, "grouped", dtype="fp16"))
     graph.variant = dataclasses.replace(graph.variant, pattern="attention")
     with pytest.raises(GraphError, match=r"layer 0 has 0 fused attention layers over present.0.key, planned 1"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_repeated_heads_are_refused_as_grouped(library, decoder, tmp_path):
+def test_repeated_heads_are_refused_as_grouped(api, decoder, tmp_path):
     graph = Graph(tiny.bundle(tmp_path, decoder, "repeat", cache="static", dtype="fp16"))
     graph.variant = dataclasses.replace(graph.variant, pattern="grouped")
     with pytest.raises(GraphError, match=r"layer 0.*present.0.key does not go into a matrix product as it is"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_fused_attention_is_refused_as_grouped(library, attention):
+def test_fused_attention_is_refused_as_grouped(api, attention):
     graph = Graph(attention)
     graph.variant = dataclasses.replace(graph.variant, pattern="grouped")
     with pytest.raises(GraphError, match="there are 2 fused attention layers, planned none in pattern grouped"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_grouped_scores_without_a_mask_are_refused(library, grouped):
+def test_grouped_scores_without_a_mask_are_refused(api, grouped):
     graph = Graph(grouped)
     softmax = graph.nodes("Softmax")[1]
     softmax.input[0] = graph.output(softmax.input[0]).input[0]
     with pytest.raises(GraphError, match=r"layer 1 has no mask from position_ids on its scores"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_a_cast_cache_is_refused(library, attention):
+def test_a_cast_cache_is_refused(api, attention):
     graph = Graph(attention)
     node = graph.nodes("Attention")[0]
     wide = graph.before(node, "Cast", [node.input[1]], "wide", to=TensorProto.FLOAT)
     node.input[1] = graph.before(node, "Cast", [wide], "narrow", to=TensorProto.FLOAT16)
     with pytest.raises(GraphError, match=r"layer 0 has 0 fused .* \(and 2 more"):
-        check(library, graph)
-    network = Network(library.trt, parse(library, graph.source, Messages()).definition)
+        check(api, graph)
+    network = Network(api.trt, parse(api, graph.source, Messages()).definition)
     assert list(check_casts(network, graph.variant)) == ["cache present.0.key is cast to fp32"]
 
 
-def test_a_cast_weight_is_refused(library, attention):
+def test_a_cast_weight_is_refused(api, attention):
     graph = Graph(attention)
     node = graph.nodes("Gemm")[0]
     wide = graph.before(node, "Cast", [node.input[1]], "wide", to=TensorProto.FLOAT)
     node.input[1] = graph.before(node, "Cast", [wide], "narrow", to=TensorProto.FLOAT16)
     with pytest.raises(GraphError, match=r"weight model.layers.0.self_attn.q_proj.weight is cast from fp16 to fp32"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_a_product_in_another_dtype_is_refused(library, attention):
+def test_a_product_in_another_dtype_is_refused(api, attention):
     graph = Graph(attention)
     node = graph.nodes("Gemm")[0]
     x = graph.before(node, "Cast", [node.input[0]], "x wide", to=TensorProto.FLOAT)
@@ -302,23 +302,23 @@ def test_a_product_in_another_dtype_is_refused(library, attention):
     index = list(graph.graph.node).index(node)
     graph.graph.node.insert(index + 1, helper.make_node("Cast", ["y wide"], [old], to=TensorProto.FLOAT16, name="y narrow"))
     with pytest.raises(GraphError, match=r"q_proj/Gemm multiplies fp32, planned fp16"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_other_names_than_the_contracts_are_refused(library, attention):
+def test_other_names_than_the_contracts_are_refused(api, attention):
     graph = Graph(attention)
     for node in graph.graph.node:
         node.input[:] = ["ids" if name == "input_ids" else name for name in node.input]
     graph.graph.input[0].name = "ids"
     with pytest.raises(GraphError, match=r"input input_ids is missing, planned int64 \[2, -1\]"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_values_of_another_cache_are_refused(library, attention):
+def test_values_of_another_cache_are_refused(api, attention):
     graph = Graph(attention)
     graph.nodes("Attention")[0].input[2] = "present.0.key"
     with pytest.raises(GraphError, match=r"layer 0: its attention reads the values present.0.key, planned present.0.value"):
-        check(library, graph)
+        check(api, graph)
 
 
 @pytest.mark.parametrize(
@@ -328,28 +328,28 @@ def test_values_of_another_cache_are_refused(library, attention):
         ({"norm": "NONE"}, "layer 1: its attention normalises by NONE, planned SOFTMAX"),
     ],
 )
-def test_what_only_other_operators_make_is_refused(library, attention, changes, words):
+def test_what_only_other_operators_make_is_refused(api, attention, changes, words):
     """TRT_Attention and TensorRT's own API can set these; a parsed network with them is made by hand here."""
     graph = Graph(attention)
-    parsed = parse(library, graph.source, Messages())
-    network = Network(library.trt, parsed.definition)
+    parsed = parse(api, graph.source, Messages())
+    network = Network(api.trt, parsed.definition)
     network.of("ATTENTION_INPUT")[1].details.update(changes)
     with pytest.raises(GraphError, match=words):
         verify(network, graph.variant, SIZES)
 
 
-def test_values_without_a_softmax_are_refused(library, grouped):
+def test_values_without_a_softmax_are_refused(api, grouped):
     graph = Graph(grouped)
     softmax = graph.nodes("Softmax")[0]
     softmax.op_type = "Sigmoid"
     del softmax.attribute[:]
     with pytest.raises(GraphError, match=r"layer 0: its values are not weighted by a softmax"):
-        check(library, graph)
+        check(api, graph)
 
 
-def test_grouped_heads_other_than_planned_are_refused(library, grouped):
+def test_grouped_heads_other_than_planned_are_refused(api, grouped):
     graph = Graph(grouped)
-    network = Network(library.trt, parse(library, graph.source, Messages()).definition)
+    network = Network(api.trt, parse(api, graph.source, Messages()).definition)
     config = graph.variant.config
     more = dataclasses.replace(graph.variant, config=dataclasses.replace(config, num_heads=12))
     with pytest.raises(GraphError, match="layer 0: its output is not taken apart into 12 query heads"):

@@ -20,7 +20,7 @@ HERE = "here"  # the target that is the GPU of this machine
 
 
 @dataclass(frozen=True)
-class Library:
+class Api:
     """An imported TensorRT. `trt` is the module; both kinds are used through the same names."""
 
     backend: str
@@ -47,7 +47,7 @@ class Library:
             raise EngineError(f"targets {', '.join(targets)}: name each once, and {HERE} alone")
 
 
-def load(backend: str) -> Library:
+def load(backend: str) -> Api:
     """Import the module of `backend`. Raises EngineError with the command that installs it."""
     if backend not in MODULES:
         raise EngineError(one_of("backend", backend, MODULES))
@@ -60,7 +60,7 @@ def load(backend: str) -> Library:
         missing = error.name == module
         why = "which is not installed" if missing else f"which does not load here ({' '.join(str(error).split())})"
         raise EngineError(f"backend {backend} needs {module}, {why}: {install}") from None
-    return Library(backend, trt, trt.__version__)
+    return Api(backend, trt, trt.__version__)
 
 
 @dataclass
