@@ -20,7 +20,7 @@ class Background(Generic[T]):
         def work() -> None:
             try:
                 self._outcome.append(function(*arguments, **named))
-            except BaseException as error:
+            except BaseException as error:  # result() raises it where it is waited for
                 self._error = error
 
         self._thread = threading.Thread(target=work, daemon=True)

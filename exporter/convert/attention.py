@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from exporter.checkpoint import expected_shapes
 from exporter.config import ModelConfig
 from exporter.errors import CheckpointError
 from exporter.weights import Weights
@@ -90,14 +91,9 @@ class AttentionWeights:
 
 def attention_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """Canonical name → shape of what `AttentionWeights` holds of one layer."""
-    H, G, D, Dv, d = config.num_heads, config.kv_heads[layer], config.head_dim, config.value_dim, config.hidden_size
     prefix = f"model.layers.{layer}.self_attn."
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, rows in zip(PROJECTIONS, (H * D, G * D, G * Dv), strict=True):
-        shapes[f"{prefix}{name}.weight"] = (rows, d)
-        if config.qkv_bias:
-            shapes[f"{prefix}{name}.bias"] = (rows,)
-    return {**shapes, f"{prefix}o_proj.weight": (d, H * Dv)}
+    kept = {f"{prefix}o_proj.weight", *(f"{prefix}{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias"))}
+    return {name: shape for name, shape in expected_shapes(config).items() if name in kept}
 
 
 def check_attention(config: ModelConfig, weights: Weights) -> None:

@@ -77,10 +77,11 @@ def convert_layer(
     if not change.correct or folded.kv_heads == layer.kv_heads:
         return folded, torch.stack([attention.attend(layer, window)[1] for window in read])
     probabilities, outputs = zip(*(attention.attend(layer, window) for window in read), strict=True)
-    examples = Examples(inputs, list(probabilities), torch.stack(outputs))
     original = (layer.query, layer.key)
-    del layer, probabilities, outputs
+    del layer
     inverse = ridge_inverse(second_moments(inputs)).to(inputs.dtype)
-    folded = refine_scores(attention, original, folded, read, examples, inverse)
+    examples = Examples(inputs, list(probabilities), torch.stack(outputs), inverse)
+    del probabilities, outputs
+    folded = refine_scores(attention, original, folded, read, examples)
     del original
-    return refine_output(attention, folded, examples, inverse), examples.wanted
+    return refine_output(attention, folded, examples), examples.wanted

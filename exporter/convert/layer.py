@@ -65,7 +65,7 @@ def solvable(layer: int) -> Iterator[None]:
 
 
 class _NotFinite(ArithmeticError):
-    pass
+    """A result that float32 cannot hold, as `check_finite` tells `solvable`."""
 
 
 def check_finite(folded: AttentionWeights, *outputs: Tensor) -> None:

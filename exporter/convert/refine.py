@@ -11,7 +11,7 @@ preconditioned with the second moments of the inputs, and stopped after few step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,42 +31,45 @@ COLUMNS = 512  # of W_O that are solved for in float64 at a time
 
 @dataclass(frozen=True)
 class Examples:
-    """What a layer is fitted on, n windows: the original attention's probabilities, its scores times those, and its output.
+    """What a layer is fitted on, n windows: what it reads, and the original attention's probabilities and output.
 
-    inputs [n,T,e] are what the converted layer reads; `wanted` [n,T,d] is what its attention shall give.
+    `wanted` [n,T,d] is what the converted layer's attention shall give. `inverse` is `ridge_inverse` of the moments of `inputs`
+    [n,T,e], in their dtype.
     """
 
     inputs: Tensor
     probabilities: list[Tensor]  # [H,T,T] each
     wanted: Tensor
+    inverse: Tensor
 
 
 Original = tuple[Tensor, Tensor]  # W_Q and W_K, their heads in the order of the converted layer's
 Operator = Callable[[Tensor], Tensor]
+OfWindow = Callable[[int, Tensor], Tensor]  # of a window by its number
 
 
 def refine_scores(
-    attention: CausalAttention, original: Original, folded: AttentionWeights, read: Tensor, examples: Examples, inverse: Tensor
+    attention: CausalAttention, original: Original, folded: AttentionWeights, read: Tensor, examples: Examples
 ) -> AttentionWeights:
     """`folded` with W_Q and W_K corrected; as it is under QK-norm, where scores are not linear in them.
 
     `original` reads `read` [n,T,e]. The probabilities of `examples` become the converted layer's: they are the largest thing in
-    memory, so they change in their place. `inverse` is `ridge_inverse` of the moments of what the converted layer reads.
+    memory, so they change in their place.
     """
     layer = folded
     for _ in range(ROUNDS if layer.norms is None else 0):
-        layer = replace(layer, query=_fit_queries(attention, original, layer, read, examples, inverse))
-        layer = replace(layer, key=_fit_keys(attention, original, layer, read, examples, inverse))
+        layer = replace(layer, query=_fit_queries(attention, original, layer, read, examples))
+        layer = replace(layer, key=_fit_keys(attention, original, layer, read, examples))
     for window, inputs in enumerate(examples.inputs):
         examples.probabilities[window] = attention.attention(layer, inputs)
     return layer
 
 
-def refine_output(attention: CausalAttention, layer: AttentionWeights, examples: Examples, inverse: Tensor) -> AttentionWeights:
+def refine_output(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> AttentionWeights:
     """`layer` with W_O and W_V corrected, given the probabilities of `examples`."""
     layer = replace(layer, output=_solve_output(attention, layer, examples))
     for _ in range(VALUE_ROUNDS):
-        layer = replace(layer, value=_fit_values(attention, layer, examples, inverse))
+        layer = replace(layer, value=_fit_values(attention, layer, examples))
         layer = replace(layer, output=_solve_output(attention, layer, examples))
     return layer
 
@@ -90,50 +93,36 @@ def _add_ridge(moments: Tensor) -> None:
 
 
 def _fit_queries(
-    attention: CausalAttention,
-    original: Original,
-    layer: AttentionWeights,
-    read: Tensor,
-    examples: Examples,
-    inverse: Tensor,
+    attention: CausalAttention, original: Original, layer: AttentionWeights, read: Tensor, examples: Examples
 ) -> Tensor:
     keys = [attention.project(layer.key, inputs) for inputs in examples.inputs]
+
+    def scores(window: int, query: Tensor) -> Tensor:
+        found = attention.scores(attention.project(query, examples.inputs[window]), keys[window])
+        return _weighted(examples.probabilities[window], found)
 
     def adjoint(window: int, errors: Tensor) -> Tensor:
         return attention.project_adjoint(attention.scores_adjoint_query(errors, keys[window]), examples.inputs[window])
 
-    def normal(query: Tensor) -> Tensor:
-        return _total(
-            adjoint(i, _weighted(examples.probabilities[i], attention.scores(attention.project(query, inputs), keys[i])))
-            for i, inputs in enumerate(examples.inputs)
-        )
-
-    wanted = _total(adjoint(i, errors) for i, errors in enumerate(_wanted_scores(attention, original, read, examples)))
-    return conjugate_gradients(normal, wanted, layer.query, inverse, SCORE_STEPS, apart=True)
+    wanted = _wanted_scores(attention, original, read, examples)
+    return _fit(layer.query, scores, adjoint, wanted, examples, SCORE_STEPS, apart=True)
 
 
 def _fit_keys(
-    attention: CausalAttention,
-    original: Original,
-    layer: AttentionWeights,
-    read: Tensor,
-    examples: Examples,
-    inverse: Tensor,
+    attention: CausalAttention, original: Original, layer: AttentionWeights, read: Tensor, examples: Examples
 ) -> Tensor:
     queries = [attention.project(layer.query, inputs) for inputs in examples.inputs]
+
+    def scores(window: int, key: Tensor) -> Tensor:
+        found = attention.scores(queries[window], attention.project(key, examples.inputs[window]))
+        return _weighted(examples.probabilities[window], found)
 
     def adjoint(window: int, errors: Tensor) -> Tensor:
         back = attention.scores_adjoint_key(errors, queries[window], layer.kv_heads)
         return attention.project_adjoint(back, examples.inputs[window])
 
-    def normal(key: Tensor) -> Tensor:
-        return _total(
-            adjoint(i, _weighted(examples.probabilities[i], attention.scores(queries[i], attention.project(key, inputs))))
-            for i, inputs in enumerate(examples.inputs)
-        )
-
-    wanted = _total(adjoint(i, errors) for i, errors in enumerate(_wanted_scores(attention, original, read, examples)))
-    return conjugate_gradients(normal, wanted, layer.key, inverse, SCORE_STEPS, apart=True)
+    wanted = _wanted_scores(attention, original, read, examples)
+    return _fit(layer.key, scores, adjoint, wanted, examples, SCORE_STEPS, apart=True)
 
 
 def _wanted_scores(attention: CausalAttention, original: Original, read: Tensor, examples: Examples) -> Iterator[Tensor]:
@@ -148,8 +137,11 @@ def _weighted(probabilities: Tensor, scores: Tensor) -> Tensor:
     return weighted - probabilities * weighted.sum(-1, keepdim=True)
 
 
-def _fit_values(attention: CausalAttention, layer: AttentionWeights, examples: Examples, inverse: Tensor) -> Tensor:
+def _fit_values(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> Tensor:
     output = layer.output.flatten(1)
+
+    def given(window: int, value: Tensor) -> Tensor:
+        return attention.mixed(value, examples.probabilities[window], examples.inputs[window]) @ output.T
 
     def adjoint(window: int, errors: Tensor) -> Tensor:
         """Errors of the output, [T,d] → [G,Dv,e]."""
@@ -157,14 +149,19 @@ def _fit_values(attention: CausalAttention, layer: AttentionWeights, examples: E
         mixed = attention.mix_adjoint(examples.probabilities[window], heads, layer.kv_heads)
         return mixed.mT @ examples.inputs[window]
 
-    def normal(value: Tensor) -> Tensor:
-        return _total(
-            adjoint(i, attention.mixed(value, examples.probabilities[i], inputs) @ output.T)
-            for i, inputs in enumerate(examples.inputs)
-        )
+    return _fit(layer.value, given, adjoint, examples.wanted, examples, VALUE_STEPS, apart=False)
 
-    wanted = _total(adjoint(i, errors) for i, errors in enumerate(examples.wanted))
-    return conjugate_gradients(normal, wanted, layer.value, inverse, VALUE_STEPS, apart=False)
+
+def _fit(
+    start: Tensor, image: OfWindow, adjoint: OfWindow, wanted: Iterable[Tensor], examples: Examples, steps: int, apart: bool
+) -> Tensor:
+    """The weights `start` after `steps` steps towards those whose `image` in every window is `wanted`, by least squares."""
+
+    def normal(weights: Tensor) -> Tensor:
+        return _total(adjoint(window, image(window, weights)) for window in range(len(examples.inputs)))
+
+    target = _total(adjoint(window, errors) for window, errors in enumerate(wanted))
+    return conjugate_gradients(normal, target, start, examples.inverse, steps, apart)
 
 
 def _solve_output(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> Tensor:

@@ -70,18 +70,19 @@ class ReplaceOne:
             del read, layer
             walk.advance(index, (stream, *streams), (attended, *given))
             del attended, given
-            for later in range(index + 1, layers) if tried else ():
+            if index in done:
+                continue
+            for later in range(index + 1, layers):
                 layer = walk.layer(later)
                 walk.advance(later, streams, [walk.attend(layer, walk.inputs(later, replaced)) for replaced in streams])
-            if index not in done:
-                found = divergences(walk, reference, streams)
-                for count, loss in zip(tried, found, strict=True):
-                    if not np.isfinite(loss):
-                        raise UserError(
-                            f"layer {index} with {count} KV heads gives logits that are no numbers; its weights are damaged or "
-                            "too large: see 'headpool eval'"
-                        )
-                yield index, dict(zip(tried, found, strict=True))
+            found = dict(zip(tried, divergences(walk, reference, streams), strict=True))
+            for count, loss in found.items():
+                if not np.isfinite(loss):
+                    raise UserError(
+                        f"layer {index} with {count} KV heads gives logits that are no numbers; its weights are damaged or "
+                        "too large: see 'headpool eval'"
+                    )
+            yield index, found
         self.progress("replacing layers", layers, layers)
 
     @torch.no_grad()

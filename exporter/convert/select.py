@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from exporter.convert.plan import KVPlan, read_object
 from exporter.convert.replace_one import MEASURED, ReplaceOne
 from exporter.decode import decode
 from exporter.errors import UserError
+from exporter.files import replacing
 
 SCHEMA = 1
 TICKS = 10_000_000  # a second: latencies are added up as whole numbers of 0.1 µs
@@ -145,7 +144,7 @@ class Selection:
             kv_heads=self.kv_heads_of(point),
             method=how.method,
             grouping=how.grouping,
-            calibration=self.how.calibration if how.method in SHARINGS else None,
+            calibration=how.calibration if how.method in SHARINGS else None,
             seed=how.seed,
             target=target,
             found=found,
@@ -168,12 +167,8 @@ class Selection:
         return Measured(self.checkpoint.name, digest, self.how, tuple(map(tuple, tokens.tolist())))
 
     def _save(self) -> None:
-        temporary = self.store.with_name(f".{self.store.name}.{secrets.token_hex(4)}.partial")
-        try:
+        with replacing(self.store) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(self.measured), ensure_ascii=False) + "\n", "utf-8")
-            os.replace(temporary, self.store)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def kv_costs(config: ModelConfig) -> list[dict[int, int]]:

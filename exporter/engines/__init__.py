@@ -42,6 +42,16 @@ BACKENDS = {
 }
 
 
+def require_provider(provider: str) -> None:
+    """Raises EngineError, with the command that installs it, where the onnxruntime here was built without `provider`."""
+    import onnxruntime
+
+    if provider not in (available := onnxruntime.get_available_providers()):
+        raise EngineError(
+            f"onnxruntime {onnxruntime.__version__} here has no {provider} (it has {', '.join(available)}): {INSTALL_CUDA}"
+        )
+
+
 def open_session(
     bundle: Bundle,
     variant: Variant | str | None = None,

@@ -1,7 +1,7 @@
 """Weights and caches in memory on huge pages.
 
 ONNX Runtime maps weight files as they are, on pages of 4 kB. Where a step reads all weights at the memory's speed, looking up
-those pages costs a fifth of it (measured: 27 against 34 GB/s). So the bytes are read once into anonymous memory that asks the
+those pages costs a good part of it. So the bytes are read once into anonymous memory that asks the
 kernel for pages of 2 MB, and sessions share them. Where the kernel has none to give, nothing is lost but the time of reading.
 """
 

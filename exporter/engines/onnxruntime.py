@@ -10,7 +10,7 @@ import onnxruntime
 import psutil
 
 from exporter.bundle import Bundle, Variant
-from exporter.engines import INSTALL_CUDA, huge_pages
+from exporter.engines import huge_pages, require_provider
 from exporter.engines.base import Session, SessionInfo
 from exporter.engines.operators import operator_library
 from exporter.engines.ort_concat import ConcatSession
@@ -46,10 +46,7 @@ def open_session(
         raise EngineError(one_of("provider", provider, DEVICES))
     if chunk < 1:
         raise EngineError(f"chunk {chunk} is not a whole number from 1")
-    if provider not in (available := onnxruntime.get_available_providers()):
-        raise EngineError(
-            f"onnxruntime {onnxruntime.__version__} here has no {provider} (it has {', '.join(available)}): {INSTALL_CUDA}"
-        )
+    require_provider(provider)
     if profile_to is not None and not Path(profile_to).absolute().parent.is_dir():
         raise EngineError(f"profile prefix {profile_to} is in a folder that does not exist; make the folder first")
     threads = threads or physical_cores()

@@ -81,8 +81,8 @@ class ConcatSession(OrtSession):
                 binding.bind_output(name, self.device, 0)
             call.run(self.runtime)
             self._past = binding.get_outputs()[1:]
-        except BaseException:
-            self._forget()  # the old columns went with the slots
+        except BaseException:  # an interrupt too: the old columns went with the slots
+            self._forget()
             raise
         self._columns = total
 

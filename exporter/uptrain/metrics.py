@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from exporter.files import replacing
 
 JSON, BOARD = "metrics.jsonl", "runs"
 
@@ -22,9 +23,8 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int) -> None:
         kept = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step]
-        partial = folder / f".{JSON}.partial"
-        partial.write_text("".join(kept), "utf-8")
-        os.replace(partial, folder / JSON)
+        with replacing(folder / JSON) as temporary:
+            temporary.write_text("".join(kept), "utf-8")
         self._file = open(folder / JSON, "a", encoding="utf-8")  # noqa: SIM115
         self._board: Any = None
         if importlib.util.find_spec("tensorboardX"):

@@ -78,7 +78,7 @@ def uptrain(
 
         group.once(begin)
         windows = Windows.open(folder / run_folder.TOKENS, options.window, options.held_out, options.seed)
-        trainer = Trainer(source.config, source.weights, _pair(teacher), windows, options, group)
+        trainer = Trainer(source, teacher, windows, options, group)
         _train(trainer, folder, quiet)
         gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)  # by all, kept by the first
         weights = get_model_state_dict(trainer.model, options=gathered)
@@ -107,10 +107,6 @@ def _check(path: Path, out: Path, options: UptrainOptions, count: int) -> None:
 
 def _open(path: Path, options: UptrainOptions) -> tuple[Checkpoint, Checkpoint | None]:
     return open_source(path, options.seed), open_checkpoint(options.teacher) if options.teacher else None
-
-
-def _pair(checkpoint: Checkpoint | None) -> tuple[Any, Any] | None:
-    return (checkpoint.config, checkpoint.weights) if checkpoint is not None else None
 
 
 def _train(trainer: Trainer, folder: Path, progress: Progress) -> None:

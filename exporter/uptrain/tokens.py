@@ -95,19 +95,15 @@ class Windows:
         turns = places // self.count
         numbers = np.empty_like(places)
         for turn in range(int(turns[0]), int(turns[-1]) + 1):
-            numbers[turns == turn] = self._order(turn)[places[turns == turn] % self.count]
+            numbers[turns == turn] = _order(self.seed, turn, self.count)[places[turns == turn] % self.count]
         return self._read(self.held_out + numbers)
-
-    @functools.cached_property
-    def _orders(self) -> dict[int, np.ndarray]:
-        return {}
-
-    def _order(self, turn: int) -> np.ndarray:
-        if turn not in self._orders:
-            self._orders.clear()  # a pass is over
-            self._orders[turn] = np.random.default_rng((self.seed, turn)).permutation(self.count)
-        return self._orders[turn]
 
     def _read(self, numbers: np.ndarray) -> np.ndarray:
         rows = numbers[:, None] * self.window + np.arange(self.window + 1)
         return self.tokens[rows].astype(np.int64)
+
+
+@functools.lru_cache(maxsize=1)  # that of the pass that steps are in
+def _order(seed: int, turn: int, count: int) -> np.ndarray:
+    """In which the `count` windows are read in pass `turn`."""
+    return np.random.default_rng((seed, turn)).permutation(count)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from exporter.checkpoint import Checkpoint
 from exporter.config import ModelConfig
 from exporter.models.decoder import canonical_to_module
 from exporter.models.rope import frequencies
@@ -29,13 +30,12 @@ CLIP = 1.0  # the gradient's norm
 
 
 class Trainer:
-    """`model` in float32, sharded over the processes of `group` where there are several; `teacher` likewise."""
+    """`source` in float32 as `model`, sharded over the processes of `group` where there are several; `teacher` likewise."""
 
     def __init__(
         self,
-        config: ModelConfig,
-        weights: Weights,
-        teacher: tuple[ModelConfig, Weights] | None,
+        source: Checkpoint,
+        teacher: Checkpoint | None,
         windows: Windows,
         options: UptrainOptions,
         group: Processes,
@@ -44,13 +44,13 @@ class Trainer:
         self.share, self.micro = options.share(group.count)
         wanted = "bf16" if computes_in_bf16(group.device) else "fp32"
         self.dtype = options.dtype or wanted
-        self.model = build(config, weights, group, options.checkpointing, options.train == "attention")
-        self.teacher = build(*teacher, group).requires_grad_(False) if teacher else None
+        self.model = build(source.config, source.weights, group, options.checkpointing, options.train == "attention")
+        self.teacher = build(teacher.config, teacher.weights, group).requires_grad_(False) if teacher else None
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = _optimizer(self.parameters, options)
 
     def step(self, number: int) -> dict[str, float]:
-        """Train on step `number` (from 0): its figures. None, and the weights as they were, where they are not finite."""
+        """Train on step `number` (from 0): its figures; {}, and the weights as they were, where they are not finite."""
         start = time.perf_counter()
         rate = self.options.rate(number)
         for settings in self.optimizer.param_groups:

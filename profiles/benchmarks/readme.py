@@ -9,7 +9,6 @@ a pair of marks, <!-- NAME:begin --> and <!-- NAME:end -->, is replaced.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.decode import decode
-from exporter.files import write_text
+from exporter.files import replacing
 from exporter.units import size
 from graphs import patterns
 from profiles import stats
@@ -212,8 +211,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def main(folder: Path = FOLDER) -> None:
     for page, marks in texts(folder).items():
-        new = write_text(page.with_name(f".{page.name}.new"), replace(page.read_text("utf-8"), marks))
-        os.replace(new, page)
+        with replacing(page) as temporary:
+            temporary.write_text(replace(page.read_text("utf-8"), marks), "utf-8")
         print(f"wrote the figures of {page}")
 
 

@@ -12,12 +12,11 @@ from typing import Any
 
 from profiles.gpu.place import Place
 from profiles.gpu.steps import BACKENDS, STEPS, Step
+from profiles.machine import fingerprint, versions
 
 
-def check(step: Step, place: Place) -> dict[str, Any]:
+def check(place: Place) -> dict[str, Any]:
     """The machine, its software, and which backends cannot run here: {"missing": {backend: reason}}."""
-    from profiles.machine import fingerprint, versions
-
     missing: dict[str, str] = {}
     for backend in BACKENDS:
         try:
@@ -45,21 +44,19 @@ def _need(backend: str, device: str) -> None:
         load(backend)
 
 
-def report(step: Step, place: Place) -> dict[str, Any]:
+def report(place: Place) -> dict[str, Any]:
     """One page for each model that was measured."""
     from profiles.report import write_report
 
-    pages = []
-    for model, results in place.by_model().items():
-        pages.append(str(write_report(results, place.out / f"report-{model}.html").name))
-    return {"pages": pages}
+    pages = [write_report(results, place.out / f"report-{model}.html") for model, results in place.by_model().items()]
+    return {"pages": [page.name for page in pages]}
 
 
 def _run(step: Step, place: Place) -> dict[str, Any]:
     if step.kind == "check":
-        return check(step, place)
+        return check(place)
     if step.kind == "report":
-        return report(step, place)
+        return report(place)
     module, name = {
         "export": ("profiles.gpu.latency", "export_model"),
         "latency": ("profiles.gpu.latency", "measure_latency"),
@@ -75,7 +72,7 @@ def main(arguments: list[str]) -> int:
     (step,) = [step for step in STEPS if step.name == name]
     try:
         found: dict[str, Any] = {"detail": _run(step, Place(Path(out), Path(work), device, shapes))}
-    except Exception as error:
+    except Exception as error:  # whatever it is, the parent has to be told
         traceback.print_exc()
         found = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
     Path(result).write_text(json.dumps(found, ensure_ascii=False), "utf-8")

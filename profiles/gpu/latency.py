@@ -66,9 +66,9 @@ def measure_latency(step: Step, place: Place) -> dict[str, Any]:
         cells = measure(_subjects(step, place, plan.capacity_at(context)), plan, probe=probe)
         results = place.add(step.model, step.backend, cells, probe.result())
         del probe  # it holds gigabytes
-        lines += [_line(cell) for cell in results.cells[-len(cells) :]]
-        for line in lines[-len(cells) :]:
-            print(line, flush=True)
+        for cell in results.cells[-len(cells) :]:
+            lines.append(_line(cell))
+            print(lines[-1], flush=True)
     return {"cells": lines}
 
 
@@ -117,11 +117,9 @@ def _open_yardstick(
 
 def yardstick_subject(name: str, config: ModelConfig, dtype: str, pattern: str) -> Subject:
     """The same bytes as a bundle's variant of this shape: an embedding that is not the head is not read."""
-    size = TORCH_DTYPES[dtype].itemsize
     with torch.device("meta"):
         values = sum(p.numel() for p in Decoder(config).parameters())
     unread = 0 if config.tied else config.vocab_size * config.hidden_size
-    cache = sum(config.kv_heads) * (config.head_dim + config.value_dim) * size
     groups = config.kv_heads[0]
     return Subject(
         model=name,
@@ -133,6 +131,6 @@ def yardstick_subject(name: str, config: ModelConfig, dtype: str, pattern: str) 
         pattern=pattern,
         cache="static",
         dtype=dtype,
-        weight_bytes=(values - unread) * size,
-        kv_bytes_per_token=cache,
+        weight_bytes=(values - unread) * TORCH_DTYPES[dtype].itemsize,
+        kv_bytes_per_token=config.kv_bytes_per_token(dtype),
     )

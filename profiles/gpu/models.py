@@ -32,7 +32,6 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 SHARPER = 4.0  # × the standard deviation of random matrices, where tokens are compared: even attention would hide mistakes
-SHAPES = ("full", "tiny")
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from exporter.files import replacing
+from profiles.bandwidth import memory_floor
 from profiles.machine import fingerprint, versions
 from profiles.results import Bandwidth, Cell, Results
 
@@ -47,11 +47,10 @@ class Place:
             known, first = (), 0
         bandwidth = dataclasses.replace(bandwidth, samples=known + bandwidth.samples)
         cells = (*old.cells, *(dataclasses.replace(cell, cohort=first + cell.cohort) for cell in new))
-        floored = tuple(dataclasses.replace(cell, floor=_floor(cell, bandwidth.best)) for cell in cells)
+        floored = tuple(dataclasses.replace(cell, floor=memory_floor(cell, bandwidth.best)) for cell in cells)
         results = dataclasses.replace(old, cells=floored, bandwidth=bandwidth)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(results.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-        os.replace(partial, path)
+        with replacing(path) as temporary:
+            results.save(temporary)
         return results
 
     def by_model(self) -> dict[str, list[Results]]:
@@ -60,8 +59,3 @@ class Place:
         for path in sorted(self.out.glob("*-*.json")):
             found.setdefault(path.name.partition("-")[0], []).append(Results.load(path))
         return found
-
-
-def _floor(cell: Cell, bytes_per_second: float) -> float | None:
-    """The least seconds of a decode step: each weight and each key and value of the context read once."""
-    return (cell.subject.weight_bytes + cell.kv_bytes) / bytes_per_second if cell.kind == "decode" else None

@@ -44,10 +44,10 @@ there (by hand: cat NAME.whl.part-* > NAME.whl) and installed without a network.
 skipped.
 
 examples:
-  scripts/gpu_suite out --wheels /tmp/wheels
-  scripts/gpu_suite out --wheels /tmp/wheels --work /tmp/suite --minutes 9 --steps torch,onnxruntime
-  scripts/gpu_suite out2 --work /tmp/suite --minutes 9 --steps tensorrt-rtx,tensorrt        (same machine: bundles are kept)
-  scripts/gpu_suite out --device cpu --shapes tiny                                          (the same code, in a minute)
+  scripts/gpu_suite out --wheels wheels
+  scripts/gpu_suite out --wheels wheels --work work --minutes 9 --steps torch,onnxruntime
+  scripts/gpu_suite out2 --work work --minutes 9 --steps tensorrt-rtx,tensorrt        (same machine: bundles are kept)
+  scripts/gpu_suite out --device cpu --shapes tiny                                    (the same code, in a minute)
 """
 
 

@@ -47,7 +47,7 @@ WANTED = (
 def table() -> str:
     """WANTED, a line each."""
     lines = [f"  {wheel.requirement:<40} {wheel.megabytes:>6.1f} MB  {wheel.serves}" for wheel in WANTED]
-    absent = "  tensorrt-cu13 (full TensorRT) is in no registry that pip reaches here; where the machine has it, it is used"
+    absent = "  tensorrt-cu13 (full TensorRT) is not among them; where the machine has it, it is used"
     return "\n".join([*lines, absent])
 
 

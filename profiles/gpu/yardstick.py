@@ -49,8 +49,9 @@ class YardstickSession(Session):
         name = torch.cuda.get_device_name() if graph else "cpu"
         options = {"compiler": compiler, "cuda_graph": graph, "chunk": CHUNK}
         super().__init__(model.config, batch, capacity, SessionInfo("torch", name, {"torch": torch.__version__}, options))
-        if model.config.rotary_dim != model.config.head_dim:
-            raise EngineError("the yardstick rotates whole heads; it has no partial rotary embedding")
+        config = model.config
+        if config.qk_norm or config.rope.kind == "none" or config.rotary_dim != config.head_dim:
+            raise EngineError("the yardstick is for models that rotate whole heads (RoPE), without QK-norm")
         self.model, self._bytes = model, weight.dtype.itemsize
         self._caches = model.empty_cache(batch, capacity)
         self._ids, self._positions, self._logits = (

@@ -25,8 +25,6 @@ class Cache {
 
   // Keeps the first `length` tokens of each sequence.
   virtual void rewind(std::int64_t length) = 0;
-
-  virtual bool empty() const = 0;
 };
 
 // Written in place. A graph reads all S rows there are, so S follows the context in small steps.

@@ -70,8 +70,6 @@ class ConcatCache final : public Cache {
 
   void rewind(std::int64_t length) override { repack(std::vector<std::int64_t>(batch_, length)); }
 
-  bool empty() const override { return columns_ == 0; }
-
  private:
   char* real(std::size_t b) const { return reinterpret_cast<char*>(real_.data()) + b * static_cast<std::size_t>(most_); }
   std::int64_t* mask() const { return reinterpret_cast<std::int64_t*>(mask_.data()); }

@@ -118,7 +118,7 @@ Variant choose(std::vector<Variant> variants, const std::string& name) {
     if (variant.info.variant == name) return std::move(variant);
     names += (names.empty() ? "" : ", ") + variant.info.variant;
   }
-  throw ArgumentError("variant " + name + " is unknown; choose from " + names);
+  throw ArgumentError(one_line("variant " + name + " is unknown; choose from " + names));
 }
 
 }  // namespace

@@ -20,9 +20,9 @@ auto guarded(std::string_view doing, const Work& work) {
   try {
     return work();
   } catch (const Ort::Exception& error) {
-    throw BackendError(std::string(doing) + ": " + one_line(error.what()));
+    throw BackendError(one_line(std::string(doing) + ": " + error.what()));
   } catch (const std::bad_alloc&) {
-    throw MemoryError(std::string(doing) + ": not enough memory");
+    throw MemoryError(one_line(std::string(doing) + ": not enough memory"));
   }
 }
 

@@ -22,6 +22,7 @@ struct Session::State {
   void read_logits(std::span<const std::byte> raw, std::int64_t T);
   std::span<const float> scores() const { return {floats(), logits.size() / sizeof(float)}; }
 
+  std::int64_t longest() const { return *std::max_element(lengths.begin(), lengths.end()); }
   const Model::State& loaded() const { return *model.state_; }
   std::size_t raw_bytes(std::int64_t b, std::int64_t T) const {
     const detail::Variant& v = loaded().variant;
@@ -103,8 +104,7 @@ std::span<const float> Session::State::decode(std::span<const Token> tokens) {
     throw ArgumentError("decode takes " + std::to_string(batch) + " tokens, one a sequence, got " +
                         std::to_string(tokens.size()));
   check_tokens(tokens);
-  if (*std::max_element(lengths.begin(), lengths.end()) >= capacity)
-    throw CapacityError("the cache is full: " + std::to_string(capacity) + " tokens a sequence");
+  if (longest() >= capacity) throw CapacityError("the cache is full: " + std::to_string(capacity) + " tokens a sequence");
   std::copy(tokens.begin(), tokens.end(), step->tokens().begin());
   std::copy(lengths.begin(), lengths.end(), step->positions().begin());
   detail::guarded("ONNX Runtime failed in a step", [&] { run(*step, {}); });
@@ -128,7 +128,7 @@ void Session::State::feed(const Feed& part) {
   std::copy(part.tokens.begin(), part.tokens.end(), call.tokens().begin());
   std::copy(part.positions.begin(), part.positions.end(), call.positions().begin());
   // com.microsoft.GroupQueryAttention takes several tokens of several sequences only while the cache is empty.
-  const bool by_rows = loaded().variant.info.pattern == "gqa" && batch > 1 && part.T > 1 && !cache->empty();
+  const bool by_rows = loaded().variant.info.pattern == "gqa" && batch > 1 && part.T > 1 && longest() > 0;
   if (by_rows) {
     cache->prepare(call, lengths, part.counts);
     for (std::int64_t b = 0; b < batch; ++b) {

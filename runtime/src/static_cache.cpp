@@ -42,7 +42,6 @@ class StaticCache final : public Cache {
          last += static_cast<std::size_t>(call.T()))
       need = std::max(need, positions[last] + 1);
     if (need > rows_) grow(next_rows(need), *std::max_element(lengths.begin(), lengths.end()));
-    empty_ = false;
   }
 
   void bind(Call& call, std::int64_t first) override {
@@ -63,12 +62,8 @@ class StaticCache final : public Cache {
   void commit(const Call&) override {}
 
   void rewind(std::int64_t length) override {  // the rows after it are overwritten before they are seen
-    if (length) return;
-    rows_ = 0;
-    empty_ = true;
+    if (!length) rows_ = 0;
   }
-
-  bool empty() const override { return empty_; }
 
  private:
   // In decoding S grows by 1/16, so that at most that is read for nothing and at most 16 rows are moved a token, a small part
@@ -107,7 +102,6 @@ class StaticCache final : public Cache {
   std::int64_t rows_ = 0;   // S
   std::int64_t ahead_ = 0;  // rows that the prefill now running will need, and one for the first decoded token
   bool written_ = false;    // whether the memory holds anything but zeros
-  bool empty_ = true;
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Every instruction set's kernels that this processor runs, against plain loops in double precision.
 //
-// Vectors have the exact size, so that a sanitizer (cmake -DHEADPOOL_SANITIZE=ON) sees every access beside them.
+// Vectors have the exact size, so that a sanitizer (scripts/sanitizers) sees every access beside them.
 #include "../ops/kernels.hpp"
 
 #include <algorithm>

@@ -64,6 +64,32 @@ class Mirror:
         self.session.rewind(length)
         self.rows = [row[:length] for row in self.rows]
 
+    def one_sequence(self) -> None:
+        """In a session of batch 1, chunks of 16 tokens and 300 rows."""
+        self.prefill(40)  # three chunks
+        self.decode(30)  # past row 64, where the static cache grows
+        self.prefill(7)
+        self.rewind(33)
+        self.decode(2)
+        self.rewind(0)
+        self.prefill(1)
+        self.decode(2)
+        assert self.session.kv_bytes() == 3 * 5 * 32 * 4
+
+    def unequal_lengths(self) -> None:
+        """In a session of batch 3, chunks of 16 tokens and 120 rows."""
+        self.prefill(5, 37, 1)
+        self.decode(3)
+        self.prefill(20, 2, 9)  # again unequal, on top of unequal lengths
+        self.decode(2)
+        self.rewind(13)
+        self.decode(2)
+        self.prefill(4, 4, 4)
+        self.session.reset()
+        self.rows = [row[:0] for row in self.rows]
+        self.prefill(3, 3, 3)
+        self.decode(1)
+
     def check(self, logits: np.ndarray) -> None:
         assert logits.dtype == np.float32
         assert self.session.lengths.tolist() == [len(row) for row in self.rows]
@@ -74,33 +100,13 @@ class Mirror:
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
 def test_one_sequence(form: tuple[str, str], bundles: dict[tuple[str, str], Bundle], model: Decoder) -> None:
     with open_session(bundles[form], capacity=300, threads=1, chunk=16) as session:
-        mirror = Mirror(session, model)
-        mirror.prefill(40)  # three chunks
-        mirror.decode(30)  # past row 64, where the static cache grows
-        mirror.prefill(7)
-        mirror.rewind(33)
-        mirror.decode(2)
-        mirror.rewind(0)
-        mirror.prefill(1)
-        mirror.decode(2)
-        assert session.kv_bytes() == 3 * 5 * 32 * 4
+        Mirror(session, model).one_sequence()
 
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
 def test_unequal_lengths_in_a_batch(form: tuple[str, str], bundles: dict[tuple[str, str], Bundle], model: Decoder) -> None:
     with open_session(bundles[form], batch=3, capacity=120, threads=1, chunk=16) as session:
-        mirror = Mirror(session, model)
-        mirror.prefill(5, 37, 1)
-        mirror.decode(3)
-        mirror.prefill(20, 2, 9)  # again unequal, on top of unequal lengths
-        mirror.decode(2)
-        mirror.rewind(13)
-        mirror.decode(2)
-        mirror.prefill(4, 4, 4)
-        session.reset()
-        mirror.rows = [row[:0] for row in mirror.rows]
-        mirror.prefill(3, 3, 3)
-        mirror.decode(1)
+        Mirror(session, model).unequal_lengths()
 
 
 @pytest.mark.parametrize("form", [("grouped", "static"), ("grouped", "concat")], ids="-".join)

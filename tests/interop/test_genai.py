@@ -9,7 +9,7 @@ import onnxruntime_genai as og
 import pytest
 
 
-@pytest.mark.parametrize("form", ["grouped.concat", "gqa.concat", "gqa.static"])
+@pytest.mark.parametrize("form", ["grouped.concat", "gqa.concat", "repeat.concat", "attention.concat", "gqa.static"])
 def test_greedy(form, folder, groups, expected):
     bundle = folder / f"g{groups}.{form}"
     shares = json.loads((bundle / "genai_config.json").read_text())["search"]["past_present_share_buffer"]

@@ -7,7 +7,7 @@ import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 
 
-@pytest.fixture(params=["grouped", "gqa"])
+@pytest.fixture(params=["grouped", "gqa", "repeat", "attention"])
 def model(request, folder, groups):
     return ORTModelForCausalLM.from_pretrained(folder / f"g{groups}.{request.param}.concat")
 

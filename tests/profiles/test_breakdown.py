@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -64,7 +65,6 @@ def test_other_files_are_refused(tmp_path, text):
 
 
 def test_a_profile_of_the_real_runtime(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["h"], name="/model/layers.0/mlp/up_proj/MatMul"),
         helper.make_node("Softmax", ["h"], ["y"], name="/model/layers.0/self_attn/weights/Softmax"),

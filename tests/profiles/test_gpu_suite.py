@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 import time
@@ -11,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from exporter.bundle import Bundle
+from exporter.config import RopeConfig
 from exporter.engines.torch_eager import TorchSession
 from exporter.errors import EngineError
 from exporter.models.decoder import Decoder
@@ -45,11 +49,10 @@ def place(tmp_path_factory) -> Place:
     return place
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_every_gpu_step_says_why_it_is_skipped(tmp_path):
     done = subprocess.run(
         [str(ROOT / "scripts" / "gpu_suite"), str(tmp_path / "out"), "--work", str(tmp_path / "work")],
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
@@ -66,12 +69,56 @@ def test_without_a_gpu_every_gpu_step_says_why_it_is_skipped(tmp_path):
 
 
 def test_tokens_of_every_backend_are_torchs(place):
+    (place.work / "placement-heads-gqa_1.json").write_text("")  # an earlier run's profile, where --work was kept
     for backend, patterns in (("torch", 1), ("onnxruntime", 3)):
         rows = tokens.compare_tokens(step(f"tokens.heads.{backend}"), place)["rows"]
         found = [row for row in rows if "groups" in row]
         assert len(found) == 2 * patterns
         assert all(row["ok"] and row["same"] == row["of"] == tokens.STEPS + 1 for row in found)
     assert rows[-1] == {"off the device": {"gqa": {}, "attention": {}, "grouped": {}}}
+
+
+def without_positions(x, cos, sin, real):
+    return x
+
+
+def of_other_heads(x, cos, sin, real):
+    return real(x.roll(1, 2), cos, sin) if x.shape[2] > 1 else real(x, cos, sin)
+
+
+def without_a_row(query, key, value, real, attn_mask=None, **rest):
+    if attn_mask is None:  # a decode step
+        key, value = key[:, :, 1:], value[:, :, 1:]
+    return real(query, key, value, attn_mask=attn_mask, **rest)
+
+
+def with_keys_of_other_rows(query, key, value, real, **rest):
+    return real(query, key.roll(1, 2), value, **rest)
+
+
+MISTAKES_OF_ATTENTION = [
+    ("profiles.gpu.yardstick._rotate", without_positions),
+    ("profiles.gpu.yardstick._rotate", of_other_heads),
+    ("torch.nn.functional.scaled_dot_product_attention", without_a_row),
+    ("torch.nn.functional.scaled_dot_product_attention", with_keys_of_other_rows),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), MISTAKES_OF_ATTENTION, ids=[wrong.__name__ for _, wrong in MISTAKES_OF_ATTENTION])
+def test_no_limit_hides_a_mistake(place, monkeypatch, name, wrong):
+    real = pkgutil.resolve_name(name)
+    compare_session = tokens._compare
+
+    def compare_wrong(*given):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, functools.partial(wrong, real=real))
+            return compare_session(*given)
+
+    monkeypatch.setattr(tokens, "_compare", compare_wrong)
+    monkeypatch.setitem(tokens.LIMITS, "fp32", tokens.LIMITS["fp16"])
+    with pytest.raises(EngineError, match=r"^g4.sdpa") as caught:
+        tokens.compare_tokens(step("tokens.heads.torch"), place)
+    assert not {"error", "Infinity"} & set(re.findall(r"\w+", str(caught.value)))  # it ran, and was off
 
 
 def test_another_token_than_torchs_fails_the_step_and_is_named(place, monkeypatch):
@@ -107,7 +154,7 @@ def test_latency_of_each_backend_lies_in_files_that_compare_and_report_read(plac
     torch_results = Results.load(place.out / "layers-torch.json")
     assert {cell.subject.pattern for cell in torch_results.cells} == {"sdpa", "sdpa-compiled"}
     assert len(compare(torch_results, torch_results).pairs) == 8
-    assert child.report(step("report"), place) == {"pages": ["report-layers.html"]}
+    assert child.report(place) == {"pages": ["report-layers.html"]}
     assert "sdpa-compiled" in (place.out / "report-layers.html").read_text()
 
 
@@ -120,7 +167,10 @@ def test_the_yardstick_counts_the_bytes_of_a_bundle(place):
 
 
 def test_the_yardstick_is_the_model(place):
-    """Chunked prefill, decoding and rewinding of two sequences, against the eager reference."""
+    """Chunked prefill, decoding and rewinding of two sequences, against the eager reference.
+
+    Of logits up to 3: both sum in float32 in another order, which moves them by 1e-6.
+    """
     checkpoint = model("heads", "tiny").open(place.work)
     reference = Decoder.from_weights(checkpoint.config, checkpoint.weights)
     prompts = list(np.random.default_rng(0).integers(0, 128, (2, 20)))
@@ -129,14 +179,23 @@ def test_the_yardstick_is_the_model(place):
             session.prefill([prompt[:7] for prompt in prompts])
         for part in (slice(7, 9), slice(9, 20)):
             logits = [session.prefill([prompt[part] for prompt in prompts]).copy() for session in (wanted, found)]
-            np.testing.assert_allclose(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=1e-5)
         for length in (20, 21, 15):
             for session in (wanted, found):
                 session.rewind(min(length, int(session.lengths[0])))
             logits = [session.decode(np.array([3, 4])).copy() for session in (wanted, found)]
-            np.testing.assert_allclose(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=1e-5)
         with pytest.raises(EngineError, match="prompts of one length only"):
             found.prefill([prompts[0][:2], prompts[1][:3]])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"qk_norm": True}, {"rope": RopeConfig("none")}, {"rope": RopeConfig(fraction=0.5)}], ids=str
+)
+def test_the_yardstick_refuses_what_it_would_leave_out(place, changes):
+    config = dataclasses.replace(model("heads", "tiny").open(place.work).config, **changes)
+    with pytest.raises(EngineError, match="the yardstick is for models that rotate whole heads"):
+        YardstickSession(Decoder(config), 1, 8)
 
 
 def fake(tmp_path, monkeypatch, code: str, minutes: float = 5.0) -> Suite:

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats as scipy_stats
 
 from profiles import stats
 
-scipy_stats = pytest.importorskip("scipy.stats")
 RNG = np.random.default_rng(3)
 SAMPLES = tuple(RNG.lognormal(-4, 0.3, 101))
 OTHERS = tuple(RNG.lognormal(-3.8, 0.2, 80))
@@ -23,6 +23,7 @@ def test_under_a_hundred_samples_there_is_no_p99():
     assert stats.summary(SAMPLES[:100]).p99 is not None
 
 
+# Resamples of ours and of scipy are drawn apart: the ends of their intervals differ by what so many leave open.
 def test_median_interval_agrees_with_scipy():
     wanted = scipy_stats.bootstrap((SAMPLES,), np.median, method="percentile", n_resamples=20000, rng=1).confidence_interval
     assert stats.median_interval(SAMPLES, resamples=20000) == pytest.approx(tuple(wanted), rel=0.01)
@@ -53,7 +54,7 @@ def test_coverage_of_the_ratio_interval():
         rng = np.random.default_rng(seed)
         low, high = stats.ratio_interval(1.1 * rng.lognormal(0, 0.1, 40), rng.lognormal(0, 0.1, 40), resamples=500, seed=seed)
         hits += low <= 1.1 <= high
-    assert hits >= 180
+    assert hits >= 180  # 190 are expected, of a binomial with a standard deviation of 3
 
 
 def test_slope_agrees_with_scipy():

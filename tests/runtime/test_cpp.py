@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes as c
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import hf
 import numpy as np
 import pytest
-from building import REPOSITORY, run
+from building import REPOSITORY, lacking, run
+from capi import Library, ModelInfo, RuntimeFailure, SessionOptions
 
 from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
@@ -79,6 +82,30 @@ def test_headpool_reads_what_the_example_bench_writes(built: Path, bundle: Bundl
     assert sorted(tmp_path.iterdir()) == files
 
 
+def test_versions(library: Library) -> None:
+    assert library.c.hp_abi_version() == 1
+    assert library.c.hp_version().decode() == version("headpool")
+    assert library.c.hp_onnxruntime_version().decode() == version("onnxruntime")
+
+
+def test_programs_built_for_an_older_header(library: Library, bundle: Bundle) -> None:
+    """Whose structs end sooner: members that they do not have are neither read nor written."""
+    model = library.open(bundle.path, "g1.gqa")
+    info = ModelInfo(pattern=b"as it was")
+    info.size = ModelInfo.pattern.offset
+    library.check(library.c.hp_model_get_info(model.handle, c.byref(info)))
+    assert (info.variant, info.pattern) == (b"g1.gqa", b"as it was")
+    session, options = c.c_void_p(), SessionOptions(batch=3, capacity=-1)
+    options.size = SessionOptions.capacity.offset
+    library.check(library.c.hp_session_create(model.handle, c.byref(options), c.byref(session)))
+    assert library.c.hp_session_batch(session) == 3
+    library.c.hp_session_free(session)
+    options.size = 0
+    with pytest.raises(RuntimeFailure, match=r"^options of 0 bytes; set their size, with HP_INIT$"):
+        library.check(library.c.hp_session_create(model.handle, c.byref(options), c.byref(session)))
+    model.close()
+
+
 def test_the_installed_package(built: Path, tools: dict[str, str], bundle: Bundle, greedy: list[int], tmp_path: Path) -> None:
     """A project of its own finds it through CMake, shared and static, in C++ and C; a command line through pkg-config."""
     prefix, consumer = tmp_path / "prefix", tmp_path / "consumer"
@@ -98,11 +125,9 @@ def test_the_installed_package(built: Path, tools: dict[str, str], bundle: Bundl
 
 
 def test_without_a_compiler_the_tests_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    import building
-
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match=r"^the C\+\+ tests need a compiler$"):
-        building.lacking("a compiler")
+        lacking("a compiler")
     monkeypatch.delenv("CI")
     with pytest.raises(pytest.skip.Exception, match=r"^the C\+\+ tests need a compiler$"):
-        building.lacking("a compiler")
+        lacking("a compiler")

@@ -56,7 +56,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "missing file": (lambda v: v.update(graph="nothing.onnx"), 'lacks "nothing.onnx"'),
     "no graph": (lambda v: v.pop("graph"), "it lacks graph"),
     "dtype": (lambda v: v.update(dtype="int4"), 'dtype is "int4"'),
-    "cache form": (lambda v: v.update(cache="concat"), 'input "past_key_values.0.key" is "fp32"|lacks an input|is "fp32"'),
+    "cache form": (lambda v: v.update(cache="concat"), 'binding "past_key_values.0.key" is "fp32" '),
     "vocabulary": (lambda v: v["config"].update(vocab_size=99999999), 'binding "logits" is'),
     "huge": (lambda v: v["config"].update(vocab_size=2**40), "not a whole number from 1 to 2147483647"),
     "negative": (lambda v: v["config"].update(max_positions=-1), "not a whole number"),
@@ -65,7 +65,8 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "heads of a cache": (lambda v: cache(v)["shape"].__setitem__(1, 7), "does not belong to"),
     "rank of a cache": (lambda v: cache(v)["shape"].pop(), "has the shape"),
     "alias": (lambda v: v["outputs"][1].update(alias="input_ids"), "does not belong to"),
-    "two names": (lambda v: cache(v).update(name="input_ids"), "does not belong to|have one name"),
+    "two names": (lambda v: cache(v).update(name="input_ids"), "does not belong to"),
+    "two names of inputs": (lambda v: v["inputs"][1].update(name="input_ids"), "have one name"),
     "a role": (lambda v: cache(v).update(role="weights"), 'has the role "weights"'),
     "kv bytes": (lambda v: v.update(kv_bytes_per_token=1), "kv_bytes_per_token is 1"),
     "a cache less": (lambda v: (v["inputs"].pop(), v["outputs"].pop()), "kv_bytes_per_token is"),
@@ -113,6 +114,13 @@ def test_sizes_that_the_graph_does_not_have(bundle: Path, library: Library) -> N
 
     edit(bundle, change)
     refused(library, bundle, BUNDLE, "is not what headpool.json says; export the bundle again")
+
+
+def test_names_of_several_lines(bundle: Path, library: Library) -> None:
+    edit(bundle, lambda variant: variant.update(name="a\nb", pattern="c\nd"))
+    refused(library, bundle, ARGUMENT, "choose from a b", "another")
+    (bundle / "model.g2.fused.onnx").write_bytes(b"no graph")
+    refused(library, bundle, BACKEND, r"cannot run model\.g2\.fused\.onnx \(pattern c d, fp32\)")
 
 
 def test_links_that_leave_the_folder(bundle: Path, tmp_path: Path, library: Library) -> None:

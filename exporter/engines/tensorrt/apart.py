@@ -2,8 +2,8 @@
 
 Gate and up (and Q, K and V) read the same norm. The builder makes one product of them, with their weights interleaved, in one
 layout for each optimisation profile: a plan of SmolLM2 was 1.57 × its weights (1.05 × apart), and building it held 4.2 × the
-weights (3.2 × apart). A norm of its own for each product keeps them as they lie in the files. What is computed stays the same,
-bit by bit.
+weights (3.2 × apart; both as profiles/benchmarks/build.py measures). A norm of its own for each product keeps them as they lie
+in the files. What is computed stays the same, bit by bit.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from exporter.engines.tensorrt.record import EngineBinding, EngineRecord, Recipe
 from exporter.engines.tensorrt.verify import Sizes, verify
 from exporter.engines.tensorrt.weights import Source, open_source
 from exporter.errors import UserError
+from exporter.files import replacing
 
 Progress = Callable[[str, int, int], None]
 
@@ -81,13 +82,13 @@ def _build_one(
         source, parsed, network = prepare(bundle, variant, recipe, api, messages)
         profiles = profiles_of(recipe)
         config = config_of(parsed, variant, recipe, profiles)
-        with record.replacing(plan) as temporary:
+        with replacing(plan) as temporary:
             size, digest = compile_plan(parsed, config, source, temporary, on_progress)
         on_progress(1000)
     except UserError as error:
         raise type(error)(f"{error} (log: {folder / name}.log)") from None
     finally:
-        with record.replacing(folder / f"{name}.log") as temporary:
+        with replacing(folder / f"{name}.log") as temporary:
             temporary.write_text(messages.text(), "utf-8")
     return EngineRecord(
         variant=variant.name,
@@ -107,12 +108,18 @@ def prepare(
     bundle: Bundle, variant: Variant, recipe: Recipe, api: Api, messages: Messages
 ) -> tuple[Source, Parsed, dict[str, Any]]:
     """Read the graph and its weights, parse it, and verify the network. The source must live until the engine is built."""
+    source, quantised = source_of(bundle, variant, recipe)
+    parsed = parse(api, source, messages)
+    facts = verify(Network(api.trt, parsed.definition), variant, Sizes(recipe.batch, recipe.capacity), quantised)
+    return source, parsed, facts
+
+
+def source_of(bundle: Bundle, variant: Variant, recipe: Recipe) -> tuple[Source, int]:
+    """The graph and its weights as an engine is built from them, and refitted with them; how many weights are quantised."""
     source = open_source(bundle, variant, recipe.batch, recipe.capacity)
     keep_apart(source)
     quantised = quantize_weights(source, recipe.quantize, variant.dtype) if recipe.quantize is not None else []
-    parsed = parse(api, source, messages)
-    facts = verify(Network(api.trt, parsed.definition), variant, Sizes(recipe.batch, recipe.capacity), len(quantised))
-    return source, parsed, facts
+    return source, len(quantised)
 
 
 def _bindings(variant: Variant, recipe: Recipe) -> tuple[EngineBinding, ...]:

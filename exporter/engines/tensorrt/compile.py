@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from exporter.bundle import Variant
-from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.callbacks import monitor, writer
 from exporter.engines.tensorrt.network import Parsed
 from exporter.engines.tensorrt.record import Profile, Recipe
 from exporter.engines.tensorrt.weights import Source
 from exporter.errors import EngineError
+from exporter.files import replacing
 
 RELEASE_EVERY = 0.02  # seconds
 
@@ -95,7 +95,7 @@ def _timing_cache(parsed: Parsed, config: Any, folder: Path) -> Iterator[None]:
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     config.set_timing_cache(cache, False)
     yield
-    with record.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
 
 

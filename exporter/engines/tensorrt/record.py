@@ -7,12 +7,9 @@ BUNDLE/engines/<backend>-<targets>/engine.json
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any
 from exporter.bundle import Bundle, Variant
 from exporter.decode import decode, parse
 from exporter.errors import BundleError, EngineError, UserError
+from exporter.files import replacing
 from exporter.units import size
 
 SCHEMA = 1
@@ -119,19 +117,6 @@ def write(folder: Path, records: tuple[EngineRecord, ...]) -> None:
     data = {"schema": SCHEMA, "engines": [dataclasses.asdict(record) for record in records]}
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a file name beside `path` that takes its place when the block ends, and vanishes when it raises."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def sha256(path: Path) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from exporter.bundle import Bundle, Variant
-from exporter.engines.tensorrt.apart import keep_apart
 from exporter.engines.tensorrt.api import Api, Messages
-from exporter.engines.tensorrt.quantize import quantize_weights
+from exporter.engines.tensorrt.build import source_of
 from exporter.engines.tensorrt.record import Recipe, sha256
-from exporter.engines.tensorrt.weights import open_source
 from exporter.errors import EngineError
 
 
@@ -18,10 +16,7 @@ def refit(api: Api, engine: Any, log: Any, messages: Messages, bundle: Bundle, v
     for name, built in recipe.weights_sha256.items():
         if (found := sha256(bundle.path / name)) != built:
             raise EngineError(f"{bundle.path / name} has the SHA-256 {found[:12]}…, the engine was built from {built[:12]}…")
-    source = open_source(bundle, variant, recipe.batch, recipe.capacity)
-    keep_apart(source)
-    if recipe.quantize is not None:
-        quantize_weights(source, recipe.quantize, variant.dtype)
+    source, _ = source_of(bundle, variant, recipe)
     refitter = api.trt.Refitter(engine, log)
     parser = api.trt.OnnxParserRefitter(refitter, log)
     done = parser.load_model_proto(source.model.SerializeToString(), str(source.path))

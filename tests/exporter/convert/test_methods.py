@@ -113,7 +113,7 @@ def test_the_methods_in_their_order(tmp_path: Path) -> None:
     }
     assert found["optimal"] < found["weights"] < found["mean"], found
     assert found["optimal"] < found["procrustes"] < found["mean"], found
-    assert found["best"] < 1.1 * found["optimal"], found
+    assert found["best"] < 1.1 * found["optimal"], found  # groups are chosen by what sharing loses, not by this divergence
 
 
 def test_mean_renorm_keeps_norms(tmp_path: Path) -> None:

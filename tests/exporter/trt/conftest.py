@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from exporter.engines.tensorrt.api import Api, load
 @pytest.fixture(scope="session")
 def api() -> Api:
     return load("tensorrt-rtx")
+
+
+@pytest.fixture
+def bare(monkeypatch) -> None:
+    """A machine without a GPU and without full TensorRT, whatever this one has."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
 
 
 @pytest.fixture(scope="session")

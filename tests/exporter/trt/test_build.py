@@ -182,6 +182,7 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.usefixtures("bare")
 @pytest.mark.parametrize(("changes", "words"), REFUSALS, ids=[str(changes) for changes, _ in REFUSALS])
 def test_what_cannot_be_is_refused_before_anything_is_built(attention, changes, words):
     with pytest.raises((EngineError, BundleError)) as caught:

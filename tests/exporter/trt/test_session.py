@@ -87,8 +87,8 @@ def test_a_damaged_plan_is_refused(built):
         read_plan(folder, engine)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_there_is_one_line(built, capsys):
+@pytest.mark.usefixtures("bare")
+def test_without_a_gpu_there_is_one_line(built):
     bundle, _, _ = built
     with pytest.raises(EngineError, match=r"TensorRT engines run on an NVIDIA GPU: .*torch") as caught:
         open_session(bundle, backend="tensorrt-rtx", batch=2, capacity=32)
@@ -100,6 +100,7 @@ def test_a_missing_engine_is_known_without_a_gpu(attention):
         open_session(attention, backend="tensorrt-rtx")
 
 
+@pytest.mark.usefixtures("bare")
 def test_a_missing_wheel_is_one_line(attention):
     with pytest.raises(
         EngineError, match=r"backend tensorrt needs tensorrt, which is not installed: pip install 'headpool\[tensorrt\]'"
@@ -107,7 +108,9 @@ def test_a_missing_wheel_is_one_line(attention):
         open_session(attention, backend="tensorrt")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a CUDA driver TensorRT loads the plan, so there is no reason for it to give"
+)
 def test_the_runtime_gives_its_reason_without_a_driver(built, api):
     """What our own check spares the user: the plan is whole, the module loads nothing."""
     _, folder, engine = built

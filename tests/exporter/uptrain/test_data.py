@@ -85,17 +85,16 @@ def test_what_datasets_is_asked_for(tmp_path, monkeypatch) -> None:
         read("hf:plain")
 
 
-def test_datasets_itself(tmp_path) -> None:
-    datasets = pytest.importorskip("datasets")
+def test_datasets_itself(tmp_path, monkeypatch) -> None:
+    import datasets
     import pyarrow.parquet
 
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "folder").mkdir()
     parquet = tmp_path / "folder" / "train.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a", STORY]}), parquet)
     (tmp_path / "rows.csv").write_text("body\na\nb\n", "utf-8")
-    datasets.load_dataset("parquet", data_files=str(parquet), split="train", cache_dir=str(tmp_path / "cache")).save_to_disk(
-        tmp_path / "saved"
-    )
+    datasets.load_dataset("parquet", data_files=str(parquet), split="train").save_to_disk(tmp_path / "saved")
     for source in (f"hf:{tmp_path / 'folder'}", parquet, f"hf:{tmp_path / 'saved'}"):
         assert read(source, field="body") == [("a", True), (STORY, True)]
     assert read(tmp_path / "rows.csv", field="body") == [("a", True), ("b", True)]

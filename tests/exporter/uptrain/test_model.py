@@ -1,4 +1,4 @@
-"""The trained decoder against transformers: logits, and the gradient of every weight."""
+"""The trained decoder against transformers: logits, and the gradient of every weight, but for the order of float32 sums."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def arguments(saved, text) -> list[str]:
 
 
 def close(one: Path, other: Path) -> None:
-    """The figures of every step, and the weights."""
+    """The figures of every step, and the weights: gradients are summed in another order, and each step adds to that."""
     rows = read_metrics(one), read_metrics(other)
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == list(range(9))
     for mine, theirs in zip(*rows, strict=True):
