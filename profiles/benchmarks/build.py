@@ -7,7 +7,6 @@ build, verified, in at most 120 s each and in at most 2.5 × the bytes of their 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,33 +14,19 @@ from typing import Any
 
 from exporter.bundle import Bundle
 from profiles.benchmarks.export import LLAMA_8B
+from profiles.benchmarks.process import headpool
 from profiles.benchmarks.record import save
 
 PROMISE = "SmolLM2 (fp16, G = 9, 3, 1) and 4 layers of 8B shape build in ≤ 120 s and ≤ 2.5 × their weights in memory"
 TARGETS = "sm86,sm89,sm120"
 LAYERS = {**LLAMA_8B, "num_hidden_layers": 4}
-# One child at a time, in a process of its own: the peak of children is that of the largest so far.
-MEASURE = """
-import json, resource, subprocess, sys, time
-start = time.perf_counter()
-done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
-assert done.returncode == 0, done.returncode
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-engine = json.loads(done.stdout.splitlines()[-1])["engines"][0]
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "peak_bytes": peak, "engine_bytes": engine["bytes"], **engine["network"]}))
-"""
-
-
-def headpool(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "exporter", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def build(bundle: Path, variant: str, *options: str) -> dict[str, Any]:
-    """One engine, built in a process of its own: seconds of the whole command, its peak resident bytes, what was verified."""
-    command = [sys.executable, "-m", "exporter", "build", str(bundle), "--variant", variant, "--target", TARGETS, "--json"]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *command, *options], check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout)
+    """One engine: what it cost, and what was verified."""
+    cost = headpool("build", str(bundle), "--variant", variant, "--target", TARGETS, "--json", *options)
+    engine = json.loads(cost.output.splitlines()[-1])["engines"][0]
+    return {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "engine_bytes": engine["bytes"], **engine["network"]}
 
 
 def rows_of(what: str, bundle: Path, *options: str) -> list[dict[str, Any]]:

@@ -7,17 +7,15 @@ Promises: an 8B shape (Llama-3.1-8B's, fp16, sparse zero-filled safetensors) exp
 from __future__ import annotations
 
 import json
-import os
 import struct
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from exporter.checkpoint import expected_shapes
 from exporter.checkpoint.hf_config import parse_config
+from profiles.benchmarks.process import headpool
 from profiles.benchmarks.record import save
 
 LLAMA_8B: dict[str, Any] = {
@@ -86,17 +84,6 @@ def write_sparse(folder: Path, config: dict[str, Any]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def run(*arguments: str) -> tuple[float, float]:
-    """Seconds and peak resident bytes of one `headpool` command."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "exporter", *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)  # of this process alone; resource.getrusage knows only the largest so far
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args)
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
-
-
 def written(folder: Path) -> int:
     """Bytes of a bundle that are its own: hard links to the checkpoint's files are not."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.stat().st_nlink == 1)
@@ -108,20 +95,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as name:
         folder = Path(name)
         (folder / "small.json").write_text(json.dumps(SMALL))
-        run("export", str(folder / "small.json"), str(folder / "one"), "--groups", "12")
-        run("export", str(folder / "small.json"), str(folder / "six"), "--groups", ",".join(map(str, SWEEP)))
+        headpool("export", str(folder / "small.json"), str(folder / "one"), "--groups", "12")
+        headpool("export", str(folder / "small.json"), str(folder / "six"), "--groups", ",".join(map(str, SWEEP)))
         one, six = written(folder / "one"), written(folder / "six")
         rows.append({"what": "sweep", "one_bytes": one, "six_bytes": six, "ratio": six / one, "kept": six <= 1.35 * one})
         print(rows[-1], flush=True)
         write_sparse(folder / "8b", LLAMA_8B)
         for pattern in ("grouped", "gqa"):
             bundle = folder / pattern
-            seconds, peak = run(
+            cost = headpool(
                 "export", str(folder / "8b"), str(bundle), "--dtype", "fp16", "--weights", "link", "--pattern", pattern
             )
             size = written(bundle)
-            kept = seconds <= 60 and peak <= 1.2e9 and size < 200e6
-            row = {"what": "8B, linked", "pattern": pattern, "seconds": seconds, "peak_bytes": peak, "written_bytes": size}
+            kept = cost.seconds <= 60 and cost.peak_bytes <= 1.2e9 and size < 200e6
+            row = {"what": "8B, linked", "pattern": pattern, "seconds": cost.seconds, "peak_bytes": cost.peak_bytes}
+            row["written_bytes"] = size
             rows.append({**row, "kept": kept})
             print(rows[-1], flush=True)
     kept = all(row["kept"] for row in rows)

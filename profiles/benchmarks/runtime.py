@@ -26,13 +26,14 @@ from typing import Any
 from exporter.checkpoint import open_source
 from exporter.export import ExportOptions, export
 from exporter.files import refuse_existing
+from profiles.benchmarks.process import headpool
 from profiles.benchmarks.record import save
 from profiles.machine import ROOT
 from profiles.results import Results
 from profiles.stats import median
 
 PATTERNS = ("fused", "grouped", "gqa")
-CONTEXTS = (128, 1024)
+CONTEXTS = "128,1024"
 SAMPLES, TURNS = 104, 5
 RATIO, MICROSECONDS = 1.03, 20
 PROMISE = (
@@ -54,15 +55,14 @@ TINY_PATTERNS = ("grouped", "gqa", "attention")
 
 def in_cpp(build: Path, bundle: Path, variant: str, out: Path) -> dict[int, float]:
     """Median seconds a token by context."""
-    words = [build / "examples/bench", bundle, variant, out, ",".join(map(str, CONTEXTS)), str(SAMPLES)]
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    words = map(str, (build / "examples/bench", bundle, variant, out, CONTEXTS, SAMPLES))
+    subprocess.run(list(words), check=True, stdout=subprocess.DEVNULL)
     return medians(out)
 
 
 def in_python(bundle: Path, variant: str, out: Path) -> dict[int, float]:
-    options = {"variants": variant, "contexts": ",".join(map(str, CONTEXTS)), "kinds": "decode", "samples": SAMPLES, "out": out}
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    subprocess.run([sys.executable, "-m", "exporter", "profile", bundle, *words], check=True, stdout=subprocess.DEVNULL)
+    options = {"variants": variant, "contexts": CONTEXTS, "kinds": "decode", "samples": SAMPLES, "out": out}
+    headpool("profile", str(bundle), *(word for name, value in options.items() for word in (f"--{name}", str(value))))
     return medians(out)
 
 
@@ -78,7 +78,7 @@ def in_turns(build: Path, bundle: Path, variant: str, folder: Path) -> list[dict
         order = list(ways) if number % 2 else list(reversed(ways))
         turns.append({name: ways[name](bundle, variant, folder / f"{variant}.{number}.{name}.json") for name in order})
     rows = []
-    for context in CONTEXTS:
+    for context in turns[0]["cpp"]:
         found = {name: [turn[name][context] * 1e3 for turn in turns] for name in ways}
         ratio = statistics.median(a / b for a, b in zip(found["cpp"], found["python"], strict=True))
         row = {"variant": variant, "context": context, **{f"{name}_p50_ms": values for name, values in found.items()}}
