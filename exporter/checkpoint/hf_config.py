@@ -160,9 +160,9 @@ class _Reader:
         if quantization := self.hf.get("quantization_config"):
             method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
             raise UserError(f"quantization_config {method!r} is not supported; use the checkpoint's F32, F16 or BF16 weights")
-        for key in REFUSED_KEYS:
-            if self.hf.get(key):
-                raise UserError(f"{key} {self.hf[key]!r} is not supported; headpool exports dense causal decoders")
+        asked = {key: self.hf.get(key) for key in REFUSED_KEYS} | {"is_causal": not self.hf.get("is_causal", True)}
+        for key in filter(asked.get, asked):
+            raise UserError(f"{key} {self.hf[key]!r} is not supported; headpool exports dense causal decoders")
 
     def refuse_window(self, max_positions: int, layers: int) -> None:
         """Sliding windows that some layer obeys and that are shorter than the context."""

@@ -174,10 +174,10 @@ def test_half_precision(form: tuple[str, str], model: Decoder, tmp_path: Path) -
         logits = session.prefill(rows)
         expected = np.stack([tiny.full_logits(model, row)[-1] for row in rows])
         assert logits.dtype == np.float32
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=0.15)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=tiny.HALF)
         token = logits.argmax(1)
         expected = np.stack([tiny.full_logits(model, np.append(row, t))[-1] for row, t in zip(rows, token, strict=True)])
-        np.testing.assert_allclose(session.decode(token), expected, rtol=0, atol=0.15)
+        np.testing.assert_allclose(session.decode(token), expected, rtol=0, atol=tiny.HALF)
         session.rewind(5)
         assert session.kv_bytes() == 2 * 5 * 5 * 32 * 2
 

@@ -9,6 +9,8 @@ import numpy as np
 from exporter.config import ModelConfig
 from exporter.engines.base import Session, SessionInfo
 
+PICK = 0.5
+
 CONFIG = ModelConfig(
     vocab_size=50, hidden_size=8, num_layers=1, num_heads=2, kv_heads=(2,), head_dim=4, intermediate_size=8, max_positions=9999
 )
@@ -26,6 +28,19 @@ class Clock:
         self.now += seconds * self.drift
 
 
+class Logits(np.ndarray):
+    """Zeros that take PICK seconds to look through."""
+
+    def __new__(cls, shape, clock):
+        made = np.zeros(shape, np.float32).view(cls)
+        made.clock = clock
+        return made
+
+    def argmax(self, *arguments, **options):
+        self.clock.spend(PICK)
+        return np.asarray(self).argmax(*arguments, **options)
+
+
 class FakeSession(Session):
     def __init__(self, name: str, clock: Clock, log: list, batch: int, capacity: int, step: float = 0.01) -> None:
         info = SessionInfo("fake", "cpu", {"fake": "1"}, {"threads": 1})
@@ -38,7 +53,7 @@ class FakeSession(Session):
         self.lengths += [len(prompt) for prompt in prompts]
         self.clock.spend(self.step * len(prompts[0]))
         self.log.append((self.name, "prefill"))
-        return np.zeros((self.batch, CONFIG.vocab_size), np.float32)
+        return Logits((self.batch, CONFIG.vocab_size), self.clock)
 
     def decode(self, tokens):
         assert not gc.isenabled()

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import gc
 
+import numpy as np
 import pytest
 
 from exporter.errors import UserError
 from profiles import stats
 from profiles.bandwidth import BandwidthProbe, floor_seconds
 from profiles.machine import fingerprint, l3_bytes
-from profiles.measure import Plan, cohorts, measure
+from profiles.measure import Plan, cohorts, measure, random_tokens
 
 
 def run(factory, fakes, plan, steps=(0.01, 0.02), growth=0.0, **options):
@@ -39,10 +40,20 @@ def test_samples_hold_the_step_and_nothing_else(factory, fakes):
     assert len(cells) == 2 * 2 * 2 * 3
     for cell in cells:
         step = {"s0": 0.01, "s1": 0.02}[cell.subject.variant]
-        wanted = step if cell.kind == "decode" else step * cell.context
+        wanted = {"decode": step, "prefill": step * cell.context, "ttft": step * cell.context + fakes.PICK}[cell.kind]
         assert cell.samples == pytest.approx([wanted] * (5 if cell.kind == "decode" else 3))
+        assert cell.burst == (4 if cell.kind == "decode" else 1)
         assert 1 <= cell.capacity - cell.context <= 8
     assert gc.isenabled()
+
+
+def test_tokens_are_drawn_from_all_of_the_vocabulary(fakes):
+    session = fakes.opener("s", fakes.Clock(), [])(batch=3, capacity=999)
+    prompts, tokens = random_tokens(session, 900, seed=0)
+    assert [len(prompt) for prompt in prompts] == [900] * 3
+    assert len(tokens) == 3
+    assert all(set(prompt) == set(range(fakes.CONFIG.vocab_size)) for prompt in prompts)
+    assert not np.array_equal(prompts[0], prompts[1])
 
 
 def test_drift_cancels_in_ratios(factory, fakes):

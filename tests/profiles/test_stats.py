@@ -48,6 +48,21 @@ def test_blocks_widen_the_interval_of_bursts():
     assert together[1] - together[0] > 1.5 * (alone[1] - alone[0])
 
 
+def test_a_block_is_a_run_of_neighbours():
+    """Resamples of 0, 1, …, 23 in blocks of 6: four runs each, so a median is what one of few combinations gives."""
+    values, block = tuple(float(value) for value in range(24)), 6
+    rng = np.random.default_rng(2)
+    starts = rng.integers(0, 24 - block + 1, size=(50, 4))
+    by_hand = [np.median(np.concatenate([values[start : start + block] for start in row])) for row in starts]
+    assert stats.medians(values, 50, np.random.default_rng(2), block) == pytest.approx(by_hand, abs=0)
+
+
+def test_a_block_is_at_most_a_quarter_of_the_samples():
+    wide, quarter = (stats.medians(SAMPLES, 200, np.random.default_rng(3), block) for block in (10**6, len(SAMPLES) // 4))
+    assert np.array_equal(wide, quarter)
+    assert len(set(wide)) > 1  # one block of all samples would give the same median every time
+
+
 def test_coverage_of_the_ratio_interval():
     hits = 0
     for seed in range(200):

@@ -96,7 +96,7 @@ def test_half_precision(form: tuple[str, str], model: Decoder, library: Library,
     session = library.open(bundle).session(batch=2, capacity=100)
     rows = [np.arange(3, 30), np.arange(20, 28)]
     expected = np.stack([tiny.full_logits(model, row)[-1] for row in rows])
-    np.testing.assert_allclose(session.prefill(rows), expected, rtol=0, atol=0.15)
+    np.testing.assert_allclose(session.prefill(rows), expected, rtol=0, atol=tiny.HALF)
 
 
 def test_graphs_that_give_all_logits(model: Decoder, library: Library, tmp_path: Path) -> None:

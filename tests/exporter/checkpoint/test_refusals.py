@@ -87,6 +87,7 @@ REFUSED = [
         {"model_type": "gemma", "use_bidirectional_attention": True},
         "use_bidirectional_attention True is not supported; headpool exports dense causal decoders",
     ),
+    ({"is_causal": False}, "is_causal False is not supported; headpool exports dense causal decoders"),
     ({"num_key_value_heads": 4}, "layer 0: 4 KV heads do not divide 6 query heads; choose from 6, 3, 2, 1"),
     ({"num_key_value_heads": [2, 3]}, "num_key_value_heads [2, 3] is not a whole number from 1 to 2147483647"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not a whole number from 1 to 4096"),
