@@ -67,8 +67,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a file name beside `path` that takes its place in one step when the block ends, and vanishes when it raises."""
     temporary = _name_beside(path)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with _one_line(path):
+            yield temporary
+            os.replace(temporary, path)
     except BaseException:  # an interrupt too leaves nothing half-written
         with contextlib.suppress(OSError):
             temporary.unlink()

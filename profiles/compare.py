@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -30,7 +31,9 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """slower or faster where the interval lies wholly on that side of 1, else the same."""
+        """slower or faster where the interval lies wholly on that side of 1, else the same; "few samples" without one."""
+        if self.high == math.inf:
+            return "few samples"
         return "slower" if self.low > 1 else "faster" if self.high < 1 else "same"
 
     @property
@@ -105,10 +108,10 @@ def comparison_table(comparison: Comparison, fail_above: float | None = None) ->
             milliseconds(stats.median(pair.a.samples)),
             milliseconds(stats.median(pair.b.samples)),
             f"{pair.ratio:.3f}",
-            f"{pair.low:.3f}–{pair.high:.3f}{' *' if pair.apart else ''}",
+            (f"{pair.low:.3f}–{pair.high:.3f}" if pair.high < math.inf else "") + " *" * pair.apart,
             f"slower than {fail_above:g}×" if pair in failed else pair.verdict,
         ]
-        style = "bold red" if pair in failed else {"slower": "yellow", "faster": "green", "same": ""}[pair.verdict]
+        style = "bold red" if pair in failed else {"slower": "yellow", "faster": "green"}.get(pair.verdict, "")
         table.add_row(*values(row), style=style)
     return table
 

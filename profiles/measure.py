@@ -22,6 +22,7 @@ import psutil
 
 from exporter.engines.base import Session
 from exporter.errors import UserError, one_of
+from profiles import stats
 from profiles.results import KINDS, Cell, Subject
 
 Clock = Callable[[], float]
@@ -54,7 +55,7 @@ class Plan:
     burst: int = 8
     settle: int = 8
     warmup: int = 8
-    prefill_samples: int = 5
+    prefill_samples: int = stats.ENOUGH
     seconds: float | None = None
     capacity: int | None = None
     memory: int | None = None

@@ -26,6 +26,8 @@ def busy(results: Results) -> str | None:
         share = bandwidth.median / bandwidth.best
         return f"Busy machine: memory bandwidth typically {100 * share:.0f} % of its best. Measure again."
     times = [stats.summary(cell.samples) for cell in results.cells if cell.kind == "decode"]
+    if times and (most := max(time.count for time in times)) < stats.ENOUGH:
+        return f"Too few samples to tell a busy machine: at most {most} a cell. Take {stats.ENOUGH} or more."
     spread = statistics.median([time.p90 / time.p50 for time in times]) if times else 1.0
     if spread <= SPREAD:
         return None

@@ -96,11 +96,13 @@ def _speed(found: Headline) -> list[str]:
     if few is many:
         return [f"With {_heads(few)} a decode step takes {milliseconds(few.times.p50)} ms {where} ({few.series})."]
     low, high = _ratio_interval(many, few)
+    interval = f"95 % interval {low:.2f} to {high:.2f}" if high < math.inf else "too few samples to say how sure that is"
+    interval += ", so it may be no change at all" if low <= 1 <= high < math.inf else ""
     apart = " The two were not measured in turns, so a drift of the machine may be part of it." if _apart(many, few) else ""
     return [
         f"Going from {_heads(many)} to {_heads(few)} takes a decode step {where} from {milliseconds(many.times.p50)} ms to "
         f"{milliseconds(few.times.p50)} ms ({few.series}): {many.times.p50 / few.times.p50:.2f} times as fast, "
-        f"95 % interval {low:.2f} to {high:.2f}{', so it may be no change at all' if low <= 1 <= high else ''}.{apart}",
+        f"{interval}.{apart}",
         f"Its KV cache takes {size(few.subject.kv_bytes_per_token)} a token rather than "
         f"{size(many.subject.kv_bytes_per_token)}: {size(few.cell.kv_bytes)} rather than {size(many.cell.kv_bytes)} {where}.",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 
@@ -18,7 +19,7 @@ from profiles.units import milliseconds
 
 OPTIONAL = ("model", "backend", "cache", "dtype", "kind", "batch")  # columns only where they differ; else part of the title
 
-WHOLE = ("pattern", "kind", "batch", "cache", "dtype", "context", "KV", "interval", "verdict")  # columns broken last of all
+FOLDED = ("model", "backend", "verdict")  # columns of words; a number in two lines would read as another
 MANY = 8
 APART = "*: not measured in turns, so a drift of the machine may be part of it"
 
@@ -91,9 +92,9 @@ def add_columns(table: Table, varying: tuple[str, ...], figures: tuple[str, ...]
     table.padding = (0, int(len(varying) + len(figures) < MANY), 0, 0)
     table.add_column("KV heads", justify="right", overflow="fold")
     for name in ("pattern", *varying):
-        table.add_column(Text(name, no_wrap=False), overflow="fold", no_wrap=name in WHOLE)
+        table.add_column(Text(name, no_wrap=False), overflow="fold", no_wrap=name not in FOLDED)
     for name in figures:
-        table.add_column(Text(name, no_wrap=False), justify="right", overflow="fold", no_wrap=name in WHOLE)
+        table.add_column(Text(name, no_wrap=False), justify="right", overflow="fold", no_wrap=name not in FOLDED)
 
 
 def values(row: Iterable[str]) -> list[Text]:
@@ -140,6 +141,8 @@ def _has_p99(cell: Cell) -> bool:
 
 def _speed_up(baseline: Cell, cell: Cell) -> str:
     low, high = stats.ratio_interval(baseline.samples, cell.samples, block=max(baseline.burst, cell.burst))
+    if high == math.inf:
+        return "few samples"
     text = "≈ 1" if low <= 1 <= high else f"{stats.median(baseline.samples) / stats.median(cell.samples):.2f}"
     return text + (" *" if baseline.cohort != cell.cohort else "")
 

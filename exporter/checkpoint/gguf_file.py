@@ -70,7 +70,8 @@ class _Parser:
             raise _Damaged("it does not start with GGUF")
         version = self.scalar(4)
         if version not in VERSIONS:
-            raise _Damaged(f"version {version} is not one of {', '.join(map(str, VERSIONS))} in little-endian order")
+            known = ", ".join(map(str, VERSIONS))
+            raise CheckpointError(f"{self.path}: GGUF version {version} is not one of {known} in little-endian order")
         tensor_count, key_count = self.scalar(10), self.scalar(10)
         metadata: dict[str, Any] = {}
         for _ in range(key_count):

@@ -51,7 +51,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         size = path.stat().st_size
         with open(path, "rb") as file:
             prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if size < 10:
+                raise _damaged(path, f"it has {size} bytes, too few for a header")
+            length = struct.unpack("<Q", prefix)[0]
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise _damaged(path, f"its header should be {length} bytes, the file has {size}")
             raw = file.read(length)

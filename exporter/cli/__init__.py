@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import signal
 import sys
+from typing import Any
 
 import click
 
@@ -51,6 +53,10 @@ HELP = {
 }
 
 
+class ReaderGone(Exception):
+    """The reader of a pipe went away. click would take a BrokenPipeError for itself, and exit with 1."""
+
+
 class LazyGroup(click.Group):
     """Commands are imported when they are asked for, so that --help answers at once."""
 
@@ -62,6 +68,14 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"exporter.cli.{COMMANDS[cmd_name]}")
         return getattr(module, f"{cmd_name}_command")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            raise ReaderGone from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS and not ctx.resilient_parsing:
@@ -89,7 +103,8 @@ def app() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit. SIGTERM ends it as Ctrl-C does; what a terminal cannot write becomes an escape."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -99,7 +114,6 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str] | None) -> int:
     try:
         code = app.main(args=arguments, prog_name="headpool", standalone_mode=False)
-        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
@@ -109,8 +123,8 @@ def _run(arguments: list[str] | None) -> int:
         return _fail(f"{words(error)} (see '{' '.join(['headpool', *(set(first) & set(COMMANDS)), '--help'])}')")
     except UserError as error:
         return _fail(str(error))
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe went away; there is nobody to tell
+    except ReaderGone:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  there is nobody to tell
         return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ measuring = options.all_of(
         help="What to time.",
     ),
     click.option("--samples", type=click.IntRange(min=1), default=104, show_default=True, help="Steps a cell; 100 give a p99."),
-    click.option("--prefill-samples", type=click.IntRange(min=1), default=5, show_default=True, help="Prefills a cell."),
+    click.option("--prefill-samples", type=click.IntRange(min=1), default=6, show_default=True, help="Prefills a cell."),
     click.option("--seconds", type=float, help="Bound on each cell's share of the sampling time."),
     click.option("--breakdown", type=options.IntList(), default=(), help="Contexts at which to show where the time goes."),
 )
@@ -144,7 +145,7 @@ def compare_command(ctx: click.Context, a: Path, b: Path, fail_above: float | No
                 "context": pair.a.context,
                 "ratio": pair.ratio,
                 "low": pair.low,
-                "high": pair.high,
+                "high": pair.high if math.isfinite(pair.high) else None,
                 "failed": pair in failures,
             }
             for pair in comparison.pairs

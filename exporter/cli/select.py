@@ -151,7 +151,7 @@ def _front_lines(points: list[dict[str, Any]]) -> list[str]:
     for index in shown:
         point = points[index]
         ms = f"{point['ms']:>10.2f}   " if "ms" in point else ""
-        lines.append(f"{point['kv_share']:>8.1%}   {ms}{point['sum_of_losses']:.4f}{'   ← chosen' * point['chosen']}")
+        lines.append(f"{point['kv_share']:>8.1%}   {ms}{point['sum_of_losses']:.3g}{'   ← chosen' * point['chosen']}")
     if len(shown) < len(points):
         lines.append(f"({len(points)} plans are on the front)")
     return lines
@@ -160,7 +160,7 @@ def _front_lines(points: list[dict[str, Any]]) -> list[str]:
 def _plan_lines(plan: Any, out: Path) -> list[str]:
     found = plan.found
     lines = [f"KV heads by layer: {' '.join(map(str, plan.kv_heads))}"]
-    lines.append(f"measured as a whole: {found['loss']:.4f} nats a token from the original, by {plan.method}")
+    lines.append(f"measured as a whole: {found['loss']:.3g} nats a token from the original, by {plan.method}")
     if "measured_ms" in found:
         lines.append(
             f"a step takes {found['measured_ms']:.2f} ms at {found['context']:,.0f} tokens, "

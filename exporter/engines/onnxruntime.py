@@ -105,7 +105,7 @@ def _load(
         reason = " ".join(str(error).split())
         raise EngineError(
             f"onnxruntime {onnxruntime.__version__} cannot run {graph.name} (pattern {variant.pattern}, {variant.dtype}) "
-            f"on {provider}: {reason[:400]}"
+            f"on {provider}: {reason[:400]}; where a file of the bundle is damaged, export it again"
         ) from None
     if (running := runtime.get_providers()[0]) != provider:
         raise EngineError(f"onnxruntime could not start {provider} and fell back to {running}; check the driver and CUDA")

@@ -22,7 +22,7 @@ namespace {
 using Json = nlohmann::json;
 using Clock = std::chrono::steady_clock;
 
-constexpr int WARMUP = 8, BURST = 8, PREFILLS = 5;  // untimed steps; neighbours that intervals draw together; runs
+constexpr int WARMUP = 8, BURST = 8, PREFILLS = 6;  // untimed steps; neighbours that intervals draw together; runs
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 

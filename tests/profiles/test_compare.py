@@ -44,12 +44,26 @@ def test_equal_runs_pass_and_slower_runs_fail(factory):
 
 def test_a_difference_within_the_noise_does_not_fail(factory):
     what = factory.subject()
-    a = factory.sweep(cells=(factory.cell(what, samples=(1.0, 2.0, 3.0, 1.5, 2.5)),))
-    b = factory.sweep(cells=(factory.cell(what, samples=(1.2, 2.3, 3.4, 1.6, 2.7)),))
+    a = factory.sweep(cells=(factory.cell(what, samples=(1.0, 2.0, 3.0, 1.5, 2.5, 2.1)),))
+    b = factory.sweep(cells=(factory.cell(what, samples=(1.2, 2.3, 3.4, 1.6, 2.7, 2.2)),))
     (pair,) = compare(a, b).pairs
     assert pair.ratio > 1.05
     assert pair.verdict == "same"
     assert not compare(a, b).failures(1.05)
+
+
+def test_few_samples_have_no_verdict(factory):
+    whats = (factory.subject(9), factory.subject(1))
+    a, b = (factory.sweep(cells=tuple(factory.cell(what, samples=(t,) * 5) for what in whats)) for t in (0.1, 0.2))
+    comparison = compare(a, b)
+    assert {pair.verdict for pair in comparison.pairs} == {"few samples"}
+    assert not comparison.failures(1.05)
+    shown = text_of(comparison_table(comparison, 1.05))
+    assert shown.count("few samples") == 2
+    assert "inf" not in shown
+    shown = text_of(comparison_view(comparison, 1.05))
+    assert "Too few samples to tell a busy machine: at most 5 a cell. Take 6 or more." in shown
+    assert "few samples" in text_of(results_table(a))
 
 
 def test_matching_is_by_what_was_measured(factory):
@@ -87,7 +101,7 @@ def test_tables_fit_a_terminal_and_mark_failures(factory):
 
 
 def test_speed_up_is_against_the_most_heads(factory):
-    cells = [factory.cell(factory.subject(g), samples=(t,), floor=0.05) for g, t in ((9, 0.3), (1, 0.1))]
+    cells = [factory.cell(factory.subject(g), samples=(t,) * 6, floor=0.05) for g, t in ((9, 0.3), (1, 0.1))]
     lines = text_of(results_table(factory.sweep(cells=tuple(cells)))).splitlines()
     (one,) = [line.split() for line in lines if line.split()[:2] == ["1", "grouped"]]
     assert one[2:] == ["1,024", "100.0", "100.0", "100.0", "2.00", "15.4", "kB", "3.00"]
@@ -189,6 +203,8 @@ def test_eighty_columns_break_no_figure(factory):
         body = re.split(r" *─+ *\n", text_of(table, 80))[1]
         assert len(re.split(r"\n *\n", body)[0].splitlines()) == len(a.cells)  # none goes over two lines
     assert len(re.findall(r"\d\.\d{3}–\d\.\d{3} ", text_of(comparison_table(compare(a, a)), 80))) == len(a.cells)
+    slower = text_of(comparison_table(compare(a, scaled(a, 1.3)), fail_above=1.05), 80)  # the verdict is what breaks
+    assert len(re.findall(r"\d+\.\d+ +\d+\.\d+ +1\.300 +1\.\d{3}–1\.\d{3} +slower", slower)) == len(a.cells)
 
 
 def test_the_footer_says_only_what_there_is(factory):

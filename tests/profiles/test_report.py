@@ -197,7 +197,7 @@ def test_settings_are_of_what_was_measured(factory):
 def test_noise_is_named(factory):
     what = [factory.subject(g) for g in (9, 1)]
     samples = tuple(0.01 + 0.02 * (i % 3) for i in range(12))
-    cells = tuple(factory.cell(w, context=c, samples=s) for w in what for c, s in ((128, (0.5, 0.6)), (1024, samples)))
+    cells = tuple(factory.cell(w, context=c, samples=s) for w in what for c, s in ((128, (0.5, 0.6) * 3), (1024, samples)))
     busy = factory.sweep(cells=cells, bandwidth=dataclasses.replace(factory.BANDWIDTH, samples=(30e9, 12e9, 15e9)))
     text = " ".join(Page(render([busy])).text)
     assert "so it may be no change at all" in text

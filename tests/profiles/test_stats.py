@@ -63,6 +63,16 @@ def test_a_block_is_at_most_a_quarter_of_the_samples():
     assert len(set(wide)) > 1  # one block of all samples would give the same median every time
 
 
+def test_few_samples_have_no_interval():
+    few, enough = SAMPLES[: stats.ENOUGH - 1], SAMPLES[: stats.ENOUGH]
+    assert stats.ratio_interval(few, enough) == stats.ratio_interval(enough, few) == (0, float("inf"))
+    assert stats.ratio_interval(enough, enough)[1] < 2
+    assert stats.slopes([1, 2], [few, enough]) is None
+    rng = np.random.default_rng(4)
+    intervals = [stats.ratio_interval(*rng.normal(10, 1, (2, stats.ENOUGH)), resamples=500) for _ in range(300)]
+    assert sum(not low <= 1 <= high for low, high in intervals) <= 21  # 5 % are 15
+
+
 def test_coverage_of_the_ratio_interval():
     hits = 0
     for seed in range(200):
@@ -93,4 +103,3 @@ def test_slopes_agree_with_resampling_by_hand():
 
 def test_one_sample_is_enough():
     assert stats.summary([0.5]).max == 0.5
-    assert stats.ratio_interval([0.5], [0.25], block=8) == (2.0, 2.0)

@@ -74,7 +74,7 @@ def test_headpool_reads_what_the_example_bench_writes(built: Path, bundle: Bundl
         run(built / "examples/bench", bundle.path, "g2.fused", file, "8,16", 16, 1, 2)
     results = Results.load(files[0])
     assert [(cell.kind, cell.context, cell.batch, len(cell.samples)) for cell in results.cells] == [
-        (kind, context, 2, count) for context in (8, 16) for kind, count in (("decode", 16), ("prefill", 5), ("ttft", 5))
+        (kind, context, 2, count) for context in (8, 16) for kind, count in (("decode", 16), ("prefill", 6), ("ttft", 6))
     ]
     assert results.cells[0].subject.groups == 2
     assert _run(["compare", *map(str, files)]) == 0

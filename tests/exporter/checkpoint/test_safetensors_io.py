@@ -164,7 +164,7 @@ def encode(header, data=b"\0" * 8, length=None):
 
 
 BROKEN = {
-    "empty": (b"", "its header should be 0 bytes, the file has 0"),
+    "empty": (b"", "it has 0 bytes, too few for a header"),
     "short": (b"\x10\0\0\0\0\0\0\0{}", "its header should be 16 bytes, the file has 10"),
     "huge header": (encode({"a": item()}, length=2**63), f"its header should be {2**63} bytes, the file has 77"),
     "not JSON": (

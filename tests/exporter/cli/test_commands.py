@@ -135,9 +135,10 @@ def test_eval_of_a_model_against_itself(headpool, made: Path, tmp_path: Path) ->
 
 def test_compare_fails_above_a_ratio(headpool, made: Path, tmp_path: Path) -> None:
     data = json.loads((made / "fast.json").read_text())
-    for cell in data["cells"]:
-        cell["samples"] = [10 * sample for sample in cell["samples"]]
-    (tmp_path / "slow.json").write_text(json.dumps(data))
-    assert headpool("compare", made / "fast.json", tmp_path / "slow.json")[0] == 0
-    assert headpool("compare", made / "fast.json", tmp_path / "slow.json", "--fail-above", "1.5")[0] == 1
-    assert headpool("compare", tmp_path / "slow.json", made / "fast.json", "--fail-above", "1.5")[0] == 0
+    for name, factor in (("fast", 1), ("slow", 10)):
+        cells = [cell | {"samples": [factor * sample for sample in cell["samples"]] * 6} for cell in data["cells"]]
+        (tmp_path / f"{name}.json").write_text(json.dumps(data | {"cells": cells}))
+    fast, slow = tmp_path / "fast.json", tmp_path / "slow.json"
+    assert headpool("compare", fast, slow)[0] == 0
+    assert headpool("compare", fast, slow, "--fail-above", "1.5")[0] == 1
+    assert headpool("compare", slow, fast, "--fail-above", "1.5")[0] == 0

@@ -16,7 +16,7 @@ import pytest
 
 # A shell that starts the tests in the background has them ignore SIGINT, and so would what they start.
 DEFAULT_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-HEADPOOL = [sys.executable, "-c", f"{DEFAULT_SIGINT}; from exporter.cli import main; main()"]
+HEADPOOL = [sys.executable, "-c", f"{DEFAULT_SIGINT}; from exporter.__main__ import main; main()"]
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -61,12 +61,25 @@ def test_an_interrupt_leaves_nothing(sign: str, command: str, slow: Path, made: 
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupt_while_modules_are_imported() -> None:
+    kill = "lambda name, *_: os.kill(os.getpid(), signal.SIGINT) if name == 'exporter.cli' else None"
+    finder = f"import os, sys; sys.meta_path.insert(0, type('Finder', (), {{'find_spec': staticmethod({kill})}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{finder}; {DEFAULT_SIGINT}; from exporter.__main__ import main; main()"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "headpool: interrupted; nothing half-written was left\n"
+
+
 def test_a_reader_that_goes_away_and_a_full_output(made: Path) -> None:
     process = start("run", made / "bundle", "--prompt", "a", "--max-new-tokens", "100")
     process.stdout.read(1)  # type: ignore[union-attr]
     process.stdout.close()  # type: ignore[union-attr]
     assert "Traceback" not in process.stderr.read()  # type: ignore[union-attr]
-    process.wait(60)
+    assert process.wait(60) == 141  # as a shell says of a program that SIGPIPE ended
     with open("/dev/full", "w") as full:
         code, _, err = finished(start("inspect", made / "model", stdout=full))
     assert code == 2
