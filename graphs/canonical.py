@@ -146,17 +146,19 @@ def standalone(
     static: bool = True,
     dtype: ir.DataType = ir.DataType.FLOAT,
     layers: int = 1,
+    biased: bool = False,
 ) -> ir.Model:
     """A model of canonical nodes and nothing else: to time a pattern, or to ask a runtime whether it has its kernels.
 
     Inputs and outputs are named as the node's own; with several `layers` each has its own, `query.0`, …, but for the positions
-    or mask, which all share.
+    or mask, which all share. `biased`: with a bias.
     """
     tokens = ("position_ids", ["B", "T"]) if static else ("attention_mask", ["B", "total"])
     shared = ir.Value(name=tokens[0], shape=ir.Shape(tokens[1]), type=ir.TensorType(ir.DataType.INT64))
-    inputs, nodes = [shared], []
+    bias = ir.Value(name="bias", shape=ir.Shape([1, num_heads, "T", "total"]), type=ir.TensorType(dtype)) if biased else None
+    inputs, nodes = [*([bias] if bias is not None else []), shared], []
     for layer in range(layers):
-        node = _standalone_node(num_heads, kv_heads, head_dim, ir.TensorType(dtype), shared, static)
+        node = _standalone_node(num_heads, kv_heads, head_dim, ir.TensorType(dtype), shared, static, bias)
         for value in (*node.inputs[:5], *node.outputs) if layers > 1 else ():
             assert value is not None
             value.name = f"{value.name}.{layer}"
@@ -168,7 +170,9 @@ def standalone(
     return ir.Model(graph, ir_version=11, producer_name="headpool")
 
 
-def _standalone_node(H: int, G: int, D: int, data: ir.TensorType, shared: ir.Value, static: bool) -> ir.Node:
+def _standalone_node(
+    H: int, G: int, D: int, data: ir.TensorType, shared: ir.Value, static: bool, bias: ir.Value | None
+) -> ir.Node:
     new: list[int | str] = ["B", "T", G * D]
     past: list[int | str] = ["B", G, "S", D]
     query: list[int | str] = ["B", "T", H * D]
@@ -176,6 +180,8 @@ def _standalone_node(H: int, G: int, D: int, data: ir.TensorType, shared: ir.Val
     given = [ir.Value(name=name, shape=ir.Shape(shape), type=data) for name, shape in zip(INPUTS, shapes, strict=False)]
     attributes = {"num_heads": H, "kv_num_heads": G, "scale": D**-0.5}
     where = [*given, shared] if static else [*given, None, shared]
+    if bias is not None:
+        where = [*given, *([shared, None] if static else [None, shared]), bias]
     node = ir.node(OP_TYPE, where, attributes, domain=DOMAIN, num_outputs=3)
     for value, name in zip(node.outputs, OUTPUTS, strict=True):
         value.name, value.type = name, data
