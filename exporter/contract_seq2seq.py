@@ -82,9 +82,7 @@ def _read(config: Seq2SeqConfig, dtype: str, kind: str, layer: int) -> list[Bind
     return _pair(config, dtype, kind, layer, "encoder", "encoder", alias=False)
 
 
-def _pair(
-    config: Seq2SeqConfig, dtype: str, kind: str, layer: int, stack: str, length: str, alias: bool
-) -> list[Binding]:
+def _pair(config: Seq2SeqConfig, dtype: str, kind: str, layer: int, stack: str, length: str, alias: bool) -> list[Binding]:
     role: Role = "cache"
     shapes = (("batch", config.kv_heads[layer], length, size) for size in (config.head_dim, config.value_dim))
     aliases = names("past_key_values", layer, stack) if alias else (None, None)

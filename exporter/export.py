@@ -132,9 +132,9 @@ def check_options(config: ModelConfig, options: ExportOptions) -> None:
     for pattern, count in itertools.product(options.patterns, counts):
         static = (options.cache or DEFAULT_CACHE[pattern]) == "static"
         biased = isinstance(config, Seq2SeqConfig)
-        node = standalone(
-            config.num_heads, count, config.head_dim, static, IR_DTYPES[options.dtype], biased=biased
-        ).graph.node(0)
+        node = standalone(config.num_heads, count, config.head_dim, static, IR_DTYPES[options.dtype], biased=biased).graph.node(
+            0
+        )
         if (reason := PATTERNS[pattern].check(GroupedAttention(node))) is not None:
             raise UserError(f"pattern {pattern} does not fit this model: {reason}")
 

@@ -1,4 +1,4 @@
-"""The canonical graphs of an encoder-decoder: its parts traced once each, layers stamped, as exporter/trace.py does for decoders."""
+"""The canonical graphs of an encoder-decoder: parts traced once each, layers stamped, as exporter/trace.py does a decoder's."""
 
 from __future__ import annotations
 
@@ -69,11 +69,7 @@ def first_graph(config: Seq2SeqConfig, dtype: str, logits: Logits) -> ir.Model:
     empty = [graph.stamp(_empty_cache, "decoder", [graph.inputs["input_ids"]], kv_heads) for kv_heads in config.kv_heads]
     cross = graph.cross_caches(graph.inputs["encoder_hidden_states"])
     scores, present = graph.decode(empty, cross, logits)
-    caches = [
-        value
-        for layer, read in enumerate(cross)
-        for value in (*present[2 * layer : 2 * layer + 2], *read)
-    ]
+    caches = [value for layer, read in enumerate(cross) for value in (*present[2 * layer : 2 * layer + 2], *read)]
     return graph.finish([scores, *caches], contract.first_outputs(config, dtype, logits))
 
 
@@ -89,9 +85,7 @@ class _Graph:
         return self.stamper.initializer(name, IR_DTYPES[self.dtype], (self.config.vocab_size, self.config.hidden_size))
 
     def stamp(self, part, prefix: str, inputs: Sequence[ir.Value], kv_heads: int = 0, *how) -> list[ir.Value]:  # type: ignore[no-untyped-def]
-        one = dataclasses.replace(
-            self.config, encoder_layers=1, num_layers=1, kv_heads=(kv_heads or self.config.num_heads,)
-        )
+        one = dataclasses.replace(self.config, encoder_layers=1, num_layers=1, kv_heads=(kv_heads or self.config.num_heads,))
         return self.stamper.stamp(part(one, self.dtype, *how), prefix, inputs)
 
     def cross_caches(self, hidden: ir.Value) -> list[list[ir.Value]]:
@@ -190,9 +184,7 @@ def _decoder_layer(config: Seq2SeqConfig, dtype: str, cache: CacheForm) -> ir.Mo
     x = ((B * T, config.hidden_size), kind, (0,))
     mask = None if static else ((B, P + T), torch.long, (0, 1))
     bias = ((B if static else 1, config.num_heads, T, P if static else P + T), kind, (0, 2, 3) if static else (2, 3))
-    kept, read = (
-        [((B, G, length, size), kind, (0, 2)) for size in (config.head_dim, config.value_dim)] for length in (P, E)
-    )
+    kept, read = ([((B, G, length, size), kind, (0, 2)) for size in (config.head_dim, config.value_dim)] for length in (P, E))
     inputs = [x, IDS, IDS if static else None, mask, bias, SOURCE, *kept, *read]
     return trace_part(lambda: seq2seq.DecoderLayer(config, G), dtype, inputs)
 

@@ -1,4 +1,4 @@
-"""What every backend's session of an encoder-decoder does alike: the input goes to the encoder, decoding begins with the start token.
+"""What every session of an encoder-decoder does alike: the input goes to the encoder, decoding begins with the start token.
 
 A sequence's tokens are those of its input and those decoded since, so that a generation, a measurement at some context and a
 score work as with a decoder: `lengths` counts both, `capacity` bounds both. The start token is not counted.
@@ -60,8 +60,8 @@ class Seq2SeqSession(Session):
         left = length - self.inputs
         if (left < 0).any() or len(set(left)) > 1:
             raise EngineError(
-                f"cannot rewind to {length} tokens: an encoder-decoder keeps its inputs, of {sorted(set(self.inputs.tolist()))} "
-                "tokens, whole, and all sequences in step"
+                f"cannot rewind to {length} tokens: the inputs, of {sorted(set(self.inputs.tolist()))} tokens, stay whole, and "
+                "all sequences in step"
             )
         self.rows = 1 + int(left[0])
         self.lengths[:] = length
@@ -86,7 +86,7 @@ class Seq2SeqSession(Session):
 
     @abc.abstractmethod
     def _step(self, tokens: np.ndarray) -> np.ndarray:
-        """The decoder on one token a sequence, at row `self.rows`: float32 logits [B,V]. A failure leaves the caches as they were."""
+        """The decoder on one token a sequence, at row `self.rows`: float32 logits [B,V]."""
 
     @abc.abstractmethod
     def _keep(self) -> None:

@@ -1,8 +1,8 @@
 """T5's relative positions (Raffel et al. 2020, arXiv 1910.10683, section 2.1): a number for each head and bucket of distances.
 
 Small distances have a bucket each, larger ones share buckets that widen with the logarithm, and all from `max_distance` on
-share the last. Which bucket a distance falls into is looked up in a table and not computed where it is used: at the edges of the
-buckets the logarithms of two runtimes, one bit apart, would give two different buckets.
+share the last. Which bucket a distance falls into is looked up in a table and not computed where it is used: at the edges of
+the buckets the logarithms of two runtimes, one bit apart, would give two different buckets.
 """
 
 from __future__ import annotations

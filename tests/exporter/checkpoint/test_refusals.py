@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from exporter.checkpoint import open_checkpoint, open_source, write_checkpoint
 from exporter.checkpoint.families import FAMILIES
 from exporter.checkpoint.hf_config import hf_config_for, parse_config
-from exporter.config import ModelConfig
 from exporter.decode import parse
 from exporter.errors import CheckpointError, UserError
 from exporter.models.rope import frequencies
