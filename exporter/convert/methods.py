@@ -16,7 +16,7 @@ from exporter.convert.attention import AttentionWeights, attention_shapes, check
 from exporter.convert.calibrate import Progress, convert_on_tokens
 from exporter.convert.heads import Pooling, pooled_tensors
 from exporter.convert.layer import LayerChange, check_finite, expected_moments, query_moments, solvable
-from exporter.convert.seq2seq import attention_views, changed, check_calibration
+from exporter.convert.seq2seq import attention_views, changed, check_fits
 from exporter.convert.sharing import aligned, leading
 from exporter.errors import UserError, one_of
 from exporter.seq2seq_config import Seq2SeqConfig
@@ -116,7 +116,7 @@ def check_method(config: ModelConfig, method: str, seed: int, grouping: str, cal
     for what, value, choices in (("method", method, METHODS), ("grouping", grouping, GROUPINGS)):
         if value not in choices:
             raise UserError(one_of(what, value, choices))
-    check_calibration(config, calibration)
+    check_fits(config, grouping, calibration)
     if seed < 0:
         raise UserError(f"seed {seed} is negative; choose a whole number from 0")
     if method not in SHARINGS and (grouping != "contiguous" or calibration is not None):

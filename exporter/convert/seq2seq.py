@@ -20,9 +20,20 @@ KINDS = {"self_attn": "input_layernorm", "cross_attn": "cross_layernorm"}  # and
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def check_calibration(config: ModelConfig, calibration: str | None) -> None:
-    """Refuse tokens for an encoder-decoder: what its layers read of them is not walked through."""
-    if isinstance(config, Seq2SeqConfig) and calibration not in (None, "none"):
+def check_fits(config: ModelConfig, grouping: str, calibration: str | None) -> None:
+    """Refuse what does not go with an encoder-decoder.
+
+    Tokens: what its layers read of them is not walked through. The best partition: it puts query heads in another order, and
+    the bias of relative positions, which is theirs, is one for all layers.
+    """
+    if not isinstance(config, Seq2SeqConfig):
+        return
+    if grouping != "contiguous":
+        raise UserError(
+            f"grouping {grouping} puts query heads in another order, and the relative positions' bias of a {config.family} is "
+            "one for all layers; leave it contiguous"
+        )
+    if calibration not in (None, "none"):
         raise UserError(
             f"calibration {calibration} is for decoder-only models; an encoder-decoder is converted by its weights alone: "
             "leave it out, or give none"

@@ -1,7 +1,7 @@
 """optimum's ORTModelForSeq2SeqLM generates transformers' tokens, greedy and beams, from concat bundles of a T5, MHA and GQA.
 
-HEADPOOL_INTEROP also holds t5-g6, a T5 with as many KV heads as query heads, t5-g2, the same with 2 KV heads, which transformers
-has no key for, t5-g2x6, those repeated, which it reads, and the bundles t5-g{G}.{pattern}.
+HEADPOOL_INTEROP also holds t5-g6, a T5 with as many KV heads as query heads, t5-g2, the same with 2 KV heads, which
+transformers has no key for, t5-g2x6, those repeated, which it reads, and the bundles t5-g{G}.{pattern}.
 """
 
 from __future__ import annotations
