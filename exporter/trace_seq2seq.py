@@ -102,7 +102,7 @@ class _Graph:
         ids = self.inputs["input_ids"]
         positions = [self.inputs["position_ids"]] if cache == "static" else []
         start = [ids, *positions, past[0][0], self.weight(EMBEDDING)]
-        x, bias, *mask = self.stamp(_decoder_prologue, "decoder", start, config.kv_heads[0], cache)
+        x, bias, *mask = self.stamp(_decoder_prologue, "decoder", start, 0, cache)  # of the cache it reads the length only
         shared = [ids, *positions, *mask, bias, self.inputs["encoder_attention_mask"]]
         present: list[ir.Value] = []
         for index, (kv_heads, kept, read) in enumerate(zip(config.kv_heads, past, cross, strict=True)):
