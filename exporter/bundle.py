@@ -77,7 +77,7 @@ class Variant:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Variant:
         """What `to_json` wrote. Raises UserError where a key is missing or mistyped, or what follows from others does not."""
-        kind = Seq2SeqVariant if "encoder" in data else cls
+        kind = Seq2SeqVariant if data.get("encoder") is not None else cls
         derived = {key: data.get(key) for key in ("kv_bytes_per_token", "inputs", "outputs")}
         if kind is Seq2SeqVariant:
             derived |= {key: data.get(key) for key in ("encoder_inputs", "encoder_outputs")}

@@ -66,17 +66,22 @@ def test_keys_fold_with_any_matrix(checkpoint: Checkpoint) -> None:
 
 
 def test_cross_attention_is_measured_by_what_each_side_reads(checkpoint: Checkpoint) -> None:
-    """Keys read the encoder's norm, queries the decoder's: a scale of one that its projections undo changes nothing."""
-    config, weights = checkpoint.config, dict(checkpoint.weights)
-    scale = torch.exp(torch.randn(48, generator=torch.Generator().manual_seed(1)))
-    for name in ("encoder.norm.weight", *(f"decoder.layers.{layer}.cross_layernorm.weight" for layer in range(3))):
-        weights[name] = held(name, weights[name].read() * scale)
-    for layer in range(3):
-        for part in "qkv":
-            name = f"decoder.layers.{layer}.cross_attn.{part}_proj.weight"
-            weights[name] = held(name, weights[name].read() / scale)
-    found = logits(*convert_weights(config, weights, 2, "optimal"))
-    wanted = logits(*convert_weights(config, checkpoint.weights, 2, "optimal"))
+    """Keys read the encoder's norm, queries the decoder's: scales of them that the projections undo change nothing."""
+    weights = dict(checkpoint.weights)
+    generator = torch.Generator().manual_seed(1)
+    read, asked = (torch.exp(torch.randn(48, generator=generator)) for _ in range(2))
+
+    def change(name: str, factor: torch.Tensor) -> None:
+        weights[name] = held(name, weights[name].read() * factor)
+
+    change("encoder.norm.weight", read)
+    for prefix in (f"decoder.layers.{layer}" for layer in range(3)):
+        change(f"{prefix}.cross_layernorm.weight", asked)
+        change(f"{prefix}.cross_attn.q_proj.weight", 1 / asked)
+        for part in "kv":
+            change(f"{prefix}.cross_attn.{part}_proj.weight", 1 / read)
+    found = logits(*convert_weights(checkpoint.config, weights, 2, "optimal"))
+    wanted = logits(*convert_weights(checkpoint.config, checkpoint.weights, 2, "optimal"))
     torch.testing.assert_close(found, wanted, rtol=0, atol=5e-3)
 
 
