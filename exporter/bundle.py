@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporter import contract
+from exporter import contract, contract_seq2seq
 from exporter.config import DTYPES, CacheForm, ModelConfig
 from exporter.decode import decode, parse
 from exporter.errors import BundleError, UserError, one_of
+from exporter.seq2seq_config import Seq2SeqConfig
 
 SCHEMA = 1
 MANIFEST = "headpool.json"
@@ -34,6 +35,11 @@ class Variant:
     weights: tuple[str, ...]  # safetensors files its graph reads
     weight_bytes: int  # bytes of weights one decode step reads (a tied embedding once, untied embedding rows not at all)
     conversion: dict[str, Any] | None = None  # method, seed and KV heads before, where KV heads were changed
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """File names of all its graphs."""
+        return (self.graph,)
 
     @property
     def groups(self) -> int | tuple[int, ...]:
@@ -71,8 +77,11 @@ class Variant:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Variant:
         """What `to_json` wrote. Raises UserError where a key is missing or mistyped, or what follows from others does not."""
+        kind = Seq2SeqVariant if data.get("encoder") is not None else cls
         derived = {key: data.get(key) for key in ("kv_bytes_per_token", "inputs", "outputs")}
-        variant = decode(cls, {key: value for key, value in data.items() if key not in derived}, "variant")
+        if kind is Seq2SeqVariant:
+            derived |= {key: data.get(key) for key in ("encoder_inputs", "encoder_outputs")}
+        variant = decode(kind, {key: value for key, value in data.items() if key not in derived}, "variant")
         if not variant.name or variant.weight_bytes < 0:
             raise UserError(f"variant {variant.name!r} has no name or a negative number of bytes")
         if variant.dtype not in DTYPES:
@@ -82,6 +91,43 @@ class Variant:
             if value != written[key]:
                 raise UserError(f"variant {variant.name!r}: its {key} are not what the contract says for this config")
         return variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqVariant(Variant):
+    """An encoder-decoder: `encoder` runs once an input, `graph` is a step of the decoder over what it gave.
+
+    `first` is the decoder's first step as optimum takes it; nothing of ours runs it.
+    """
+
+    config: Seq2SeqConfig
+    encoder: str
+    first: str | None = None
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        return (self.encoder, *([self.first] if self.first else []), self.graph)
+
+    def inputs(self) -> list[contract.Binding]:
+        return contract_seq2seq.decoder_inputs(self.config, self.cache, self.dtype)
+
+    def outputs(self) -> list[contract.Binding]:
+        return contract_seq2seq.decoder_outputs(self.config, self.cache, self.dtype, self.logits)
+
+    def encoder_inputs(self) -> list[contract.Binding]:
+        return contract_seq2seq.encoder_inputs()
+
+    def encoder_outputs(self) -> list[contract.Binding]:
+        return contract_seq2seq.encoder_outputs(self.config, self.dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **super().to_json(),
+            "encoder": self.encoder,
+            "first": self.first,
+            "encoder_inputs": [binding.to_json() for binding in self.encoder_inputs()],
+            "encoder_outputs": [binding.to_json() for binding in self.encoder_outputs()],
+        }
 
 
 @dataclass(frozen=True)
@@ -123,7 +169,7 @@ class Bundle:
         names = [variant.name for variant in self.variants]
         if not names or len(set(names)) != len(names):
             raise UserError(f"its variants are {', '.join(names) or 'none'}; there must be some, each with a name of its own")
-        for name in sorted({name for variant in self.variants for name in (variant.graph, *variant.weights)}):
+        for name in sorted({name for variant in self.variants for name in (*variant.graphs, *variant.weights)}):
             if Path(name).name != name or name in ("", ".", ".."):
                 raise UserError(f"it names {name!r}, which is not a file name in its own folder")
             if not os.path.isfile(self.path / name):

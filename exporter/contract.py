@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from exporter.config import CacheForm, ModelConfig
 
-Role = Literal["tokens", "mask", "positions", "logits", "cache"]
+Role = Literal["tokens", "mask", "positions", "logits", "cache", "hidden"]
 Logits = Literal["last", "all"]
 
 

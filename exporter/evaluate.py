@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporter.engines.base import Session
+from exporter.engines.seq2seq import Seq2SeqSession
 from exporter.errors import EngineError, UserError
 from exporter.generate import check_logits
 
@@ -47,13 +48,17 @@ def cross_entropy(
 
     Every token but the first is predicted once, from the start of the first window that holds it: with at least
     window − stride tokens before it, past the first window. A session must be of batch 1; it is reset first.
+
+    An encoder-decoder reads in its encoder what comes before the predicted tokens of a window, and predicts none of the first
+    window − stride tokens of the text.
     """
     if not 1 <= stride < window:
         raise UserError(f"stride {stride} is not from 1 to window − 1 = {window - 1}")
     check_text(tokens)
     if isinstance(model, Session) and window - 1 > model.capacity:
         raise EngineError(f"a window of {window} tokens needs {window - 1} cache rows, the capacity is {model.capacity}")
-    total, predicted = 0.0, 1
+    first = min(window - stride, len(tokens) - 1) if isinstance(model, Seq2SeqSession) else 1
+    total, predicted = 0.0, first
     for start in range(0, len(tokens), stride):
         part = tokens[start : start + window]
         scores = _positions(model, part[:-1], predicted - start - 1)
@@ -61,10 +66,10 @@ def cross_entropy(
             total -= _log_softmax(row)[target]
             predicted += 1
             if progress:
-                progress(predicted - 1, len(tokens) - 1)
+                progress(predicted - first, len(tokens) - first)
         if predicted == len(tokens):
             break
-    return CrossEntropy(float(total) / (len(tokens) - 1), len(tokens) - 1)
+    return CrossEntropy(float(total) / (len(tokens) - first), len(tokens) - first)
 
 
 def agreement(
@@ -73,14 +78,19 @@ def agreement(
     windows: list[np.ndarray],
     progress: Progress | None = None,
 ) -> Agreement:
-    """Both models read the same `windows` (each int64 [n]), each from an empty cache, and predict after every token."""
+    """Both models read the same `windows` (each int64 [n]), each from an empty cache, and predict after every token.
+
+    Encoder-decoders read the first half of each in their encoders, and predict from there on.
+    """
     if not windows:
         raise UserError("agreement needs at least one window of tokens")
     same, divergence, done = 0, 0.0, 0
-    count = sum(map(len, windows))
-    for window in windows:
+    halved = isinstance(model, Seq2SeqSession) or isinstance(reference, Seq2SeqSession)
+    skips = [(len(window) - 1) // 2 if halved else 0 for window in windows]
+    count = sum(map(len, windows)) - sum(skips)
+    for window, skip in zip(windows, skips, strict=True):
         check_text(window, 1)
-        for row, other in zip(_positions(model, window, 0), _positions(reference, window, 0), strict=True):
+        for row, other in zip(_positions(model, window, skip), _positions(reference, window, skip), strict=True):
             if row.shape != other.shape:
                 raise EngineError(f"the models have vocabularies of {len(row)} and {len(other)} tokens; they must be the same")
             mine, theirs = _log_softmax(row), _log_softmax(other)

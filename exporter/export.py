@@ -20,16 +20,19 @@ import onnx_ir as ir
 
 from exporter import contract
 from exporter.background import Background
-from exporter.bundle import MANIFEST, Bundle, Variant
+from exporter.bundle import MANIFEST, Bundle, Seq2SeqVariant, Variant
 from exporter.checkpoint import Checkpoint, check_finite, hf_config_for, scan
+from exporter.checkpoint.t5_names import unread_in_decoding
 from exporter.config import CACHE_FORMS, DTYPES, CacheForm, ModelConfig, check_groups
 from exporter.convert import GROUPINGS, METHODS, Converter, Grouping, Method, conversion_record
 from exporter.errors import UserError, one_of
 from exporter.files import new_folder, refuse_existing
 from exporter.genai import genai_config
 from exporter.layout import STORAGES, Layout, Storage
+from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.tokenizer import check_tokenizer
 from exporter.trace import EMBEDDING, HEAD, IR_DTYPES, canonical_graph
+from exporter.trace_seq2seq import canonical_graphs
 from exporter.weights import TORCH_DTYPES, Weights
 from graphs.canonical import GroupedAttention, standalone
 from graphs.lower import lower
@@ -122,11 +125,16 @@ def check_options(config: ModelConfig, options: ExportOptions) -> None:
     for count in options.groups or ():
         if isinstance(count, int):
             check_groups(config.num_heads, count)
+    if isinstance(config, Seq2SeqConfig) and options.dtype == "fp16":
+        raise UserError("fp16 is too narrow for the feed-forward layers of a T5, which overflow in it; choose fp32 or bf16")
     models = [config.with_kv_heads(count) for count in options.groups or (config.kv_heads,)]
     counts = sorted({count for model in models for count in model.kv_heads})
     for pattern, count in itertools.product(options.patterns, counts):
         static = (options.cache or DEFAULT_CACHE[pattern]) == "static"
-        node = standalone(config.num_heads, count, config.head_dim, static, IR_DTYPES[options.dtype]).graph.node(0)
+        biased = isinstance(config, Seq2SeqConfig)
+        node = standalone(config.num_heads, count, config.head_dim, static, IR_DTYPES[options.dtype], biased=biased).graph.node(
+            0
+        )
         if (reason := PATTERNS[pattern].check(GroupedAttention(node))) is not None:
             raise UserError(f"pattern {pattern} does not fit this model: {reason}")
 
@@ -170,24 +178,53 @@ def _write_graphs(
     variants: list[Variant] = []
     total = len(models) * len(options.patterns)
     for label, (config, weights) in models.items():
-        canonical: dict[CacheForm, ir.Model] = {}
+        canonical: dict[CacheForm, dict[str, ir.Model]] = {}
         for pattern in options.patterns:
             report("tracing and lowering graphs", len(variants), total)
             cache = options.cache or DEFAULT_CACHE[pattern]
             if cache not in canonical:
-                canonical[cache] = canonical_graph(config, cache, options.dtype, options.logits)
+                canonical[cache] = _canonical(config, cache, options)
             name = label if len(options.patterns) == 1 else f"{label}.{pattern}"
-            graph = "model.onnx" if total == 1 else f"model.{name}.onnx"
-            model = lower(canonical[cache], pattern)
-            _attach(model, weights, layout, folder)
-            ir.save(model, folder / graph)
-            check_model(folder / graph)
+            graphs = [f"{stem}.onnx" if total == 1 else f"{stem}.{name}.onnx" for stem in canonical[cache]]
+            for graph, whole in zip(graphs, canonical[cache].values(), strict=True):
+                model = lower(whole, pattern)
+                _attach(model, weights, layout, folder)
+                ir.save(model, folder / graph)
+                check_model(folder / graph)
             files = tuple(sorted({layout.place(tensor).file for tensor in weights.values()}))
             record = conversion_record(original, config, options.method, options.seed, options.grouping, options.calibration)
             size = _weight_bytes(config, weights, layout)
-            variants.append(Variant(name, graph, config, pattern, cache, options.dtype, options.logits, files, size, record))
+            variants.append(
+                _variant(
+                    graphs,
+                    name=name,
+                    config=config,
+                    pattern=pattern,
+                    cache=cache,
+                    dtype=options.dtype,
+                    logits=options.logits,
+                    weights=files,
+                    weight_bytes=size,
+                    conversion=record,
+                )
+            )
     report("tracing and lowering graphs", total, total)
     return variants
+
+
+def _canonical(config: ModelConfig, cache: CacheForm, options: ExportOptions) -> dict[str, ir.Model]:
+    """File name without its suffix → canonical graph; the one that decodes comes last."""
+    if isinstance(config, Seq2SeqConfig):
+        return canonical_graphs(config, cache, options.dtype, options.logits)
+    return {"model": canonical_graph(config, cache, options.dtype, options.logits)}
+
+
+def _variant(graphs: list[str], **given: Any) -> Variant:
+    *others, graph = graphs
+    if not others:
+        return Variant(graph=graph, **given)
+    encoder, *first = others
+    return Seq2SeqVariant(graph=graph, encoder=encoder, first=first[0] if first else None, **given)
 
 
 def _attach(model: ir.Model, weights: Weights, layout: Layout, folder: Path) -> None:
@@ -206,6 +243,8 @@ def _attach(model: ir.Model, weights: Weights, layout: Layout, folder: Path) -> 
 
 def _weight_bytes(config: ModelConfig, weights: Weights, layout: Layout) -> int:
     """What one decode step reads: everything, but of an embedding that is not the head only one row a sequence."""
+    if isinstance(config, Seq2SeqConfig):
+        return sum(layout.place(t).nbytes for name, t in weights.items() if not unread_in_decoding(config, name))
     unread = {HEAD} if config.tied else {EMBEDDING}
     return sum(layout.place(tensor).nbytes for name, tensor in weights.items() if name not in unread)
 
@@ -215,7 +254,7 @@ def _write_side_files(folder: Path, checkpoint: Checkpoint, variant: Variant) ->
     for name, content in checkpoint.side_files.items():
         (folder / name).write_bytes(content)
     _write_json(folder / "config.json", hf_config_for(variant.config, checkpoint.hf_config, TORCH_DTYPES[variant.dtype]))
-    if isinstance(variant.groups, int):  # onnxruntime-genai cannot name KV heads per layer
+    if isinstance(variant.groups, int) and not isinstance(variant, Seq2SeqVariant):  # genai cannot name KV heads per layer
         _write_json(folder / "genai_config.json", genai_config(variant))
 
 

@@ -11,6 +11,7 @@ from exporter.bundle import MANIFEST, Bundle
 from exporter.checkpoint import expected_shapes, open_source
 from exporter.config import DTYPE_BYTES, ModelConfig
 from exporter.engines.tensorrt import record as engines
+from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.units import size
 
 
@@ -36,11 +37,22 @@ def bundle_report(bundle: Bundle) -> dict[str, Any]:
 def describe(config: ModelConfig) -> dict[str, Any]:
     """The architecture in numbers."""
     counts = {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
+    embeddings = ("embed_tokens", "lm_head", "shared")
+    encoder = (
+        {
+            "encoder_layers": config.encoder_layers,
+            "relative_buckets": config.relative_buckets,
+            "relative_max_distance": config.relative_max_distance,
+        }
+        if isinstance(config, Seq2SeqConfig)
+        else {}
+    )
     return {
         "family": config.family,
         "parameters": sum(counts.values()),
-        "embedding_parameters": sum(count for name, count in counts.items() if "embed_tokens" in name or "lm_head" in name),
+        "embedding_parameters": sum(n for name, n in counts.items() if any(word in name for word in embeddings)),
         "layers": config.num_layers,
+        **encoder,
         "hidden_size": config.hidden_size,
         "query_heads": config.num_heads,
         "kv_heads": list(config.kv_heads),
@@ -94,13 +106,17 @@ def variant_lines(variant: dict[str, Any]) -> list[str]:
 def _architecture(model: dict[str, Any]) -> list[str]:
     """What fewer KV heads do not change."""
     extras = [name for name in ("qk_norm", "qkv_bias", "tied_embedding") if model[name]]
+    layers, positions = f"{model['layers']} layers", f"RoPE {model['rope']}, θ {model['rope_theta']:g}"
+    context = f"context {model['max_positions']:,} tokens"
+    if "encoder_layers" in model:
+        layers = f"{model['encoder_layers']} encoder and {model['layers']} decoder layers"
+        positions = f"relative positions in {model['relative_buckets']} buckets up to {model['relative_max_distance']} tokens"
+        context = "a context of any length"
     return [
-        f"  {model['family']}: {model['layers']} layers, d {model['hidden_size']}, {model['query_heads']} query heads of "
-        f"{model['head_dim']}",
+        f"  {model['family']}: {layers}, d {model['hidden_size']}, {model['query_heads']} query heads of {model['head_dim']}",
         f"  FFN {model['ffn']} {model['intermediate_size']}, norm {model['norm']}",
-        f"  RoPE {model['rope']}, θ {model['rope_theta']:g}",
-        f"  vocabulary {model['vocab_size']:,}, context {model['max_positions']:,} tokens"
-        + (f", {', '.join(extras).replace('_', ' ')}" if extras else ""),
+        f"  {positions}",
+        f"  vocabulary {model['vocab_size']:,}, {context}" + (f", {', '.join(extras).replace('_', ' ')}" if extras else ""),
     ]
 
 

@@ -18,6 +18,7 @@ from exporter.engines import open_session
 from exporter.engines.base import Session
 from exporter.errors import EngineError, UserError
 from exporter.generate import ENDED, Sampler, generate
+from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.tokenizer import TOKENIZER, Tokenizer
 
 
@@ -180,6 +181,11 @@ def check_scoring(model: Model, reference: Model | None, window: int) -> None:
     for one in (model, reference):
         if one and window > (limit := one.config.max_positions):
             raise EngineError(f"--window {window} is more than the context of {one.path}, {limit} tokens; choose up to {limit}")
+    if reference and len(pairs := [one for one in (model, reference) if isinstance(one.config, Seq2SeqConfig)]) == 1:
+        raise EngineError(
+            f"{pairs[0].path} is an encoder-decoder, and the other of {model.path} and {reference.path} is a decoder; "
+            "only models of one kind can be compared"
+        )
     if reference and (mine := model.config.vocab_size) != (theirs := reference.config.vocab_size):
         raise EngineError(
             f"{model.path} has a vocabulary of {mine} tokens and its reference {reference.path} one of {theirs}; "

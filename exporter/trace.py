@@ -40,7 +40,7 @@ def canonical_graph(config: ModelConfig, cache: CacheForm, dtype: str, logits: c
 
     Weights are initialisers with type and shape and no value; their names are the canonical parameter names.
     """
-    inputs = {binding.name: _value(binding) for binding in contract.inputs(config, cache, dtype)}
+    inputs = {binding.name: graph_value(binding) for binding in contract.inputs(config, cache, dtype)}
     stamper = Stamper(inputs.values(), opset=OPSET, domains={canonical.DOMAIN: canonical.VERSION})
     ids, positions, mask = inputs["input_ids"], inputs["position_ids"], inputs.get("attention_mask")
     plain = _one_layer(config, config.num_heads)
@@ -66,7 +66,7 @@ def canonical_graph(config: ModelConfig, cache: CacheForm, dtype: str, logits: c
     return stamper.finish(outputs, name=config.family)
 
 
-def _value(binding: contract.Binding) -> ir.Value:
+def graph_value(binding: contract.Binding) -> ir.Value:
     return ir.Value(name=binding.name, shape=ir.Shape(binding.shape), type=ir.TensorType(IR_DTYPES[binding.dtype]))
 
 
@@ -82,7 +82,7 @@ def _one_layer(config: ModelConfig, kv_heads: int) -> ModelConfig:
 @functools.lru_cache(maxsize=64)
 def _prologue(config: ModelConfig, dtype: str) -> ir.Model:
     ids = ((B, T), torch.long, (0, 1))
-    return _trace(lambda: Prologue(config, TORCH_DTYPES[dtype]), dtype, [ids, ids])
+    return trace_part(lambda: Prologue(config, TORCH_DTYPES[dtype]), dtype, [ids, ids])
 
 
 @functools.lru_cache(maxsize=64)
@@ -93,7 +93,7 @@ def _layer(config: ModelConfig, cache: CacheForm, dtype: str) -> ir.Model:
     caches = [((B, kv_heads, P, size), kind, (0, 2)) for size in (c.head_dim, c.value_dim)]
     x = ((B * T, c.hidden_size), kind, (0,))
     positions = ((B, T), torch.long, (0, 1))
-    return _trace(lambda: Layer(c, kv_heads), dtype, [x, angle, angle, positions, mask, *caches])
+    return trace_part(lambda: Layer(c, kv_heads), dtype, [x, angle, angle, positions, mask, *caches])
 
 
 @functools.lru_cache(maxsize=64)
@@ -102,10 +102,10 @@ def _epilogue(config: ModelConfig, dtype: str, logits: contract.Logits) -> ir.Mo
     x = ((B * T, config.hidden_size), kind, (0,))
     weight = ((config.vocab_size, config.hidden_size), kind, ())
     part = [x, ((B, T), torch.long, (0, 1)), weight]
-    return _trace(lambda: Epilogue(config, last_only=logits == "last"), dtype, part)
+    return trace_part(lambda: Epilogue(config, last_only=logits == "last"), dtype, part)
 
 
-def _trace(build: Callable[[], nn.Module], dtype: str, inputs: Sequence[Spec | None]) -> ir.Model:
+def trace_part(build: Callable[[], nn.Module], dtype: str, inputs: Sequence[Spec | None]) -> ir.Model:
     """torch.export → torch.onnx.export of one part, under fake tensors. None stands for an input the part does without."""
     with FakeTensorMode(), quiet():
         module = _build(build, TORCH_DTYPES[dtype])

@@ -6,14 +6,19 @@ Inputs   query [B,T,H·D], key [B,T,G·D], value [B,T,G·Dv] (after RoPE), past_
                           position_ids[b,0] … position_ids[b,0]+T−1; query t of row b sees cache rows ≤ position_ids[b,t].
            attention_mask int64 [B,P+T]: the *concat* form, past is [B,G,P,D]. New rows are appended; query t of row b sees
                           row j when j ≤ P + t and attention_mask[b,j] is 1.
+         and optionally bias [B or 1,H,T,S or P+T], added to the scores.
+         Without key and value nothing is written: past [B,G,S,·] is only read, attention_mask [B,S] says which rows, for all
+         queries alike, and past is what present is: cross-attention, and an encoder's attention to its own keys.
 Outputs  output [B,T,H·Dv]; present_key, present_value: [B,G,S,·] (static), [B,G,P+T,·] (concat).
-Attributes  num_heads H, kv_num_heads G (divides H), scale: output = softmax(scale · QKᵀ + mask) V, query head h reading
+Attributes  num_heads H, kv_num_heads G (divides H), scale: output = softmax(scale · QKᵀ + bias + mask) V, query head h reading
          KV head h // (H/G).
 
 Query rows that see nothing (left padding) give finite, unspecified values.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import onnx.defs
 import onnx_ir as ir
@@ -23,7 +28,8 @@ from graphs.errors import GraphError
 DOMAIN = "headpool"
 VERSION = 1
 OP_TYPE = "GroupedAttention"
-INPUTS = ("query", "key", "value", "past_key", "past_value", "position_ids", "attention_mask")
+INPUTS = ("query", "key", "value", "past_key", "past_value", "position_ids", "attention_mask", "bias")
+NEW = ("key", "value")
 OUTPUTS = ("output", "present_key", "present_value")
 
 
@@ -31,8 +37,9 @@ def _schema() -> onnx.defs.OpSchema:
     schema = onnx.defs.OpSchema
     parameter = schema.FormalParameter
     optional = schema.FormalParameterOption.Optional
-    inputs = [parameter(name, "T") for name in INPUTS[:5]]
-    inputs += [parameter(name, "tensor(int64)", param_option=optional) for name in INPUTS[5:]]
+    inputs = [parameter(name, "T", param_option=optional) if name in NEW else parameter(name, "T") for name in INPUTS[:5]]
+    inputs += [parameter(name, "tensor(int64)", param_option=optional) for name in INPUTS[5:7]]
+    inputs.append(parameter(INPUTS[7], "T", param_option=optional))
     kind = schema.AttrType
     attributes = [("num_heads", kind.INT), ("kv_num_heads", kind.INT), ("scale", kind.FLOAT)]
     return schema(
@@ -65,14 +72,18 @@ class GroupedAttention:
         if len(node.outputs) != len(OUTPUTS):
             raise GraphError(f"node {name} has {len(node.outputs)} outputs, {OP_TYPE} has {', '.join(OUTPUTS)}")
         given = [*node.inputs, *([None] * (len(INPUTS) - len(node.inputs)))]
-        if missing := [label for label, value in zip(INPUTS[:5], given, strict=False) if value is None]:
+        self.reads_only = given[1] is None and given[2] is None
+        needed = [label for label in INPUTS[:5] if not (self.reads_only and label in NEW)]
+        if missing := [label for label, value in zip(INPUTS[:5], given, strict=False) if value is None and label in needed]:
             raise GraphError(f"node {name} lacks its input {', '.join(missing)}")
         self.node = node
         self.name = name
-        self.query, self.key, self.value, self.past_key, self.past_value = (v for v in given[:5] if v is not None)
-        self.position_ids, self.attention_mask = given[5], given[6]
+        self.query, self._key, self._value, self.past_key, self.past_value = (cast(ir.Value, value) for value in given[:5])
+        self.position_ids, self.attention_mask, self.bias = given[5:8]
         if (self.position_ids is None) == (self.attention_mask is None):
             raise GraphError(f"node {name} must have either position_ids (static cache) or attention_mask (concat cache)")
+        if self.reads_only and self.attention_mask is None:
+            raise GraphError(f"node {name} has no new keys and values to write at its position_ids; it needs attention_mask")
         self.num_heads = _attribute(node, "num_heads")
         self.kv_num_heads = _attribute(node, "kv_num_heads")
         scale = node.attributes.get("scale")
@@ -84,6 +95,16 @@ class GroupedAttention:
         self.dtype = _cache_dtype(self.past_key, name)
         self.head_dim = _head_size(self.past_key, name)
         self.value_dim = _head_size(self.past_value, name)
+
+    @property
+    def key(self) -> ir.Value:
+        assert not self.reads_only, self.name
+        return self._key
+
+    @property
+    def value(self) -> ir.Value:
+        assert not self.reads_only, self.name
+        return self._value
 
     @property
     def static(self) -> bool:
@@ -125,17 +146,19 @@ def standalone(
     static: bool = True,
     dtype: ir.DataType = ir.DataType.FLOAT,
     layers: int = 1,
+    biased: bool = False,
 ) -> ir.Model:
     """A model of canonical nodes and nothing else: to time a pattern, or to ask a runtime whether it has its kernels.
 
     Inputs and outputs are named as the node's own; with several `layers` each has its own, `query.0`, …, but for the positions
-    or mask, which all share.
+    or mask, which all share. `biased`: with a bias.
     """
     tokens = ("position_ids", ["B", "T"]) if static else ("attention_mask", ["B", "total"])
     shared = ir.Value(name=tokens[0], shape=ir.Shape(tokens[1]), type=ir.TensorType(ir.DataType.INT64))
-    inputs, nodes = [shared], []
+    bias = ir.Value(name="bias", shape=ir.Shape([1, num_heads, "T", "total"]), type=ir.TensorType(dtype)) if biased else None
+    inputs, nodes = [*([bias] if bias is not None else []), shared], []
     for layer in range(layers):
-        node = _standalone_node(num_heads, kv_heads, head_dim, ir.TensorType(dtype), shared, static)
+        node = _standalone_node(num_heads, kv_heads, head_dim, ir.TensorType(dtype), shared, static, bias)
         for value in (*node.inputs[:5], *node.outputs) if layers > 1 else ():
             assert value is not None
             value.name = f"{value.name}.{layer}"
@@ -147,7 +170,9 @@ def standalone(
     return ir.Model(graph, ir_version=11, producer_name="headpool")
 
 
-def _standalone_node(H: int, G: int, D: int, data: ir.TensorType, shared: ir.Value, static: bool) -> ir.Node:
+def _standalone_node(
+    H: int, G: int, D: int, data: ir.TensorType, shared: ir.Value, static: bool, bias: ir.Value | None
+) -> ir.Node:
     new: list[int | str] = ["B", "T", G * D]
     past: list[int | str] = ["B", G, "S", D]
     query: list[int | str] = ["B", "T", H * D]
@@ -155,6 +180,8 @@ def _standalone_node(H: int, G: int, D: int, data: ir.TensorType, shared: ir.Val
     given = [ir.Value(name=name, shape=ir.Shape(shape), type=data) for name, shape in zip(INPUTS, shapes, strict=False)]
     attributes = {"num_heads": H, "kv_num_heads": G, "scale": D**-0.5}
     where = [*given, shared] if static else [*given, None, shared]
+    if bias is not None:
+        where = [*given, *([shared, None] if static else [None, shared]), bias]
     node = ir.node(OP_TYPE, where, attributes, domain=DOMAIN, num_outputs=3)
     for value, name in zip(node.outputs, OUTPUTS, strict=True):
         value.name, value.type = name, data

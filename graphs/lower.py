@@ -43,6 +43,8 @@ def _replace(graph: ir.Graph, node: ir.Node, values: tuple[ir.Value, ...]) -> No
     """Give `node`'s outputs to `values`, under their names, types and shapes where the graph shows them."""
     outputs = list(graph.outputs)
     for old, new in zip(node.outputs, values, strict=True):
+        if not old.uses() and old not in outputs:
+            continue  # nobody asks for it: what a node that only reads gives back is the graph's own input
         new.type, new.shape = old.type, old.shape
         if old in outputs:
             new.name, old.name = old.name, None

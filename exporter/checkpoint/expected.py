@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from exporter.checkpoint.t5_names import t5_shapes
 from exporter.config import ModelConfig
 from exporter.errors import CheckpointError
+from exporter.seq2seq_config import Seq2SeqConfig
 
 SHOWN = 5  # names of one kind that an error line lists
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical parameter name → shape, in the model's order. Matrices are [out, in]. `lm_head.weight` is absent when tied."""
+    if isinstance(config, Seq2SeqConfig):
+        return t5_shapes(config)
     d, f, H, D, Dv = config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim, config.value_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d)}
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from exporter.checkpoint.expected import expected_shapes
+from exporter.checkpoint.t5_names import t5_layout
 from exporter.config import ModelConfig
+from exporter.seq2seq_config import Seq2SeqConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Family:
     window: Literal["none", "all", "layers"] = "none"  # which layers obey sliding_window
     rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     partial_rotary: bool = False
+    seq2seq: bool = False  # an encoder-decoder: exporter/checkpoint/t5_config.py, t5_names.py
 
 
 _COMMON: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
@@ -117,11 +120,51 @@ STARCODER2 = Family(
     window="all",
 )
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, PHI3, STARCODER2)}
+_T5_COMMON: dict[str, Any] = {
+    "d_model": 512,
+    "d_kv": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+T5 = Family(
+    "t5",
+    "T5ForConditionalGeneration",
+    defaults={
+        **_T5_COMMON,
+        "vocab_size": 32128,
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_heads": 8,
+        "feed_forward_proj": "relu",
+        "tie_word_embeddings": True,
+    },
+    seq2seq=True,
+)
+MT5 = Family(
+    "mt5",
+    "MT5ForConditionalGeneration",
+    defaults={
+        **_T5_COMMON,
+        "vocab_size": 250112,
+        "d_ff": 1024,
+        "num_layers": 8,
+        "num_heads": 6,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
+    seq2seq=True,
+)
+
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, PHI3, STARCODER2, T5, MT5)}
 
 
 def layout(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Tensor name in `config.family`'s checkpoints → the canonical tensors whose rows it holds, in order."""
+    if isinstance(config, Seq2SeqConfig):
+        return t5_layout(config)
     holder = {
         part: (module, index) for module, parts in FAMILIES[config.family].names.items() for index, part in enumerate(parts)
     }

@@ -13,8 +13,10 @@ import torch
 
 from exporter.checkpoint.families import FAMILIES, Family
 from exporter.checkpoint.rope_config import finite, parse_rope, rope_keys
+from exporter.checkpoint.t5_config import read_t5, t5_keys
 from exporter.config import ModelConfig
 from exporter.errors import CheckpointError, UserError, one_of
+from exporter.seq2seq_config import Seq2SeqConfig
 
 # hidden_act → (ungated FFN, gated FFN, tanh approximation of GELU)
 ACTIVATIONS = {
@@ -30,7 +32,10 @@ ACTIVATIONS = {
 # As DeciLM names them (Deci AI, huggingface.co/Deci/DeciLM-7B); transformers' own families have no such key.
 PER_LAYER = "num_key_value_heads_per_layer"
 # Larger numbers are damage, and would only be found after much time and memory.
-LIMITS = {"num_hidden_layers": 4096, "num_attention_heads": 65536}
+LIMITS = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "num_decoder_layers"), 4096),
+    **dict.fromkeys(("num_attention_heads", "num_heads"), 65536),
+}
 REFUSED_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "use_bidirectional_attention", "per_layer_config")
 
 
@@ -56,13 +61,15 @@ def parse_config(
     feature that is not implemented.
     """
     try:
-        return _Reader(hf).config(generation or {})
+        return Reader(hf).config(generation or {})
     except UserError as error:
         raise CheckpointError(f"{where}: {error}") from None
 
 
-class _Reader:
+class Reader:
     """config.json with the family's defaults behind it."""
+
+    activations = ACTIVATIONS
 
     def __init__(self, hf: Mapping[str, Any]) -> None:
         model_type = hf.get("model_type")
@@ -74,6 +81,8 @@ class _Reader:
     def config(self, generation: Mapping[str, Any]) -> ModelConfig:
         self.refuse_features()
         family, hf = self.family, self.hf
+        if family.seq2seq:
+            return read_t5(self, generation)
         layers, heads, hidden = (self.size(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
         if hf.get("head_dim") is None and hidden % heads:
             raise UserError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
@@ -206,18 +215,24 @@ def hf_config_for(config: ModelConfig, hf: Mapping[str, Any], dtype: torch.dtype
     """`hf` brought up to date with `config`: KV heads, dtype, and RoPE in the keys of both transformers 4 and 5.
 
     KV heads that differ from layer to layer stand under PER_LAYER, which headpool reads; transformers refuses such weights as
-    misshapen. Raises CheckpointError where the result would not describe `config`.
+    misshapen. So it does those of a T5 with fewer KV heads, for which it has no key: `num_key_value_heads` there is ours.
+    Raises CheckpointError where the result would not describe `config`.
     """
     new = dict(hf)
     name = str(dtype).removeprefix("torch.")
     new.pop("torch_dtype" if "dtype" in new else "dtype", None)
     new["dtype" if "dtype" in new else "torch_dtype"] = name
-    new.update(rope_keys(hf), num_key_value_heads=max(config.kv_heads), architectures=[FAMILIES[config.family].architecture])
+    new["architectures"] = [FAMILIES[config.family].architecture]
+    new.update(t5_keys(config) if isinstance(config, Seq2SeqConfig) else rope_keys(hf))
+    new["num_key_value_heads"] = max(config.kv_heads)
+    if isinstance(config, Seq2SeqConfig) and set(config.kv_heads) == {config.num_heads}:
+        del new["num_key_value_heads"]  # a plain T5, which has no such key
     new.pop(PER_LAYER, None)
     if len(set(config.kv_heads)) > 1:
         new[PER_LAYER] = list(config.kv_heads)
     # The token ids may have come from generation_config.json.
-    again = replace(parse_config(new), bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
+    ids = ("bos_token_id", "eos_token_ids", *(["decoder_start_id"] if isinstance(config, Seq2SeqConfig) else []))
+    again = replace(parse_config(new), **{name: getattr(config, name) for name in ids})
     if again != config:
         differs = [key for key, value in config.to_json().items() if again.to_json()[key] != value]
         raise CheckpointError(f"a {config.family} config.json cannot say this model's {', '.join(differs)}")

@@ -14,8 +14,12 @@ from exporter.checkpoint.expected import check_tensors, expected_shapes, listing
 from exporter.checkpoint.families import layout
 from exporter.checkpoint.hf_config import parse_config, read_json
 from exporter.checkpoint.safetensors_io import TORCH_DTYPES, Entry, read_header
+from exporter.checkpoint.t5_config import settle_head
+from exporter.checkpoint.t5_names import COPIES, HEAD, UNUSED
+from exporter.checkpoint.t5_names import EMBEDDING as T5_EMBEDDING
 from exporter.config import ModelConfig
 from exporter.errors import CheckpointError
+from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.weights import FileTensor, LazyTensor, Weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -26,6 +30,7 @@ SIDE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "spiece.model",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
@@ -34,7 +39,6 @@ SIDE_FILES = (
 )
 # Buffers that old checkpoints saved along with their weights; they follow from the config.
 NOT_WEIGHTS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 Found = Mapping[str, tuple[Path, Entry]]
 
@@ -48,7 +52,10 @@ def open_folder(folder: Path) -> Checkpoint:
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else None
     config = parse_config(hf_config, generation, config_file)
     files = weight_files(folder)
-    weights = collect(folder, config, tensors_in(files))
+    found = tensors_in(files)
+    if isinstance(config, Seq2SeqConfig):
+        config = settle_head(config, hf_config, _has_own_head(found))
+    weights = collect(folder, config, found)
     return Checkpoint(folder_name(folder), config, weights, hf_config, files, read_side_files(folder))
 
 
@@ -103,8 +110,10 @@ def collect(where: Path, config: ModelConfig, found: Found) -> Weights:
     expected = expected_shapes(config)
     wanted = layout(config)
     shapes = {name: (sum(expected[part][0] for part in parts), *expected[parts[0]][1:]) for name, parts in wanted.items()}
-    spare_head = found.get(HEAD) if config.tied else None
-    spare = {name for name in found if NOT_WEIGHTS.search(name) or (spare_head and name == HEAD)}
+    embedding = next(iter(wanted))
+    seq2seq = isinstance(config, Seq2SeqConfig)
+    copies = [name for name in (*[HEAD] * config.tied, *COPIES * seq2seq) if name in found]
+    spare = {name for name in found if NOT_WEIGHTS.search(name) or name in copies or name in UNUSED * seq2seq}
     check_tensors(where, config.family, shapes, {name: found[name][1].shape for name in found if name not in spare})
     weights: dict[str, LazyTensor] = {}
     for name, parts in wanted.items():
@@ -113,8 +122,11 @@ def collect(where: Path, config: ModelConfig, found: Found) -> Weights:
         for part in parts:
             weights[part] = tensor.rows(row, row + expected[part][0], part)
             row += expected[part][0]
-    if spare_head:
-        _refuse_other_head(where, _file_tensor(HEAD, *spare_head), weights[EMBEDDING])
+    for name in copies:
+        if not _same(_file_tensor(name, *found[name]), weights[embedding]):
+            hint = "; set it to false in config.json" if name == HEAD else ""
+            why = "tie_word_embeddings is true" if name == HEAD else "the model has one embedding"
+            raise CheckpointError(f"{where}: {name} differs from {embedding}, but {why}{hint}")
     return {name: weights[name] for name in expected}
 
 
@@ -124,13 +136,16 @@ def _file_tensor(name: str, path: Path, entry: Entry) -> FileTensor:
     return FileTensor(name, TORCH_DTYPES[entry.dtype], entry.shape, path, entry.offset)
 
 
-def _refuse_other_head(where: Path, head: LazyTensor, embedding: LazyTensor) -> None:
-    """A head that is stored beside the embedding it is tied to must be that embedding; old files hold both."""
-    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and all(
-        torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-        for one, other in zip(head.blocks(), embedding.blocks(), strict=True)
+def _has_own_head(found: Found) -> bool:
+    """Whether the folder holds a head that is not its embedding."""
+    if HEAD not in found or T5_EMBEDDING not in found:
+        return HEAD in found
+    return not _same(_file_tensor(HEAD, *found[HEAD]), _file_tensor(T5_EMBEDDING, *found[T5_EMBEDDING]))
+
+
+def _same(one: LazyTensor, other: LazyTensor) -> bool:
+    """Bit by bit: what is stored beside the embedding it is tied to must be that embedding; old files hold both."""
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and all(
+        torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
+        for mine, theirs in zip(one.blocks(), other.blocks(), strict=True)
     )
-    if not same:
-        raise CheckpointError(
-            f"{where}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true; set it to false in config.json"
-        )

@@ -56,7 +56,7 @@ def write_checkpoint(
         {name: tensor.shape for name, tensor in checkpoint.weights.items()},
     )
     tensors = family_tensors(checkpoint)
-    hf_config = hf_config_for(config, checkpoint.hf_config, checkpoint.weights["model.embed_tokens.weight"].dtype)
+    hf_config = hf_config_for(config, checkpoint.hf_config, next(iter(checkpoint.weights.values())).dtype)
     shards = _shards(tensors, max_shard_bytes)
     with new_folder(Path(out)) as folder:
         for name, data in checkpoint.side_files.items():

@@ -23,7 +23,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 class AttentionWeights:
     """query [H,D,e], key [L,D,e], value [L,Dv,e], output [d,H,Dv]; the bias of the output, where there is one, is not here.
 
-    `norms` are what QK-norm multiplies with, [D] for queries and for keys, which all heads share.
+    `norms` are what QK-norm multiplies with, [D] for queries and for keys, which all heads share. `asking` [e,e] are the second
+    moments of what queries are made from, where that is not what keys are made from: in cross-attention.
     """
 
     query: Tensor
@@ -31,6 +32,7 @@ class AttentionWeights:
     value: Tensor
     output: Tensor
     norms: tuple[Tensor, Tensor] | None = None
+    asking: Tensor | None = None
 
     @property
     def kv_heads(self) -> int:

@@ -60,12 +60,13 @@ def fold(layer: AttentionWeights, kv_heads: int, rotary_dim: int, sharing: Shari
 def _fold_keys(layer: AttentionWeights, G: int, rotary_dim: int, sharing: Sharing, moments: Tensor) -> tuple[Tensor, Tensor]:
     """The G shared keys [G,D,e], and the queries [H,D,e] that read them."""
     keys, queries = Blocks.of(layer.key, rotary_dim), Blocks.of(layer.query, rotary_dim)
-    pairs, pair_queries = _share(keys.pairs, queries.pairs, G, sharing, moments)
-    (rest,), (rest_queries,) = _share(keys.rest[None], queries.rest[None], G, sharing, moments)
+    asking = moments if layer.asking is None else layer.asking
+    pairs, pair_queries = _share(keys.pairs, queries.pairs, G, sharing, moments, asking)
+    (rest,), (rest_queries,) = _share(keys.rest[None], queries.rest[None], G, sharing, moments, asking)
     return Blocks(pairs, rest).join(), Blocks(pair_queries, rest_queries).join()
 
 
-def _share(keys: Tensor, queries: Tensor, G: int, sharing: Sharing, moments: Tensor) -> tuple[Tensor, Tensor]:
+def _share(keys: Tensor, queries: Tensor, G: int, sharing: Sharing, moments: Tensor, asking: Tensor) -> tuple[Tensor, Tensor]:
     """keys [n, G·m, r, e] and queries [n, H, r, e] → [n, G, r, e] and the queries that read them; all n at a time would be
     too much memory."""
     if keys.shape[2] == 0 or keys.shape[0] == 0:
@@ -73,7 +74,7 @@ def _share(keys: Tensor, queries: Tensor, G: int, sharing: Sharing, moments: Ten
     found = []
     for some_keys, some_queries in zip(keys.split(AT_ONCE), queries.split(AT_ONCE), strict=True):
         grouped = some_queries.unflatten(1, (G, keys.shape[1] // G, -1))
-        shared, basis = sharing(some_keys.unflatten(1, grouped.shape[1:3]), query_weights(grouped, moments), moments)
+        shared, basis = sharing(some_keys.unflatten(1, grouped.shape[1:3]), query_weights(grouped, asking), moments)
         found.append((shared, (basis.mH[..., None, :, :] @ grouped).flatten(1, 3)))
     return torch.cat([shared for shared, _ in found]), torch.cat([folded for _, folded in found])
 

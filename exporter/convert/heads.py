@@ -44,11 +44,11 @@ def pooled_tensors(
         if before == after:
             continue
         source = _source_heads(before, after, method, np.random.default_rng([seed, layer]))
-        for tensor, matrix in _projections(config, weights, layer):
+        for name, tensor, matrix in _projections(config, weights, layer):
             shape = (after * config.head_dim, *tensor.shape[1:])
             measured = matrix if method == "mean-renorm" else None
             compute = partial(_pool, tensor, source, config.head_dim, measured)
-            pooled[tensor.name] = ComputedTensor(tensor.name, tensor.dtype, shape, compute)
+            pooled[name] = ComputedTensor(name, tensor.dtype, shape, compute)
     return pooled
 
 
@@ -63,22 +63,22 @@ def _source_heads(before: int, after: int, method: Pooling, rng: np.random.Gener
     return groups
 
 
-def _projections(config: ModelConfig, weights: Weights, layer: int) -> list[tuple[LazyTensor, LazyTensor]]:
-    """K and V weights of one layer, and their biases where there are any, each with the weight it belongs to; their rows
-    checked against the config."""
+def _projections(config: ModelConfig, weights: Weights, layer: int) -> list[tuple[str, LazyTensor, LazyTensor]]:
+    """K and V weights of one layer by name, and their biases where there are any, each with the weight it belongs to; their
+    rows checked against the config."""
     prefix = f"model.layers.{layer}.self_attn."
     names = [f"{prefix}{letter}_proj.{kind}" for letter in "kv" for kind in ("weight", "bias")]
     if missing := [name for name in names if name.endswith("weight") and name not in weights]:
         raise CheckpointError(f"the checkpoint lacks {', '.join(missing)}")
-    found = [weights[name] for name in names if name in weights]
+    found = {name: weights[name] for name in names if name in weights}
     rows = config.kv_heads[layer] * config.head_dim
-    for tensor in found:
+    for name, tensor in found.items():
         if tensor.shape[0] != rows:
             raise CheckpointError(
-                f"{tensor.name} has {tensor.shape[0]} rows, its config says {rows}: "
+                f"{name} has {tensor.shape[0]} rows, its config says {rows}: "
                 f"{config.kv_heads[layer]} KV heads of {config.head_dim}"
             )
-    return [(tensor, weights[tensor.name.rsplit(".", 1)[0] + ".weight"]) for tensor in found]
+    return [(name, tensor, weights[name.rsplit(".", 1)[0] + ".weight"]) for name, tensor in found.items()]
 
 
 def _pool(tensor: LazyTensor, source: np.ndarray, head_dim: int, measured: LazyTensor | None) -> torch.Tensor:

@@ -44,7 +44,16 @@ class LayerChange:
 
 def expected_moments(config: ModelConfig, weights: Weights, layer: int) -> Tensor:
     """float64 [e,e]: second moments of a layer's inputs were its normalised hidden states white. No tokens are needed."""
-    prefix = f"model.layers.{layer}.input_layernorm."
+    return _norm_moments(config, weights, f"model.layers.{layer}.input_layernorm.")
+
+
+def query_moments(config: ModelConfig, weights: Weights, layer: int) -> Tensor | None:
+    """The same of what queries read, where a norm of their own is among the weights: cross-attention has one."""
+    prefix = f"model.layers.{layer}.query_layernorm."
+    return _norm_moments(config, weights, prefix) if prefix + "weight" in weights else None
+
+
+def _norm_moments(config: ModelConfig, weights: Weights, prefix: str) -> Tensor:
     gain = weights[prefix + "weight"].read().double() + config.norm_offset
     mean = weights[prefix + "bias"].read().double() if config.norm == "layer" else torch.zeros_like(gain)
     if config.qkv_bias:

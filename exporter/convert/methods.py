@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,9 +15,11 @@ from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights, attention_shapes, check_attention
 from exporter.convert.calibrate import Progress, convert_on_tokens
 from exporter.convert.heads import Pooling, pooled_tensors
-from exporter.convert.layer import LayerChange, check_finite, expected_moments, solvable
+from exporter.convert.layer import LayerChange, check_finite, expected_moments, query_moments, solvable
+from exporter.convert.seq2seq import attention_views, changed, check_fits
 from exporter.convert.sharing import aligned, leading
 from exporter.errors import UserError, one_of
+from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.weights import ComputedTensor, LazyTensor, Weights
 
 Method = Literal["mean", "first", "random", "mean-renorm", "procrustes", "optimal"]
@@ -52,6 +55,12 @@ def convert_weights(
     """
     check_method(config, method, seed, grouping, None if tokens is None else "tokens")
     target = config.with_kv_heads(kv_heads)
+    if isinstance(config, Seq2SeqConfig):
+        made = dict(weights)
+        for names, plain, view in attention_views(config, weights):
+            found = convert_weights(plain, view, target.kv_heads, method, seed, grouping=grouping)[1]
+            made |= changed(names, view, found)
+        return target, made
     if method not in SHARINGS or is_exact(config, target):
         pooling: Pooling = "mean" if method == "procrustes" or method == "optimal" else method
         return target, {**weights, **pooled_tensors(config, weights, target, pooling, seed)}
@@ -59,8 +68,8 @@ def convert_weights(
     change = layer_change(method, grouping, seed)
     if tokens is None:
         return target, {**weights, **_folded_tensors(config, weights, target, change)}
-    changed = convert_on_tokens(config, weights, target, change, tokens, progress)
-    return target, {**weights, **changed}
+    measured = convert_on_tokens(config, weights, target, change, tokens, progress)
+    return target, {**weights, **measured}
 
 
 def layer_change(method: Method, grouping: Grouping, seed: int) -> LayerChange:
@@ -85,7 +94,8 @@ def conversion_record(
     counts = {"kv_heads_before": list(before.kv_heads), "kv_heads_after": list(after.kv_heads)}
     if is_exact(before, after):
         return {"method": REPETITION, "seed": None, **counts}
-    folded = {"grouping": grouping, "calibration": calibration or "self"} if method in SHARINGS else {}
+    tokens = "none" if isinstance(before, Seq2SeqConfig) else "self"
+    folded = {"grouping": grouping, "calibration": calibration or tokens} if method in SHARINGS else {}
     if folded and before.qk_norm:
         folded["keys"] = "mean"  # QK-norm lets nothing of them be folded
     return {
@@ -106,6 +116,7 @@ def check_method(config: ModelConfig, method: str, seed: int, grouping: str, cal
     for what, value, choices in (("method", method, METHODS), ("grouping", grouping, GROUPINGS)):
         if value not in choices:
             raise UserError(one_of(what, value, choices))
+    check_fits(config, grouping, calibration)
     if seed < 0:
         raise UserError(f"seed {seed} is negative; choose a whole number from 0")
     if method not in SHARINGS and (grouping != "contiguous" or calibration is not None):
@@ -120,6 +131,7 @@ def _folded_tensors(config: ModelConfig, weights: Weights, target: ModelConfig, 
     def computed(layer: int) -> dict[str, Tensor]:
         moments = expected_moments(config, weights, layer)
         before = AttentionWeights.read(config, weights, layer, torch.float64)
+        before = replace(before, asking=query_moments(config, weights, layer))
         with solvable(layer):
             ordered = change.regroup(config, before, target.kv_heads[layer], moments)
             folded = change.fold(config, ordered, target.kv_heads[layer], moments)
@@ -129,13 +141,13 @@ def _folded_tensors(config: ModelConfig, weights: Weights, target: ModelConfig, 
     def reader(layer: int, name: str) -> Callable[[], Tensor]:
         return lambda: computed(layer)[name]
 
-    changed: dict[str, LazyTensor] = {}
+    folded_tensors: dict[str, LazyTensor] = {}
     for layer, (before, after) in enumerate(zip(config.kv_heads, target.kv_heads, strict=True)):
         if before == after:
             continue
         for name, shape in attention_shapes(target, layer).items():
-            changed[name] = ComputedTensor(name, weights[name].dtype, shape, reader(layer, name))
-    return changed
+            folded_tensors[name] = ComputedTensor(name, weights[name].dtype, shape, reader(layer, name))
+    return folded_tensors
 
 
 def held(name: str, tensor: Tensor) -> LazyTensor:

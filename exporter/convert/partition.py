@@ -56,7 +56,8 @@ def _grams(layer: AttentionWeights, rotary_dim: int, moments: Tensor) -> list[Me
     key_grams = []
     for heads, asked in ((keys.pairs, queries.pairs), (keys.rest[None], queries.rest[None])):
         if heads.shape[0] and heads.shape[2]:
-            weights = query_weights(asked.unflatten(1, (layer.kv_heads, -1)), moments)
+            asking = moments if layer.asking is None else layer.asking
+            weights = query_weights(asked.unflatten(1, (layer.kv_heads, -1)), asking)
             key_grams.append(_gram(heads, weights, moments))
     held = sum(_trace(gram) for gram in key_grams)
     return [*((_share(gram, held), _truncated) for gram in key_grams), *values]

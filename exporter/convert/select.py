@@ -26,6 +26,7 @@ from exporter.convert.replace_one import MEASURED, ReplaceOne
 from exporter.decode import decode
 from exporter.errors import UserError
 from exporter.files import replacing
+from exporter.seq2seq_config import require_decoder
 
 SCHEMA = 1
 TICKS = 10_000_000  # a second: latencies are added up as whole numbers of 0.1 µs
@@ -71,6 +72,7 @@ class Selection:
     is not measured again, and it is whole after every layer. Raises UserError where it is another model's or another way's."""
 
     def __init__(self, checkpoint: Checkpoint, how: How, store: Path, progress: Progress) -> None:
+        require_decoder(checkpoint.config, checkpoint.name, "select")
         folding = how.method in SHARINGS
         check_method(checkpoint.config, how.method, how.seed, how.grouping, how.calibration if folding else None)
         if not checkpoint.files:

@@ -13,6 +13,7 @@ from exporter.config import ModelConfig, check_groups
 from exporter.convert.calibration import calibration_tokens
 from exporter.convert.methods import SHARINGS, Grouping, Method, check_method, convert_weights, is_exact
 from exporter.files import check_output
+from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.tokenizer import check_tokenizer
 from exporter.weights import Weights
 
@@ -36,7 +37,8 @@ class Converter:
     ) -> None:
         check_method(checkpoint.config, method, seed, grouping, calibration)
         self.checkpoint, self.method, self.seed, self.grouping, self.progress = checkpoint, method, seed, grouping, progress
-        self.calibration = "self" if calibration is None and method in SHARINGS else calibration
+        tokens = "none" if isinstance(checkpoint.config, Seq2SeqConfig) else "self"
+        self.calibration = tokens if calibration is None and method in SHARINGS else calibration
         self._tokens: np.ndarray | None = None
         self._made: dict[tuple[int, ...], tuple[ModelConfig, Weights]] = {}
 

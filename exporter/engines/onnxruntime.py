@@ -9,11 +9,13 @@ from typing import Any
 import onnxruntime
 import psutil
 
-from exporter.bundle import Bundle, Variant
+from exporter.bundle import Bundle, Seq2SeqVariant, Variant
+from exporter.contract import Binding
 from exporter.engines import huge_pages, require_provider
 from exporter.engines.base import Session, SessionInfo
 from exporter.engines.operators import operator_library
 from exporter.engines.ort_concat import ConcatSession
+from exporter.engines.ort_seq2seq import OrtSeq2SeqSession
 from exporter.engines.ort_session import DEVICES
 from exporter.engines.ort_static import StaticSession
 from exporter.errors import EngineError, one_of
@@ -50,13 +52,18 @@ def open_session(
     if profile_to is not None and not Path(profile_to).absolute().parent.is_dir():
         raise EngineError(f"profile prefix {profile_to} is in a folder that does not exist; make the folder first")
     threads = threads or physical_cores()
-    runtime = _load(bundle.graph_path(variant), variant, threads, profile_to, provider, optimisation)
+    bindings = (variant.inputs(), variant.outputs())
+    runtime = _load(bundle.graph_path(variant), variant, bindings, threads, profile_to, provider, optimisation)
     info = SessionInfo(
         backend="onnxruntime" if provider == CPU else "onnxruntime-cuda",
         provider=provider,
         versions={"onnxruntime": onnxruntime.__version__},
         options={"threads": threads, "optimisation": optimisation, "chunk": chunk},
     )
+    if isinstance(variant, Seq2SeqVariant):
+        bindings = (variant.encoder_inputs(), variant.encoder_outputs())
+        encoder = _load(bundle.path / variant.encoder, variant, bindings, threads, None, provider, optimisation)
+        return OrtSeq2SeqSession(encoder, runtime, variant, batch, capacity, info)
     kind = StaticSession if variant.cache == "static" else ConcatSession
     return kind(runtime, variant, batch, capacity, info)
 
@@ -85,7 +92,13 @@ def physical_cores() -> int:
 
 
 def _load(
-    graph: Path, variant: Variant, threads: int, profile_to: str | Path | None, provider: str, optimisation: str
+    graph: Path,
+    variant: Variant,
+    bindings: tuple[list[Binding], list[Binding]],
+    threads: int,
+    profile_to: str | Path | None,
+    provider: str,
+    optimisation: str,
 ) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -110,8 +123,8 @@ def _load(
     if (running := runtime.get_providers()[0]) != provider:
         raise EngineError(f"onnxruntime could not start {provider} and fell back to {running}; check the driver and CUDA")
     for kind, wanted, found in (
-        ("inputs", variant.inputs(), runtime.get_inputs()),
-        ("outputs", variant.outputs(), runtime.get_outputs()),
+        ("inputs", bindings[0], runtime.get_inputs()),
+        ("outputs", bindings[1], runtime.get_outputs()),
     ):
         if [(b.name, list(b.shape)) for b in wanted] != [(value.name, list(value.shape)) for value in found]:
             raise EngineError(f"{graph} has other {kind} than its manifest says; it belongs to another bundle, export it again")

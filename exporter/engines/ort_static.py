@@ -1,6 +1,6 @@
 """The static cache form: caches live in buffers of ours, bound as input and as output, so a step writes its rows in place.
 
-The runtime's attention reads all S rows there are, so S follows the context in small steps (`_next_rows`).
+The runtime's attention reads all S rows there are, so S follows the context in small steps (`next_rows`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from exporter.engines.ort_session import ELEMENT_TYPES, STORAGE, Call, OrtSessio
 from exporter.errors import EngineError
 
 
-def _next_rows(need: int, rows: int, capacity: int, ahead: int = 0) -> int:
+def next_rows(need: int, rows: int, capacity: int, ahead: int = 0) -> int:
     """S that holds `need` rows, from `rows` on: a multiple of 64, or the capacity.
 
     In decoding S grows by 1/16, so that at most that is read for nothing and at most 16 rows are copied a token, a small part
@@ -106,7 +106,7 @@ class StaticSession(OrtSession):
     def _reserve(self, need: int) -> None:
         if need <= self.rows:
             return
-        rows, used = _next_rows(need, self.rows, self.capacity, self._ahead), int(self.lengths.max())
+        rows, used = next_rows(need, self.rows, self.capacity, self._ahead), int(self.lengths.max())
         old, self._bound_rows = self._caches, 0
         names = [pair for layer in range(self.config.num_layers) for pair in _alias_pairs(layer)]
         sizes = [(g, size) for g in self.config.kv_heads for size in (self.config.head_dim, self.config.value_dim)]

@@ -11,8 +11,11 @@ from exporter.checkpoint import Checkpoint
 from exporter.config import DTYPES
 from exporter.engines.base import Session, SessionInfo, check_score
 from exporter.engines.feeding import Feed, right_padded
+from exporter.engines.torch_seq2seq import TorchSeq2SeqSession
 from exporter.errors import EngineError, one_of
 from exporter.models.decoder import Decoder
+from exporter.models.seq2seq import Seq2Seq
+from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.weights import TORCH_DTYPES
 
 
@@ -24,7 +27,7 @@ def open_torch(
     capacity: int | None = None,
     device: str = "cpu",
     chunk: int = 512,
-) -> TorchSession:
+) -> TorchSession | TorchSeq2SeqSession:
     """Eager torch over a checkpoint's weights, read whole and cast to `dtype`."""
     if dtype not in DTYPES:
         raise EngineError(one_of("dtype", dtype, DTYPES))
@@ -34,6 +37,9 @@ def open_torch(
     for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
         if value < 1:
             raise EngineError(f"{name} {value} is not a whole number from 1")
+    if isinstance(checkpoint.config, Seq2SeqConfig):
+        pair = Seq2Seq.from_weights(checkpoint.config, checkpoint.weights, TORCH_DTYPES[dtype]).to(device)
+        return TorchSeq2SeqSession(pair, batch, capacity)
     model = Decoder.from_weights(checkpoint.config, checkpoint.weights, TORCH_DTYPES[dtype]).to(device)
     return TorchSession(model, batch, capacity, chunk)
 

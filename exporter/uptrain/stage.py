@@ -24,6 +24,7 @@ from exporter.checkpoint import Checkpoint, expected_shapes, hf_config_for, open
 from exporter.errors import EngineError, UserError
 from exporter.files import check_output, refuse_existing
 from exporter.models.decoder import canonical_to_module
+from exporter.seq2seq_config import require_decoder
 from exporter.uptrain import run_folder, state
 from exporter.uptrain.metrics import BOARD, JSON, Metrics, read_metrics
 from exporter.uptrain.options import UptrainOptions
@@ -93,10 +94,12 @@ def _check(path: Path, out: Path, options: UptrainOptions, count: int) -> None:
     options.share(count)
     source, teacher = _open(path, options)
     config = source.config
+    require_decoder(config, path, "uptrain")
     hf_config_for(config, source.hf_config, torch.float32)
     if options.window > config.max_positions:
         raise UserError(f"window {options.window} is longer than the model's context of {config.max_positions} tokens")
     if teacher is not None:
+        require_decoder(teacher.config, options.teacher, "uptrain")
         for what in ("vocab_size", "num_layers", "hidden_size"):
             if getattr(teacher.config, what) != getattr(config, what):
                 raise UserError(

@@ -47,7 +47,9 @@ def merge_heads(emit: Emitter, x_BHTD: ir.Value) -> ir.Value:
 
 
 def update_cache(emit: Emitter, node: GroupedAttention) -> tuple[ir.Value, ir.Value]:
-    """present_key, present_value: TensorScatter into the static cache, Concat onto the other."""
+    """present_key, present_value: TensorScatter into the static cache, Concat onto the other; what is only read as it is."""
+    if node.reads_only:
+        return node.past_key, node.past_value
     present = []
     sizes = (("key", node.past_key, node.key, node.head_dim), ("value", node.past_value, node.value, node.value_dim))
     for name, past, new, size in sizes:
@@ -70,13 +72,33 @@ def _write_rows(emit: Emitter, position_ids: ir.Value) -> ir.Value:
 
 
 def mask(emit: Emitter, node: GroupedAttention) -> ir.Value:
-    """[B,1,T,S] in the cache's dtype: 0 where query t sees cache row s, a finite lowest value where not."""
-    key = ("mask", node.dtype)
+    """What is added to the scores, in the cache's dtype: 0 where query t sees cache row s, a finite lowest value where not.
+
+    [B,1,T,S], [B,1,1,S] where all queries see the same, and [B,H,T,S] with the bias of a node that has one. One for all nodes
+    that read the same.
+    """
+    key = ("mask", node.dtype, node.reads_only, node.attention_mask)
     if key not in emit.shared:
-        seen = _seen_static(emit, node) if node.position_ids is not None else _seen_concat(emit, node)
+        form = _seen_static if node.static else _seen_read if node.reads_only else _seen_concat
+        seen = form(emit, node)
         zero = emit.constant(0.0, node.dtype)
         emit.shared[key] = emit.op("mask/Where", "Where", seen, zero, emit.lowest(node.dtype))
-    return emit.shared[key]
+    if node.bias is None:
+        return emit.shared[key]
+    biased = (*key, node.bias)
+    if biased not in emit.shared:
+        emit.shared[biased] = emit.op("mask/bias/Add", "Add", node.bias, emit.shared[key])
+    return emit.shared[biased]
+
+
+def scaled(emit: Emitter, name: str, x: ir.Value, node: GroupedAttention) -> ir.Value:
+    """x · scale; x itself where that is 1."""
+    return x if node.scale == 1.0 else emit.op(f"{name}/Mul", "Mul", x, emit.constant(node.scale, node.dtype))
+
+
+def _seen_read(emit: Emitter, node: GroupedAttention) -> ir.Value:
+    kept = emit.op("mask/read/Cast", "Cast", node.attention_mask, to=ir.DataType.BOOL)
+    return emit.op("mask/read/Unsqueeze", "Unsqueeze", kept, emit.constant([1, 2]))
 
 
 def _seen_static(emit: Emitter, node: GroupedAttention) -> ir.Value:

@@ -26,6 +26,9 @@ WORDS = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}  # as --dtyp
 
 
 def check(node: GroupedAttention) -> str | None:
+    if node.reads_only or node.bias is not None:
+        what = "it only reads a cache" if node.bias is None else "its scores have a bias of relative positions"
+        return f"{what}; headpool's operators are for decoder-only models"
     if not node.static:
         return "its cache is concat; headpool's operators work on a static cache"
     if node.dtype != ir.DataType.FLOAT:

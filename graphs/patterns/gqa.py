@@ -3,6 +3,9 @@
 static  past and present share a buffer of S rows; `seqlens_k` is each row's last position.
 concat  every row counts as P + T long and the mask is passed as `attention_bias`: the operator's own way of telling row
         lengths assumes padding on the right, and is silently wrong on the left-padded batches of Hugging Face.
+
+A bias of relative positions goes there too. For attention that only reads, cross-attention above all, the operator has no form:
+that becomes `grouped`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import onnx_ir as ir
 
 from graphs.canonical import GroupedAttention
 from graphs.emit import Emitter
-from graphs.patterns import common
+from graphs.patterns import common, grouped
 
 DOMAIN = "com.microsoft"
 
@@ -25,9 +28,11 @@ def check(node: GroupedAttention) -> str | None:
 
 
 def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, ir.Value]:
+    if node.reads_only:
+        return grouped.rewrite(node, emit)
     if node.position_ids is not None:
         lengths, total = _lengths_static(emit, node.position_ids)
-        rest: list[ir.Value | None] = []
+        rest: list[ir.Value | None] = [None, None, None, _used_bias(emit, node, total)] if node.bias is not None else []
     else:
         lengths, total = _lengths_concat(emit, node)
         rest = [None, None, None, common.mask(emit, node)]  # cos_cache, sin_cache, position_ids, attention_bias
@@ -63,6 +68,16 @@ def _lengths_static(emit: Emitter, position_ids: ir.Value) -> tuple[ir.Value, ir
         emit.shared["seqlens_k"] = lengths
         emit.shared["total_int32"] = emit.op("lengths/Add", "Add", longest, emit.constant(1, ir.DataType.INT32))
     return emit.shared["seqlens_k"], emit.shared["total_int32"]
+
+
+def _used_bias(emit: Emitter, node: GroupedAttention, total: ir.Value) -> ir.Value:
+    """The bias, [B,H,T,total]: the operator wants no rows that no sequence has used. It hides later positions itself."""
+    key = ("used bias", node.bias)
+    if key not in emit.shared:
+        end = emit.op("bias/total/Cast", "Cast", total, to=ir.DataType.INT64)
+        ends = emit.op("bias/total/Unsqueeze", "Unsqueeze", end, emit.constant([0]))
+        emit.shared[key] = emit.op("bias/Slice", "Slice", node.bias, emit.constant([0]), ends, emit.constant([3]))
+    return emit.shared[key]
 
 
 def _lengths_concat(emit: Emitter, node: GroupedAttention) -> tuple[ir.Value, ir.Value]:

@@ -23,7 +23,7 @@ def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, 
 
     query_BHTD = common.split_heads(emit, "query", node.query, H, node.head_dim)
     # Scaled here and not beside the MatMul: there ONNX Runtime makes it the MatMul's alpha, which has no fast path for one row.
-    scaled = emit.op("query/Mul", "Mul", query_BHTD, emit.constant(node.scale, node.dtype))
+    scaled = common.scaled(emit, "query", query_BHTD, node)
     rows_BGMD = emit.op("query/rows/Reshape", "Reshape", scaled, emit.constant([0, G, -1, node.head_dim]))  # M = R·T, r-major
 
     key_BGDS = emit.op("scores/Transpose", "Transpose", present_key, perm=[0, 1, 3, 2])
@@ -37,11 +37,16 @@ def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, 
 
 
 def _mask(emit: Emitter, node: GroupedAttention) -> ir.Value:
-    """[B,1,R·T,S]: the mask of the T new tokens, once for each query head of a group; one for all layers of equal R."""
-    if node.group == 1:
-        return common.mask(emit, node)
-    key = ("grouped mask", node.dtype, node.group)
+    """[B,1,R·T,S] or, with a bias, [B,G,R·T,S]: the mask of the T new tokens for each query head of a group; one for all
+    layers of equal R. [B,1,1,S] where all queries see the same."""
+    mask = common.mask(emit, node)
+    if node.group == 1 or (node.reads_only and node.bias is None):
+        return mask
+    key = ("grouped mask", mask, node.group)
     if key not in emit.shared:
-        times = emit.constant([1, 1, node.group, 1])
-        emit.shared[key] = emit.op(f"mask/{node.group}/Tile", "Tile", common.mask(emit, node), times)
+        name = f"mask/{node.group}"
+        if node.bias is None:
+            emit.shared[key] = emit.op(f"{name}/Tile", "Tile", mask, emit.constant([1, 1, node.group, 1]))
+        else:  # its heads lie in the order of groups
+            emit.shared[key] = emit.op(f"{name}/Reshape", "Reshape", mask, emit.constant([0, node.kv_num_heads, -1, 0]))
     return emit.shared[key]

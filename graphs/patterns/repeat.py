@@ -23,7 +23,7 @@ def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, 
     value_BHSD = _repeat(emit, "repeat_value", present_value, node)
     key_BHDS = emit.op("scores/Transpose", "Transpose", key_BHSD, perm=[0, 1, 3, 2])
     scores = emit.op("scores/MatMul", "MatMul", query_BHTD, key_BHDS)
-    scaled = emit.op("scores/Mul", "Mul", scores, emit.constant(node.scale, node.dtype))
+    scaled = common.scaled(emit, "scores", scores, node)
     masked = emit.op("scores/Add", "Add", scaled, common.mask(emit, node))
     weights = emit.op("weights/Softmax", "Softmax", masked, axis=-1)
     output_BHTD = emit.op("output/MatMul", "MatMul", weights, value_BHSD)

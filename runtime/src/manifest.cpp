@@ -188,6 +188,9 @@ Variant read_variant(const Json& data) {
   ModelInfo& info = variant.info;
   info.variant = text(data, "name");
   if (info.variant.empty()) damaged("a variant has no name");
+  if (data.contains("encoder"))
+    throw BundleError("variant " + shown(info.variant) +
+                      " is an encoder-decoder, and this runtime runs decoder-only models; use headpool run");
   info.pattern = text(data, "pattern");
   info.cache = one_of(data, "cache", {"static", "concat"});
   info.dtype = one_of(data, "dtype", {"fp32", "fp16", "bf16"});

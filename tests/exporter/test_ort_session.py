@@ -13,7 +13,7 @@ import tiny
 from exporter.bundle import Bundle, Variant
 from exporter.engines import BACKENDS, open_session
 from exporter.engines.base import Session
-from exporter.engines.ort_static import StaticSession, _next_rows
+from exporter.engines.ort_static import StaticSession, next_rows
 from exporter.errors import BundleError, EngineError
 from exporter.models.decoder import Decoder
 
@@ -143,15 +143,15 @@ def test_growth_copies_few_rows_and_leaves_few_unread() -> None:
     rows = copied = 0
     for need in range(1, 100_001):
         if need > rows:
-            grown = _next_rows(need, rows, 100_000)
+            grown = next_rows(need, rows, 100_000)
             copied, rows = copied + need - 1, grown
             assert need <= grown <= max(need + need // 16 + 128, 64)
     assert rows == 100_000
     assert copied <= 17 * 100_000
-    assert _next_rows(512, 0, 9000, ahead=4097) == 512
-    assert _next_rows(1024, 512, 9000, ahead=4097) == 1024
-    assert _next_rows(2560, 2048, 9000, ahead=4097) == 4160
-    assert _next_rows(512, 0, 9000, ahead=513) == 576
+    assert next_rows(512, 0, 9000, ahead=4097) == 512
+    assert next_rows(1024, 512, 9000, ahead=4097) == 1024
+    assert next_rows(2560, 2048, 9000, ahead=4097) == 4160
+    assert next_rows(512, 0, 9000, ahead=513) == 576
 
 
 def test_present_is_written_in_the_buffer_that_past_is_read_from(bundles: dict[tuple[str, str], Bundle]) -> None:

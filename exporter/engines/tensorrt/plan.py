@@ -12,6 +12,7 @@ from exporter.engines.tensorrt.api import HERE, Api
 from exporter.engines.tensorrt.quantize import check_quantize
 from exporter.engines.tensorrt.record import Recipe
 from exporter.errors import BundleError, EngineError, one_of
+from exporter.seq2seq_config import require_decoder
 
 PATTERNS = ("attention", "grouped")
 COMPATIBLE = ("version", "hardware")
@@ -69,6 +70,7 @@ def targets_of(api: Api, options: BuildOptions) -> tuple[str, ...]:
 
 def recipe_of(bundle: Bundle, variant: Variant, api: Api, targets: tuple[str, ...], options: BuildOptions) -> Recipe:
     """The engine's recipe. Raises EngineError for sizes and features that cannot be."""
+    require_decoder(variant.config, bundle.path, "build")
     limit = variant.config.max_positions
     capacity = min(limit, CAPACITY) if options.capacity is None else options.capacity
     prefill = min(capacity, PREFILL) if options.prefill is None else options.prefill
