@@ -105,7 +105,8 @@ def check_runs(provider: str, config: ModelConfig, pattern: str, cache: CacheFor
     It takes milliseconds, and tells what a whole model would after minutes of export. Raises EngineError where none opens.
     """
     for count in sorted(set(config.kv_heads)):
-        node = standalone(config.num_heads, count, config.head_dim, cache == "static", DTYPES[dtype])
+        sizes = {"head_dim": config.head_dim, "value_dim": config.value_dim}
+        node = standalone(config.num_heads, count, static=cache == "static", dtype=DTYPES[dtype], **sizes)
         try:
             _open(node, pattern, provider)
         except EngineError:

@@ -29,7 +29,7 @@ from exporter.files import new_folder, refuse_existing
 from exporter.genai import genai_config
 from exporter.layout import STORAGES, Layout, Storage
 from exporter.tokenizer import check_tokenizer
-from exporter.trace import EMBEDDING, HEAD, IR_DTYPES, canonical_graph
+from exporter.trace import EMBEDDING, HEAD, IR_DTYPES, POSITIONS, canonical_graph
 from exporter.weights import TORCH_DTYPES, Weights
 from graphs.canonical import GroupedAttention, standalone
 from graphs.lower import lower
@@ -126,7 +126,8 @@ def check_options(config: ModelConfig, options: ExportOptions) -> None:
     counts = sorted({count for model in models for count in model.kv_heads})
     for pattern, count in itertools.product(options.patterns, counts):
         static = (options.cache or DEFAULT_CACHE[pattern]) == "static"
-        node = standalone(config.num_heads, count, config.head_dim, static, IR_DTYPES[options.dtype]).graph.node(0)
+        sizes = {"head_dim": config.head_dim, "value_dim": config.value_dim}
+        node = standalone(config.num_heads, count, static=static, dtype=IR_DTYPES[options.dtype], **sizes).graph.node(0)
         if (reason := PATTERNS[pattern].check(GroupedAttention(node))) is not None:
             raise UserError(f"pattern {pattern} does not fit this model: {reason}")
 
@@ -205,8 +206,8 @@ def _attach(model: ir.Model, weights: Weights, layout: Layout, folder: Path) -> 
 
 
 def _weight_bytes(config: ModelConfig, weights: Weights, layout: Layout) -> int:
-    """What one decode step reads: everything, but of an embedding that is not the head only one row a sequence."""
-    unread = {HEAD} if config.tied else {EMBEDDING}
+    """What one decode step reads: everything, but of an embedding (the head apart) only one row a sequence."""
+    unread = {POSITIONS, HEAD if config.tied else EMBEDDING}
     return sum(layout.place(tensor).nbytes for name, tensor in weights.items() if name not in unread)
 
 

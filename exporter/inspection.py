@@ -39,15 +39,18 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     return {
         "family": config.family,
         "parameters": sum(counts.values()),
-        "embedding_parameters": sum(count for name, count in counts.items() if "embed_tokens" in name or "lm_head" in name),
+        "embedding_parameters": sum(count for name, count in counts.items() if "embed_" in name or "lm_head" in name),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "query_heads": config.num_heads,
         "kv_heads": list(config.kv_heads),
         "head_dim": config.head_dim,
+        "value_dim": config.value_dim,
+        "gated_values": config.glu_value_dim is not None,
         "ffn": config.ffn,
         "intermediate_size": config.intermediate_size,
         "norm": config.norm,
+        "learned_positions": config.learned_positions,
         "rope": config.rope.kind,
         "rope_theta": config.rope.theta,
         "qk_norm": config.qk_norm,
@@ -96,12 +99,18 @@ def _architecture(model: dict[str, Any]) -> list[str]:
     extras = [name for name in ("qk_norm", "qkv_bias", "tied_embedding") if model[name]]
     return [
         f"  {model['family']}: {model['layers']} layers, d {model['hidden_size']}, {model['query_heads']} query heads of "
-        f"{model['head_dim']}",
+        f"{model['head_dim']}" + (f", GLU attention with values of {model['value_dim']}" if model["gated_values"] else ""),
         f"  FFN {model['ffn']} {model['intermediate_size']}, norm {model['norm']}",
-        f"  RoPE {model['rope']}, θ {model['rope_theta']:g}",
+        f"  {_positions(model)}",
         f"  vocabulary {model['vocab_size']:,}, context {model['max_positions']:,} tokens"
         + (f", {', '.join(extras).replace('_', ' ')}" if extras else ""),
     ]
+
+
+def _positions(model: dict[str, Any]) -> str:
+    if model["rope"] != "none":
+        return f"RoPE {model['rope']}, θ {model['rope_theta']:g}"
+    return "learned positions" if model["learned_positions"] else "no positions"
 
 
 def kv_heads_text(kv_heads: list[int]) -> str:

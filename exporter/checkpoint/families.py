@@ -117,7 +117,11 @@ STARCODER2 = Family(
     window="all",
 )
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, PHI3, STARCODER2)}
+# Models that transformers has no class for, in headpool's own words (exporter/checkpoint/own_config.py). Value and gate of GLU
+# attention are the one matrix they are in the paper (arXiv 2507.00022), all value heads first.
+HEADPOOL = Family("headpool", "HeadpoolForCausalLM", names={"self_attn.v_proj": ("self_attn.v_proj", "self_attn.v_gate_proj")})
+
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, PHI3, STARCODER2, HEADPOOL)}
 
 
 def layout(config: ModelConfig) -> dict[str, tuple[str, ...]]:

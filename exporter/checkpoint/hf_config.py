@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from exporter.checkpoint.families import FAMILIES, Family
+from exporter.checkpoint.families import FAMILIES, HEADPOOL, Family
+from exporter.checkpoint.own_config import own_config, parse_own
 from exporter.checkpoint.rope_config import finite, parse_rope, rope_keys
 from exporter.config import ModelConfig
 from exporter.errors import CheckpointError, UserError, one_of
@@ -56,6 +57,11 @@ def parse_config(
     feature that is not implemented.
     """
     try:
+        if hf.get("model_type") == HEADPOOL.model_type:
+            config = parse_own(hf)
+            own = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
+            bos, eos = (_first_token_ids(key, own, generation or {}) for key in own)
+            return replace(config, bos_token_id=bos[0] if bos else None, eos_token_ids=eos)
         return _Reader(hf).config(generation or {})
     except UserError as error:
         raise CheckpointError(f"{where}: {error}") from None
@@ -81,7 +87,7 @@ class _Reader:
         ffn, gelu_tanh = self.activation()
         max_positions = self.size("max_position_embeddings")
         self.refuse_window(max_positions, layers)
-        bos = self.token_ids("bos_token_id", generation)
+        bos = _first_token_ids("bos_token_id", self.hf, generation)
         return ModelConfig(
             vocab_size=self.size("vocab_size"),
             hidden_size=hidden,
@@ -105,7 +111,7 @@ class _Reader:
             tied=self.flag("tie_word_embeddings"),
             family=family.model_type,
             bos_token_id=bos[0] if bos else None,
-            eos_token_ids=self.token_ids("eos_token_id", generation),
+            eos_token_ids=_first_token_ids("eos_token_id", self.hf, generation),
         )
 
     def kv_heads(self, layers: int, heads: int) -> tuple[int, ...]:
@@ -116,11 +122,6 @@ class _Reader:
         if not isinstance(named, list) or len(named) != layers or not all(type(count) is int for count in named):
             raise UserError(f"{PER_LAYER} {named!r:.60} is not a list of {layers} whole numbers, one a layer")
         return tuple(named)
-
-    def token_ids(self, key: str, generation: Mapping[str, Any]) -> tuple[int, ...]:
-        """generation_config.json's before config.json's; neither may be anything else."""
-        own, first = _token_ids(key, self.hf.get(key)), generation.get(key)
-        return own if first is None else _token_ids(key, first)
 
     def size(self, key: str) -> int:
         value = self.hf.get(key)
@@ -195,6 +196,12 @@ class _Reader:
             )
 
 
+def _first_token_ids(key: str, hf: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """generation_config.json's before config.json's; neither may be anything else."""
+    own, first = _token_ids(key, hf.get(key)), generation.get(key)
+    return own if first is None else _token_ids(key, first)
+
+
 def _token_ids(key: str, value: object) -> tuple[int, ...]:
     values = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(number) is int and number >= 0 for number in values):
@@ -208,6 +215,8 @@ def hf_config_for(config: ModelConfig, hf: Mapping[str, Any], dtype: torch.dtype
     KV heads that differ from layer to layer stand under PER_LAYER, which headpool reads; transformers refuses such weights as
     misshapen. Raises CheckpointError where the result would not describe `config`.
     """
+    if config.family == HEADPOOL.model_type:
+        return own_config(config, dtype)
     new = dict(hf)
     name = str(dtype).removeprefix("torch.")
     new.pop("torch_dtype" if "dtype" in new else "dtype", None)
