@@ -23,7 +23,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "v_gate_proj")
 class AttentionWeights:
     """query [H,D,e], key [L,D,e], value [L,Dv,e], output [d,H,Dv]; the bias of the output, where there is one, is not here.
 
-    `gate` [L,Dv,e] is there in GLU attention alone, whose values are (value · x) ⊙ SiLU(gate · x). `norms` are what QK-norm multiplies with, [D] for queries and for keys, which all heads share.
+    `norms` are what QK-norm multiplies with, [D] for queries and for keys, which all heads share. `gate` [L,Dv,e] is there in
+    GLU attention alone, whose values are (value · x) ⊙ SiLU(gate · x).
     """
 
     query: Tensor

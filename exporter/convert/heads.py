@@ -7,8 +7,9 @@ Query head h reads KV head h // R, so the heads pooled into one are contiguous. 
 2. pool each run of L / G' heads into one. Nothing is lost where the run repeats one head, so G' a multiple of G is exact.
 
 Only K and V projections change, weights [G·D, d] and biases [G·D] alike, and they are computed when they are read; with GLU
-attention values and gates, each on its own. Every other tensor is the object that came in. QK-norm weights have D entries that all heads share, so they stay as they are: K is
-pooled before its norm, which then gives the pooled head the scale that the trained heads had.
+attention values and gates, each on its own. Every other tensor is the object that came in. QK-norm weights have D entries that
+all heads share, so they stay as they are: K is pooled before its norm, which then gives the pooled head the scale that the
+trained heads had.
 
 `mean` averages the heads of a group, `mean-renorm` gives the average the root mean square of their norms (of m orthogonal
 heads √m times its own), `first` keeps the first one, `random` keeps one that the seed and the layer number choose, the same

@@ -1,7 +1,8 @@
 """Which KV heads share: the partition into equal groups that loses least, in the metric that sharing minimises.
 
 A group loses what a truncated SVD of its heads leaves out (exporter/convert/sharing.py), as a share of what all heads hold:
-keys and values count alike. Under QK-norm keys are averaged, and lose what their mean leaves out; so do values and gates of GLU attention.
+keys and values count alike. Under QK-norm keys are averaged, and lose what their mean leaves out; so do the values and gates of
+GLU attention.
 
 The search works on the losses of pairs, by swaps from several starts; of what it finds, and the contiguous groups, the
 partition with the least loss of whole groups is taken.

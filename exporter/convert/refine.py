@@ -49,15 +49,15 @@ OfWindow = Callable[[int, Tensor], Tensor]  # of a window by its number
 
 
 def refine_scores(
-    attention: CausalAttention, original: Original, folded: AttentionWeights, read: Tensor, examples: Examples
+    attention: CausalAttention, original: Original, folded: AttentionWeights, read: Tensor, examples: Examples, rounds: int
 ) -> AttentionWeights:
-    """`folded` with W_Q and W_K corrected; as it is under QK-norm, where scores are not linear in them.
+    """`folded` with W_Q and W_K corrected `rounds` times; not under QK-norm, where scores are not linear in them.
 
     `original` reads `read` [n,T,e]. The probabilities of `examples` become the converted layer's: they are the largest thing in
     memory, so they change in their place.
     """
     layer = folded
-    for _ in range(ROUNDS if layer.norms is None else 0):
+    for _ in range(rounds if layer.norms is None else 0):
         layer = replace(layer, query=_fit_queries(attention, original, layer, read, examples))
         layer = replace(layer, key=_fit_keys(attention, original, layer, read, examples))
     for window, inputs in enumerate(examples.inputs):
