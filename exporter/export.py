@@ -216,7 +216,8 @@ def _write_side_files(folder: Path, checkpoint: Checkpoint, variant: Variant) ->
     for name, content in checkpoint.side_files.items():
         (folder / name).write_bytes(content)
     _write_json(folder / "config.json", hf_config_for(variant.config, checkpoint.hf_config, TORCH_DTYPES[variant.dtype]))
-    if isinstance(variant.groups, int):  # onnxruntime-genai cannot name KV heads per layer
+    same_size = variant.config.value_dim == variant.config.head_dim
+    if isinstance(variant.groups, int) and same_size:  # onnxruntime-genai can name neither KV heads per layer nor two sizes
         _write_json(folder / "genai_config.json", genai_config(variant))
 
 

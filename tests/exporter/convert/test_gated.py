@@ -15,6 +15,7 @@ from exporter.config import ModelConfig, RopeConfig
 from exporter.convert import convert_weights
 from exporter.convert.gated import assignment
 from exporter.convert.methods import held
+from exporter.errors import UserError
 from exporter.models.decoder import Decoder
 
 CONFIG = ModelConfig(67, 48, 2, 6, (6, 6), 16, 40, 128, glu_value_dim=10, rope=RopeConfig(theta=500.0), family="headpool")
@@ -125,3 +126,69 @@ def test_the_assignment_is_scipys(n: int) -> None:
         assert sorted(ours) == list(range(n))
         rows, columns = linear_sum_assignment(costs)
         assert costs[np.arange(n), ours].sum() == pytest.approx(costs[rows, columns].sum(), abs=1e-9)
+
+
+PLAIN = dataclasses.replace(CONFIG, glu_value_dim=None)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "norm": "layer"}, {"qk_norm": True}])
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_open_gates_change_nothing(changes: dict[str, Any], kv_heads: int) -> None:
+    source = checkpoint(dataclasses.replace(PLAIN, **changes))
+    gated = with_heads(source, kv_heads, "mean", glu_value_dim=16)
+    assert (gated.config.glu_value_dim, gated.config.qkv_bias) == (16, True)
+    assert {name: tensor.shape for name, tensor in gated.weights.items()} == expected_shapes(gated.config)
+    torch.testing.assert_close(logits(gated), logits(with_heads(source, kv_heads)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}])
+def test_narrower_values_lose_least(changes: dict[str, Any], kv_heads: int) -> None:
+    """Dv = 10 of 16 channels: with and without tokens, beside a value whose last channels are cut off."""
+    source = checkpoint(dataclasses.replace(PLAIN, **changes))
+    by_weights = with_heads(source, kv_heads, "optimal", glu_value_dim=10)
+    on_tokens = with_heads(source, kv_heads, "optimal", glu_value_dim=10, tokens=TOKENS)
+    shapes = expected_shapes(on_tokens.config)
+    assert {name: tensor.shape for name, tensor in by_weights.weights.items()} == shapes
+    assert {name: tensor.shape for name, tensor in on_tokens.weights.items()} == shapes
+    cut = dict(source.weights)
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        cut[name] = held(name, (cut[name].read().reshape(48, 6, 16) * (torch.arange(16) < 10)).reshape(48, -1))
+    lost = [divergence(source, each) for each in (on_tokens, by_weights)]
+    if kv_heads == 6:
+        assert lost[0] < lost[1] < divergence(source, dataclasses.replace(source, weights=cut))
+    else:
+        assert lost[0] < lost[1]
+
+
+def test_values_of_low_rank_lose_nothing() -> None:
+    source, weights = checkpoint(PLAIN), dict(checkpoint(PLAIN).weights)
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.v_proj.weight"
+        left, _, right = torch.linalg.svd(weights[name].read().reshape(6, 16, 48), full_matrices=False)
+        weights[name] = held(name, (left[..., :10] @ right[:, :10]).reshape(96, 48))
+    source = dataclasses.replace(source, weights=weights)
+    assert divergence(source, with_heads(source, 6, "optimal", glu_value_dim=10)) < 1e-6
+
+
+@pytest.mark.parametrize(("value_dim", "config"), [(17, PLAIN), (0, PLAIN), (10, CONFIG)])
+def test_gates_that_cannot_be(value_dim: int, config: ModelConfig) -> None:
+    with pytest.raises(UserError, match="glu-values"):
+        with_heads(checkpoint(config), 6, "optimal", glu_value_dim=value_dim)
+
+
+def test_gradients_reach_the_gates() -> None:
+    """From the first step on, though its weights are zero."""
+    from exporter.uptrain.model import TrainedDecoder
+
+    source = with_heads(checkpoint(PLAIN), 6, "mean", glu_value_dim=16)
+    model = TrainedDecoder(source.config)
+    state = Decoder.from_weights(source.config, source.weights).state_dict()
+    model.load_state_dict(state, strict=False)
+    scores, _ = model(torch.from_numpy(TOKENS[:2, :-1]))
+    torch.nn.functional.cross_entropy(scores, torch.from_numpy(TOKENS[:2, 1:]).reshape(-1)).backward()
+    for layer in model.layers:
+        gate = layer.self_attn.v_gate_proj
+        assert gate.weight.grad.abs().max() > 1e-4
+        assert gate.bias.grad.abs().max() > 1e-4
