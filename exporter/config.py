@@ -93,6 +93,8 @@ class ModelConfig:
     o_bias: bool = False
     ffn_bias: bool = False
     qk_norm: bool = False  # Qwen3: RMSNorm over D on Q and K, before RoPE
+    glu_value_dim: int | None = None  # GLU attention: V' = x₁ · SiLU(x₂) with Dv channels a head; None: plain values, Dv = D
+    learned_positions: bool = False  # an embedding of each position is added to the token's, instead of RoPE
     tied: bool = True  # the output head is the token embedding
     family: str = "llama"  # the checkpoint family it is written back as
     bos_token_id: int | None = None
@@ -114,6 +116,12 @@ class ModelConfig:
             raise UserError(one_of("norm", self.norm, NORM_KINDS))
         if self.rope.kind != "none" and (self.rotary_dim % 2 or not self.rotary_dim):
             raise UserError(f"rope rotates {self.rotary_dim} of {self.head_dim} channels; RoPE needs an even number")
+        if self.glu_value_dim is not None and not 0 < self.glu_value_dim < 2**31:
+            raise UserError(f"config glu_value_dim {self.glu_value_dim} is not a whole number from 1 to 2147483647, or null")
+        if self.learned_positions and self.rope.kind != "none":
+            raise UserError(
+                f"config has learned_positions and rope kind {self.rope.kind}; choose rope kind none, or no learned ones"
+            )
         if not (math.isfinite(self.norm_eps) and self.norm_eps >= 0):
             raise UserError(f"config norm_eps {self.norm_eps} is not a finite number ≥ 0")
         if not (math.isfinite(self.embed_scale) and self.embed_scale > 0):
@@ -129,8 +137,8 @@ class ModelConfig:
 
     @property
     def value_dim(self) -> int:
-        """Dv: channels of one head in the V cache."""
-        return self.head_dim
+        """Dv: channels of one head in the V cache, which holds gated values."""
+        return self.head_dim if self.glu_value_dim is None else self.glu_value_dim
 
     @property
     def gated(self) -> bool:

@@ -105,7 +105,8 @@ def check_runs(provider: str, config: ModelConfig, pattern: str, cache: CacheFor
     It takes milliseconds, and tells what a whole model would after minutes of export. Raises EngineError where none opens.
     """
     for count in sorted(set(config.kv_heads)):
-        node = standalone(config.num_heads, count, config.head_dim, cache == "static", DTYPES[dtype])
+        static, data = cache == "static", DTYPES[dtype]
+        node = standalone(config.num_heads, count, config.head_dim, static, data, value_dim=config.value_dim)
         try:
             _open(node, pattern, provider)
         except EngineError:

@@ -31,7 +31,7 @@ from exporter.genai import genai_config
 from exporter.layout import STORAGES, Layout, Storage
 from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.tokenizer import check_tokenizer
-from exporter.trace import EMBEDDING, HEAD, IR_DTYPES, canonical_graph
+from exporter.trace import EMBEDDING, HEAD, IR_DTYPES, POSITIONS, canonical_graph
 from exporter.trace_seq2seq import canonical_graphs
 from exporter.weights import TORCH_DTYPES, Weights
 from graphs.canonical import GroupedAttention, standalone
@@ -131,10 +131,10 @@ def check_options(config: ModelConfig, options: ExportOptions) -> None:
     counts = sorted({count for model in models for count in model.kv_heads})
     for pattern, count in itertools.product(options.patterns, counts):
         static = (options.cache or DEFAULT_CACHE[pattern]) == "static"
+        sizes = {"head_dim": config.head_dim, "value_dim": config.value_dim}
         biased = isinstance(config, Seq2SeqConfig)
-        node = standalone(config.num_heads, count, config.head_dim, static, IR_DTYPES[options.dtype], biased=biased).graph.node(
-            0
-        )
+        model = standalone(config.num_heads, count, static=static, dtype=IR_DTYPES[options.dtype], biased=biased, **sizes)
+        node = model.graph.node(0)
         if (reason := PATTERNS[pattern].check(GroupedAttention(node))) is not None:
             raise UserError(f"pattern {pattern} does not fit this model: {reason}")
 
@@ -242,10 +242,10 @@ def _attach(model: ir.Model, weights: Weights, layout: Layout, folder: Path) -> 
 
 
 def _weight_bytes(config: ModelConfig, weights: Weights, layout: Layout) -> int:
-    """What one decode step reads: everything, but of an embedding that is not the head only one row a sequence."""
+    """What one decode step reads: everything, but of an embedding (the head apart) only one row a sequence."""
     if isinstance(config, Seq2SeqConfig):
         return sum(layout.place(t).nbytes for name, t in weights.items() if not unread_in_decoding(config, name))
-    unread = {HEAD} if config.tied else {EMBEDDING}
+    unread = {POSITIONS, HEAD if config.tied else EMBEDDING}
     return sum(layout.place(tensor).nbytes for name, tensor in weights.items() if name not in unread)
 
 
@@ -254,7 +254,9 @@ def _write_side_files(folder: Path, checkpoint: Checkpoint, variant: Variant) ->
     for name, content in checkpoint.side_files.items():
         (folder / name).write_bytes(content)
     _write_json(folder / "config.json", hf_config_for(variant.config, checkpoint.hf_config, TORCH_DTYPES[variant.dtype]))
-    if isinstance(variant.groups, int) and not isinstance(variant, Seq2SeqVariant):  # genai cannot name KV heads per layer
+    same_size = variant.config.value_dim == variant.config.head_dim
+    decoder = same_size and not isinstance(variant, Seq2SeqVariant)
+    if isinstance(variant.groups, int) and decoder:  # onnxruntime-genai can name neither KV heads per layer nor two sizes
         _write_json(folder / "genai_config.json", genai_config(variant))
 
 

@@ -37,7 +37,7 @@ def bundle_report(bundle: Bundle) -> dict[str, Any]:
 def describe(config: ModelConfig) -> dict[str, Any]:
     """The architecture in numbers."""
     counts = {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
-    embeddings = ("embed_tokens", "lm_head", "shared")
+    embeddings = ("embed_", "lm_head", "shared")
     encoder = (
         {
             "encoder_layers": config.encoder_layers,
@@ -57,9 +57,12 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "query_heads": config.num_heads,
         "kv_heads": list(config.kv_heads),
         "head_dim": config.head_dim,
+        "value_dim": config.value_dim,
+        "gated_values": config.glu_value_dim is not None,
         "ffn": config.ffn,
         "intermediate_size": config.intermediate_size,
         "norm": config.norm,
+        "learned_positions": config.learned_positions,
         "rope": config.rope.kind,
         "rope_theta": config.rope.theta,
         "qk_norm": config.qk_norm,
@@ -106,18 +109,25 @@ def variant_lines(variant: dict[str, Any]) -> list[str]:
 def _architecture(model: dict[str, Any]) -> list[str]:
     """What fewer KV heads do not change."""
     extras = [name for name in ("qk_norm", "qkv_bias", "tied_embedding") if model[name]]
-    layers, positions = f"{model['layers']} layers", f"RoPE {model['rope']}, θ {model['rope_theta']:g}"
+    layers, positions = f"{model['layers']} layers", _positions(model)
     context = f"context {model['max_positions']:,} tokens"
     if "encoder_layers" in model:
         layers = f"{model['encoder_layers']} encoder and {model['layers']} decoder layers"
         positions = f"relative positions in {model['relative_buckets']} buckets up to {model['relative_max_distance']} tokens"
         context = "a context of any length"
     return [
-        f"  {model['family']}: {layers}, d {model['hidden_size']}, {model['query_heads']} query heads of {model['head_dim']}",
+        f"  {model['family']}: {layers}, d {model['hidden_size']}, {model['query_heads']} query heads of "
+        f"{model['head_dim']}" + (f", GLU attention with values of {model['value_dim']}" if model["gated_values"] else ""),
         f"  FFN {model['ffn']} {model['intermediate_size']}, norm {model['norm']}",
         f"  {positions}",
         f"  vocabulary {model['vocab_size']:,}, {context}" + (f", {', '.join(extras).replace('_', ' ')}" if extras else ""),
     ]
+
+
+def _positions(model: dict[str, Any]) -> str:
+    if model["rope"] != "none":
+        return f"RoPE {model['rope']}, θ {model['rope_theta']:g}"
+    return "learned positions" if model["learned_positions"] else "no positions"
 
 
 def kv_heads_text(kv_heads: list[int]) -> str:

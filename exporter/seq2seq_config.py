@@ -44,7 +44,11 @@ class Seq2SeqConfig(ModelConfig):
             raise UserError(f"config head_scale {self.head_scale} is not a finite number above 0")
         if not 0 <= self.decoder_start_id < self.vocab_size:
             raise UserError(f"config decoder_start_id {self.decoder_start_id} is outside the vocabulary of {self.vocab_size}")
-        lacking = [name for name in ("qkv_bias", "o_bias", "ffn_bias", "qk_norm", "norm_offset") if getattr(self, name)]
+        lacking = [
+            name
+            for name in ("qkv_bias", "o_bias", "ffn_bias", "qk_norm", "norm_offset", "glu_value_dim", "learned_positions")
+            if getattr(self, name)
+        ]
         if lacking or self.rope.kind != "none" or self.norm != "rms":
             what = ", ".join(lacking) or (f"rope {self.rope.kind}" if self.rope.kind != "none" else f"norm {self.norm}")
             raise UserError(f"an encoder-decoder with {what} is not implemented")

@@ -32,7 +32,7 @@ OPSET = 24
 IR_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "int64": ir.DataType.INT64}
 Spec = tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]  # shape, dtype, dynamic dimensions
 HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, POSITIONS = "model.embed_tokens.weight", "model.embed_positions.weight"
 
 
 def canonical_graph(config: ModelConfig, cache: CacheForm, dtype: str, logits: contract.Logits = "last") -> ir.Model:

@@ -146,19 +146,20 @@ def standalone(
     static: bool = True,
     dtype: ir.DataType = ir.DataType.FLOAT,
     layers: int = 1,
+    value_dim: int | None = None,
     biased: bool = False,
 ) -> ir.Model:
     """A model of canonical nodes and nothing else: to time a pattern, or to ask a runtime whether it has its kernels.
 
     Inputs and outputs are named as the node's own; with several `layers` each has its own, `query.0`, …, but for the positions
-    or mask, which all share. `biased`: with a bias.
+    or mask, which all share. `value_dim` is Dv, D where it is None. `biased`: with a bias.
     """
     tokens = ("position_ids", ["B", "T"]) if static else ("attention_mask", ["B", "total"])
     shared = ir.Value(name=tokens[0], shape=ir.Shape(tokens[1]), type=ir.TensorType(ir.DataType.INT64))
     bias = ir.Value(name="bias", shape=ir.Shape([1, num_heads, "T", "total"]), type=ir.TensorType(dtype)) if biased else None
-    inputs, nodes = [*([bias] if bias is not None else []), shared], []
+    inputs, nodes, sizes = [*([bias] if bias is not None else []), shared], [], (head_dim, value_dim or head_dim)
     for layer in range(layers):
-        node = _standalone_node(num_heads, kv_heads, head_dim, ir.TensorType(dtype), shared, static, bias)
+        node = _standalone_node(num_heads, kv_heads, sizes, ir.TensorType(dtype), shared, static, bias)
         for value in (*node.inputs[:5], *node.outputs) if layers > 1 else ():
             assert value is not None
             value.name = f"{value.name}.{layer}"
@@ -171,19 +172,19 @@ def standalone(
 
 
 def _standalone_node(
-    H: int, G: int, D: int, data: ir.TensorType, shared: ir.Value, static: bool, bias: ir.Value | None
+    H: int, G: int, sizes: tuple[int, int], data: ir.TensorType, shared: ir.Value, static: bool, bias: ir.Value | None
 ) -> ir.Node:
-    new: list[int | str] = ["B", "T", G * D]
-    past: list[int | str] = ["B", G, "S", D]
-    query: list[int | str] = ["B", "T", H * D]
-    shapes = (query, new, new, past, past)
+    D, Dv = sizes
+    shapes: list[list[int | str]] = [["B", "T", H * D], ["B", "T", G * D], ["B", "T", G * Dv]]
+    shapes += [["B", G, "S", D], ["B", G, "S", Dv]]
     given = [ir.Value(name=name, shape=ir.Shape(shape), type=data) for name, shape in zip(INPUTS, shapes, strict=False)]
     attributes = {"num_heads": H, "kv_num_heads": G, "scale": D**-0.5}
     where = [*given, shared] if static else [*given, None, shared]
     if bias is not None:
         where = [*given, *([shared, None] if static else [None, shared]), bias]
     node = ir.node(OP_TYPE, where, attributes, domain=DOMAIN, num_outputs=3)
-    for value, name in zip(node.outputs, OUTPUTS, strict=True):
-        value.name, value.type = name, data
-        value.shape = ir.Shape(["B", G, "S" if static else "total", D] if name != "output" else ["B", "T", H * D])
+    rows = "S" if static else "total"
+    given_back: list[list[int | str]] = [["B", "T", H * Dv], ["B", G, rows, D], ["B", G, rows, Dv]]
+    for value, name, shape in zip(node.outputs, OUTPUTS, given_back, strict=True):
+        value.name, value.type, value.shape = name, data, ir.Shape(shape)
     return node

@@ -4,8 +4,9 @@ Its values are numbered: the inputs of the node first, then what each stage give
 the weights of all stages, which are constant. Attributes:
 
 stages    a stage after the other, each as x, residual, norm, activation, the number of its layers, then w and bias of every
-          layer: values, or −1 for none. `activation` is a number in ACTIVATIONS and makes the first of two layers the gate of
-          the second; such a stage gives one value, any other as many as it has layers.
+          layer: values, or −1 for none. `activation` is a number in ACTIVATIONS: of two layers it makes the first the gate of
+          the second, and the stage gives one value; of a single layer it is applied to what that gives. Other stages give as
+          many values as they have layers.
 epsilons  of the norms, one a stage.
 offsets   one a stage: x is multiplied by offset + weight of the norm.
 outputs   the values that are outputs of the node.

@@ -2,6 +2,7 @@
 
 Linear       x [M,K], residual [M,N], norm [K] (both optional), w_1 [N_1,K], …, and with biases b_1 [N_1], … →
              y_i = x · w_iᵀ + b_i (+ residual, where there is one output). Layers of one input become one node: Q, K and V.
+             With the attribute `activation` it is act(y) of its one layer: an FFN that is not gated.
 GatedLinear  x [M,K], gate [N,K], up [N,K], gate_bias [N], up_bias [N], norm [K] (all three optional) →
              act(x · gateᵀ) ⊙ (x · upᵀ), `activation` one of identity, relu, silu, sigmoid, gelu, gelu_tanh.
 
@@ -42,9 +43,10 @@ class _Layer:
 def fuse_linears(model: ir.Model) -> None:
     """Rewrite `model` in place. Nodes that do not fit are left as they are."""
     graph = model.graph
-    for node in list(graph):
-        _gate(graph, node)
-    tidy(model)  # the layers that a gate took over are gone now
+    for fuse in (_gate, _activate):
+        for node in list(graph):
+            fuse(graph, node)
+        tidy(model)  # the layers that were taken over are gone now
     by_input: dict[tuple[ir.Value, bool], list[ir.Node]] = {}
     for node in graph:
         if (layer := _layer(node.outputs[0])) is not None:
@@ -86,6 +88,28 @@ def _gate(graph: ir.Graph, node: ir.Node) -> None:
         take_over(node.outputs[0], y)
         graph.remove(node, safe=True)
         return
+
+
+def _activate(graph: ir.Graph, node: ir.Node) -> None:
+    """act(linear) → Linear with an activation."""
+    if node.op_type not in (*ACTIVATIONS, "Mul") or len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+        return
+    source, activation = _activation(node.outputs[0])
+    layer = _layer(source)
+    own = {node, *_sigmoids(node)}
+    if activation == "identity" or layer is None or any(use.node not in own for use in layer.y.uses()):
+        return
+    norm = _normed(layer.x)
+    inputs = [norm.x, None, norm.weight, layer.w, *([layer.bias] if layer.bias is not None else [])]
+    (y,) = insert(graph, node, layer.node.name, "Linear", inputs, activation=activation, **norm.attributes)
+    take_over(node.outputs[0], y)
+    graph.remove(node, safe=True)
+
+
+def _sigmoids(node: ir.Node) -> list[ir.Node]:
+    """What makes the inputs of a Mul, where that is a Sigmoid."""
+    producers = [value.producer() for value in node.inputs if value is not None]
+    return [producer for producer in producers if producer is not None and producer.op_type == "Sigmoid"]
 
 
 def _activation(value: ir.Value | None) -> tuple[ir.Value | None, str]:
@@ -186,7 +210,8 @@ def _residual(layer: _Layer) -> tuple[ir.Value | None, ir.Node | None]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A Linear or a GatedLinear, taken apart. `activation` is what makes it gated: by the first of its two layers."""
+    """A Linear or a GatedLinear, taken apart. `activation` is of the first of its two layers, which gates the other, or of its
+    only one."""
 
     x: ir.Value
     residual: ir.Value | None
@@ -207,13 +232,14 @@ def stage_of(node: ir.Node) -> Stage | None:
     if node.op_type == "GatedLinear":
         gate_bias, up_bias, norm = (*inputs[3:], None, None, None)[:3]
         x, gate, up = (value for value in inputs[:3] if value is not None)
-        activation = node.attributes["activation"].as_string()
-        return Stage(x, None, norm, epsilon, offset, activation, (gate, up), (gate_bias, up_bias))
+        gated = node.attributes["activation"].as_string()
+        return Stage(x, None, norm, epsilon, offset, gated, (gate, up), (gate_bias, up_bias))
     first, residual, norm, *weights = inputs
     count = len(node.outputs)
     w, biases = [value for value in weights[:count] if value is not None], weights[count:]
     assert first is not None
-    return Stage(first, residual, norm, epsilon, offset, None, tuple(w), tuple(biases or [None] * count))
+    activation = node.attributes["activation"].as_string() if "activation" in node.attributes else None
+    return Stage(first, residual, norm, epsilon, offset, activation, tuple(w), tuple(biases or [None] * count))
 
 
 def insert(

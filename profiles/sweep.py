@@ -1,6 +1,6 @@
 """The whole line in one call: fewer KV heads → graphs → latency and quality → report.
 
-OUT/bundle/       one graph for each KV-head count and pattern, common weights once
+OUT/bundle/       one graph for each KV-head count and pattern, common weights once; with several FFNs bundle-KIND/ for each
 OUT/results.json  every sample
 OUT/report.html   the page
 """
@@ -8,7 +8,7 @@ OUT/report.html   the page
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +46,13 @@ class SweepOptions:
     quality_tokens: int = 2048
 
 
-def sweep(checkpoint: Checkpoint, out: Path, options: SweepOptions, progress: Progress) -> Results:
-    """Write the folder `out`, whole or not at all, and return the results."""
+def sweep(
+    checkpoint: Checkpoint, out: Path, options: SweepOptions, progress: Progress, models: Sequence[Checkpoint] = ()
+) -> Results:
+    """Write the folder `out`, whole or not at all, and return the results.
+
+    `models` are what is measured in place of `checkpoint`, a CONFIG: the same with other FFNs (profiles/ffn.py).
+    """
     refuse_existing(out)
     check_plan(options.plan, options.breakdown, checkpoint.config)
     check_options(checkpoint.config, options.export)
@@ -55,9 +60,11 @@ def sweep(checkpoint: Checkpoint, out: Path, options: SweepOptions, progress: Pr
     text = _text(checkpoint, options.quality_tokens)
     convert = converter(checkpoint, options.export, progress)
     with new_folder(out) as folder:
-        export(checkpoint, folder / "bundle", options.export, progress, convert)
+        made = {f"bundle-{model.config.ffn}": model for model in models} or {"bundle": checkpoint}
+        for name, model in made.items():
+            export(model, folder / name, options.export, progress, None if models else convert)
         results = profile_bundle(
-            [folder / "bundle"],
+            [folder / name for name in made],
             options.plan,
             backend=options.backend,
             threads=options.threads,

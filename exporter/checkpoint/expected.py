@@ -19,6 +19,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     d, f, H, D, Dv = config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim, config.value_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d)}
 
+    if config.learned_positions:
+        shapes["model.embed_positions.weight"] = (config.max_positions, d)
+
     def norm(name: str, size: int, bias: bool) -> None:
         shapes[f"{name}.weight"] = (size,)
         if bias:
@@ -36,6 +39,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(prefix + "self_attn.q_proj", H * D, d, config.qkv_bias)
         linear(prefix + "self_attn.k_proj", G * D, d, config.qkv_bias)
         linear(prefix + "self_attn.v_proj", G * Dv, d, config.qkv_bias)
+        if config.glu_value_dim is not None:
+            linear(prefix + "self_attn.v_gate_proj", G * Dv, d, config.qkv_bias)
         linear(prefix + "self_attn.o_proj", d, H * Dv, config.o_bias)
         if config.qk_norm:
             norm(prefix + "self_attn.q_norm", D, bias=False)

@@ -158,7 +158,11 @@ MT5 = Family(
     seq2seq=True,
 )
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, PHI3, STARCODER2, T5, MT5)}
+# Models that transformers has no class for, in headpool's own words (exporter/checkpoint/own_config.py). Value and gate of GLU
+# attention are the one matrix they are in the paper (arXiv 2507.00022), all value heads first.
+HEADPOOL = Family("headpool", "HeadpoolForCausalLM", names={"self_attn.v_proj": ("self_attn.v_proj", "self_attn.v_gate_proj")})
+
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, PHI3, STARCODER2, T5, MT5, HEADPOOL)}
 
 
 def layout(config: ModelConfig) -> dict[str, tuple[str, ...]]:

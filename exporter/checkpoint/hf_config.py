@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from exporter.checkpoint.families import FAMILIES, Family
+from exporter.checkpoint.families import FAMILIES, HEADPOOL, Family
+from exporter.checkpoint.own_config import own_config, parse_own
 from exporter.checkpoint.rope_config import finite, parse_rope, rope_keys
 from exporter.checkpoint.t5_config import read_t5, t5_keys
 from exporter.config import ModelConfig
@@ -61,6 +62,11 @@ def parse_config(
     feature that is not implemented.
     """
     try:
+        if hf.get("model_type") == HEADPOOL.model_type:
+            config = parse_own(hf)
+            own = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
+            bos, eos = (_first_token_ids(key, own, generation or {}) for key in own)
+            return replace(config, bos_token_id=bos[0] if bos else None, eos_token_ids=eos)
         return Reader(hf).config(generation or {})
     except UserError as error:
         raise CheckpointError(f"{where}: {error}") from None
@@ -117,6 +123,9 @@ class Reader:
             eos_token_ids=self.token_ids("eos_token_id", generation),
         )
 
+    def token_ids(self, key: str, generation: Mapping[str, Any]) -> tuple[int, ...]:
+        return _first_token_ids(key, self.hf, generation)
+
     def kv_heads(self, layers: int, heads: int) -> tuple[int, ...]:
         """One number for all layers, unless the key that names one for each is there."""
         named = self.hf.get(PER_LAYER)
@@ -125,11 +134,6 @@ class Reader:
         if not isinstance(named, list) or len(named) != layers or not all(type(count) is int for count in named):
             raise UserError(f"{PER_LAYER} {named!r:.60} is not a list of {layers} whole numbers, one a layer")
         return tuple(named)
-
-    def token_ids(self, key: str, generation: Mapping[str, Any]) -> tuple[int, ...]:
-        """generation_config.json's before config.json's; neither may be anything else."""
-        own, first = _token_ids(key, self.hf.get(key)), generation.get(key)
-        return own if first is None else _token_ids(key, first)
 
     def size(self, key: str) -> int:
         value = self.hf.get(key)
@@ -204,6 +208,12 @@ class Reader:
             )
 
 
+def _first_token_ids(key: str, hf: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """generation_config.json's before config.json's; neither may be anything else."""
+    own, first = _token_ids(key, hf.get(key)), generation.get(key)
+    return own if first is None else _token_ids(key, first)
+
+
 def _token_ids(key: str, value: object) -> tuple[int, ...]:
     values = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(number) is int and number >= 0 for number in values):
@@ -218,6 +228,8 @@ def hf_config_for(config: ModelConfig, hf: Mapping[str, Any], dtype: torch.dtype
     misshapen. So it does those of a T5 with fewer KV heads, for which it has no key: `num_key_value_heads` there is ours.
     Raises CheckpointError where the result would not describe `config`.
     """
+    if config.family == HEADPOOL.model_type:
+        return own_config(config, dtype)
     new = dict(hf)
     name = str(dtype).removeprefix("torch.")
     new.pop("torch_dtype" if "dtype" in new else "dtype", None)

@@ -65,9 +65,14 @@ def open_config(path: Path, seed: int = 0) -> Checkpoint:
     dtype = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{path}: {one_of('dtype', dtype, DTYPES)}")
-    weights = {name: _tensor(config, name, shape, DTYPES[dtype], seed) for name, shape in expected_shapes(config).items()}
+    weights = random_weights(config, DTYPES[dtype], seed)
     name = path.stem if path.stem != "config" else folder_name(folder)
     return Checkpoint(name, config, weights, hf_config, (), read_side_files(folder))
+
+
+def random_weights(config: ModelConfig, dtype: torch.dtype, seed: int) -> dict[str, LazyTensor]:
+    """What `open_config` draws for `config`: a tensor depends on the seed, its name, its shape and its dtype alone."""
+    return {name: _tensor(config, name, shape, dtype, seed) for name, shape in expected_shapes(config).items()}
 
 
 def _tensor(config: ModelConfig, name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> LazyTensor:

@@ -17,11 +17,13 @@ from exporter.errors import UserError
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--groups", "count", type=click.IntRange(min=1), help="KV heads G of every layer after.")
+@click.option("--glu-values", type=click.IntRange(min=1), help="GLU attention, with values of so many channels a head.")
 @options.all_of(options.plan, options.converting, options.seed, options.as_json)
 def convert_command(
     checkpoint: Path,
     out: Path,
     count: int | None,
+    glu_values: int | None,
     plan: Path | None,
     as_json: bool,
     **given: Any,
@@ -32,32 +34,46 @@ def convert_command(
     --method optimal keeps most of the model: it measures each layer on calibration tokens, which takes minutes.
     OUT is a Hugging Face checkpoint that transformers loads.
 
+    --glu-values N adds GLU attention, V' = x1 · SiLU(x2), its gates open: a start for `headpool uptrain`. With as many channels
+    as the heads have the model stays what it is; fewer make the V cache smaller and need --method optimal. No other tool loads
+    such models.
+
     \b
     Examples:
       headpool convert llama/ llama-gqa8 --groups 8
       headpool convert model.gguf mqa --groups 1 --method first --json
       headpool convert model.gguf mqa --groups 1 --method optimal --calibration text.txt
       headpool convert llama/ llama-planned --plan plan.json
+      headpool convert llama/ llama-glu --glu-values 32 --method optimal
     """
     from exporter.checkpoint import open_checkpoint
     from exporter.convert import conversion_record, convert_checkpoint
 
-    if (count is None) == (plan is None):
+    if (count is None) == (plan is None) and not (glu_values and plan is None):
         raise UserError(f"{'neither' if plan is None else 'both'} of --groups and --plan given; give one of them")
     if plan is not None:
         given = with_plan(plan, open_checkpoint(checkpoint), given)
-    kv_heads: Any = count if plan is None else given["groups"][0]
+    kv_heads: Any = count if plan is None else given["groups"][0]  # None: as they are
     method, seed, grouping, calibration = (given[key] for key in ("method", "seed", "grouping", "calibration"))
     with progress_bar() as progress:
         before, after = convert_checkpoint(
-            checkpoint, out, kv_heads, method, seed, progress, grouping=grouping, calibration=calibration
+            checkpoint,
+            out,
+            kv_heads,
+            method,
+            seed,
+            progress,
+            grouping=grouping,
+            calibration=calibration,
+            glu_value_dim=glu_values,
         )
     _tell_no_tokenizer(out)
     record = conversion_record(before, after, method, seed, grouping, calibration)
     data = {"out": str(out), "conversion": record, "kv_heads": list(after.kv_heads)}
     how = f", by {record['method']}" if record else ": none changed"
     heads = f"{_heads(before.kv_heads)} → {_heads(after.kv_heads)} KV heads of {after.num_heads} query heads"
-    finish(as_json, data, f"{out}: {heads}{how}")
+    gated = f", GLU attention with values of {glu_values}" if glu_values else ""
+    finish(as_json, data, f"{out}: {heads}{gated}{how}")
 
 
 @click.command("export")

@@ -81,10 +81,20 @@ def profile_command(bundles: tuple[Path, ...], out: Path, variants: str | None, 
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @options.making
+@click.option(
+    "--ffn",
+    type=options.ChoiceList(options.FFN_KINDS),
+    callback=once,
+    default=(),
+    help="Of a config.json: these FFNs in turn, with equal parameters.",
+)
 @click.option("--quality-tokens", type=click.IntRange(min=0), default=2048, show_default=True, help="Tokens of text; 0: none.")
 @options.all_of(measuring, options.running, options.seed, options.as_json)
 def sweep_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> None:
     """Convert CHECKPOINT (or a config.json) to each KV-head count, export, measure, and report: OUT/report.html.
+
+    With --ffn, a config.json is measured with each of the FFNs, as many parameters in all: a gated FFN has three matrices
+    instead of two, and two thirds of the width.
 
     Without --groups, every count that divides the query heads; with --plan, the counts that --groups names (else the
     checkpoint's own) and the plan.
@@ -93,23 +103,31 @@ def sweep_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> N
     Examples:
       headpool sweep model.gguf out --groups 9,3,1 --patterns grouped,gqa,repeat --contexts 128,1024,4096
       headpool sweep config.json out --groups 16,4,1 --dtype fp16 --breakdown 1024
+      headpool sweep config.json out --groups 8 --ffn relu,gelu,geglu,swiglu --patterns fused
     """
     from exporter.checkpoint import open_source
     from exporter.config import group_counts
     from exporter.export import ExportOptions
     from exporter.files import check_output
+    from profiles.ffn import ffn_family, ffn_line
     from profiles.measure import Plan
     from profiles.sweep import SweepOptions, sweep
 
     source = open_source(checkpoint, given["seed"])
+    models = ffn_family(source, given["ffn"], given["seed"])
     if (plan := given.pop("plan")) is not None:
         given = with_plan(plan, source, {**given, "groups": given["groups"] or (short(source.config.kv_heads),)})
     given["groups"] = given["groups"] or tuple(group_counts(source.config.num_heads))
     stages = {"export": options.build(ExportOptions, given), "plan": options.build(Plan, given)}
     check_output(out, checkpoint)
     with progress_bar() as progress:
-        results = sweep(source, out, options.build(SweepOptions, {**given, **stages}), progress)
-    _show(results, as_json, {"out": str(out), "report": str(out / "report.html"), "results": str(out / "results.json")})
+        results = sweep(source, out, options.build(SweepOptions, {**given, **stages}), progress, models)
+    data: dict[str, Any] = {"out": str(out), "report": str(out / "report.html"), "results": str(out / "results.json")}
+    if as_json and models:
+        data["ffn"] = [ffn_line(model) for model in models]
+    _show(results, as_json, data)
+    if not as_json:
+        finish(False, {}, [ffn_line(model)["text"] for model in models])
 
 
 @click.command("compare")

@@ -16,7 +16,7 @@ from exporter.config import ModelConfig
 from exporter.errors import CheckpointError
 from exporter.weights import Weights
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "v_gate_proj")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class AttentionWeights:
     """query [H,D,e], key [L,D,e], value [L,Dv,e], output [d,H,Dv]; the bias of the output, where there is one, is not here.
 
     `norms` are what QK-norm multiplies with, [D] for queries and for keys, which all heads share. `asking` [e,e] are the second
-    moments of what queries are made from, where that is not what keys are made from: in cross-attention.
+    moments of what queries are made from, where that is not what keys are made from: in cross-attention. `gate` [L,Dv,e] is
+    there in GLU attention alone, whose values are (value · x) ⊙ SiLU(gate · x).
     """
 
     query: Tensor
@@ -33,6 +34,7 @@ class AttentionWeights:
     output: Tensor
     norms: tuple[Tensor, Tensor] | None = None
     asking: Tensor | None = None
+    gate: Tensor | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -59,13 +61,16 @@ class AttentionWeights:
         output = read("o_proj.weight").unflatten(1, (H, Dv))
         offset = float(config.norm_offset)
         norms = (read("q_norm.weight") + offset, read("k_norm.weight") + offset) if config.qk_norm else None
-        return cls(heads("q_proj", H, D), heads("k_proj", G, D), heads("v_proj", G, Dv), output, norms)
+        gate = heads("v_gate_proj", G, Dv) if config.glu_value_dim is not None else None
+        return cls(heads("q_proj", H, D), heads("k_proj", G, D), heads("v_proj", G, Dv), output, norms, gate)
 
     def tensors(self, config: ModelConfig, layer: int) -> dict[str, Tensor]:
         """Canonical name → tensor, as a checkpoint holds them: those of `attention_shapes`."""
         prefix = f"model.layers.{layer}.self_attn."
         found = {prefix + "o_proj.weight": self.output.flatten(1)}
-        for name, heads in zip(PROJECTIONS, (self.query, self.key, self.value), strict=True):
+        for name, heads in zip(PROJECTIONS, (self.query, self.key, self.value, self.gate), strict=True):
+            if heads is None:
+                continue
             rows = heads.flatten(0, 1)
             found[f"{prefix}{name}.weight"] = rows[:, : config.hidden_size]
             if config.qkv_bias:
@@ -74,21 +79,24 @@ class AttentionWeights:
 
     def to(self, dtype: torch.dtype) -> AttentionWeights:
         norms = None if self.norms is None else (self.norms[0].to(dtype), self.norms[1].to(dtype))
-        return AttentionWeights(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), self.output.to(dtype), norms)
+        gate = None if self.gate is None else self.gate.to(dtype)
+        heads = (self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), self.output.to(dtype))
+        return AttentionWeights(*heads, norms, gate)
 
     def degrouped(self, kv_heads: int) -> AttentionWeights:
         """The same attention with each KV head repeated until there are `kv_heads`, a multiple of those there are."""
         times = kv_heads // self.kv_heads
         key, value = (heads.repeat_interleave(times, 0) for heads in (self.key, self.value))
-        return replace(self, key=key, value=value)
+        gate = None if self.gate is None else self.gate.repeat_interleave(times, 0)
+        return replace(self, key=key, value=value, gate=gate)
 
     def ordered(self, order: list[int]) -> AttentionWeights:
         """The same attention with its KV heads in another order, and with them the query heads that read them."""
         index = torch.tensor(order)
         reading = torch.arange(self.query.shape[0]).unflatten(0, (self.kv_heads, -1))[index].flatten()
-        return replace(
-            self, query=self.query[reading], key=self.key[index], value=self.value[index], output=self.output[:, reading]
-        )
+        gate = None if self.gate is None else self.gate[index]
+        kept = replace(self, key=self.key[index], value=self.value[index], gate=gate)
+        return replace(kept, query=self.query[reading], output=self.output[:, reading])
 
 
 def attention_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:

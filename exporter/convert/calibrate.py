@@ -17,7 +17,7 @@ from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights
 from exporter.convert.causal import CausalAttention
 from exporter.convert.layer import LayerChange, check_finite, solvable
-from exporter.convert.refine import Examples, refine_output, refine_scores, ridge_inverse, second_moments
+from exporter.convert.refine import ROUNDS, Examples, refine_output, refine_scores, ridge_inverse, second_moments
 from exporter.convert.scratch import Scratch
 from exporter.convert.walk import Walk
 from exporter.weights import LazyTensor, Weights
@@ -41,7 +41,7 @@ def convert_on_tokens(
     for index, (before, after) in enumerate(zip(config.kv_heads, target.kv_heads, strict=True)):
         progress("converting layers", index, config.num_layers)
         read, inputs = walk.inputs(index, original), walk.inputs(index, converted)
-        if before == after:
+        if change.keeps(before, after):
             layer = walk.layer(index)
             wanted, given = walk.attend(layer, read), walk.attend(layer, inputs)
         else:
@@ -74,14 +74,14 @@ def convert_layer(
     folded = change.fold(config, wide, kv_heads, moments).to(torch.float32)
     layer = wide.to(torch.float32)
     del wide, moments
-    if not change.correct or folded.kv_heads == layer.kv_heads:
+    if not change.correct or change.keeps(layer.kv_heads, folded.kv_heads):
         return folded, torch.stack([attention.attend(layer, window)[1] for window in read])
     probabilities, outputs = zip(*(attention.attend(layer, window) for window in read), strict=True)
-    original = (layer.query, layer.key)
+    original, fewer = (layer.query, layer.key), folded.kv_heads < layer.kv_heads
     del layer
     inverse = ridge_inverse(second_moments(inputs)).to(inputs.dtype)
     examples = Examples(inputs, list(probabilities), torch.stack(outputs), inverse)
     del probabilities, outputs
-    folded = refine_scores(attention, original, folded, read, examples)
+    folded = refine_scores(attention, original, folded, read, examples, ROUNDS if fewer else 0)
     del original
     return refine_output(attention, folded, examples), examples.wanted

@@ -66,12 +66,17 @@ class CausalAttention:
         query, key = self.project(layer.query, inputs, norms[0]), self.project(layer.key, inputs, norms[1])
         return self.probabilities(self.scores(query, key))
 
-    def mixed(self, value_weights: Tensor, probabilities: Tensor, inputs: Tensor) -> Tensor:
+    def gated(self, layer: AttentionWeights, values: Tensor, inputs: Tensor) -> Tensor:
+        """[G,T,Dv] times the gates of GLU attention, where there are any."""
+        return values if layer.gate is None else values * F.silu(inputs @ layer.gate.mT)
+
+    def mixed(self, layer: AttentionWeights, probabilities: Tensor, inputs: Tensor) -> Tensor:
         """What W_O reads, [T, H·Dv]."""
-        return self.mix(probabilities, (inputs @ value_weights.mT)).transpose(0, 1).flatten(1)
+        values = self.gated(layer, inputs @ layer.value.mT, inputs)
+        return self.mix(probabilities, values).transpose(0, 1).flatten(1)
 
     def output(self, layer: AttentionWeights, probabilities: Tensor, inputs: Tensor) -> Tensor:
-        return self.mixed(layer.value, probabilities, inputs) @ layer.output.flatten(1).T
+        return self.mixed(layer, probabilities, inputs) @ layer.output.flatten(1).T
 
     def _turn(self, x: Tensor, sign: int) -> Tensor:
         """Rotary positions; with sign −1 their transpose."""

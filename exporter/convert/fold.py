@@ -3,6 +3,8 @@
 K_g ≈ A_g K̃ makes q · K_g a = (A_gᴴ q) · K̃ a: exact under RoPE where A_g is one complex scalar a frequency. V_g ≈ B_g Ṽ makes
 W_O,h V_g = (W_O,h B_g) Ṽ. What comes out is plain grouped-query attention.
 
+Through the gates of GLU attention nothing of V folds but a permutation of its channels and their scales (gated.py).
+
 QK-norm lets no map of K through to W_Q: there the keys of a group are averaged before their norm, and V alone is folded.
 """
 
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights
-from exporter.convert.sharing import Sharing, averaged, gram
+from exporter.convert.gated import matched
+from exporter.convert.sharing import Sharing, averaged, gram, leading
 
 AT_ONCE = 8  # rotary frequencies
 
@@ -44,17 +47,27 @@ def rotating(config: ModelConfig) -> int:
     return 0 if config.rope.kind == "none" else config.rotary_dim
 
 
-def fold(layer: AttentionWeights, kv_heads: int, rotary_dim: int, sharing: Sharing, moments: Tensor) -> AttentionWeights:
-    """`layer` with its L KV heads shared in `kv_heads` runs of L / kv_heads.
+def fold(
+    layer: AttentionWeights, kv_heads: int, rotary_dim: int, sharing: Sharing, moments: Tensor, value_dim: int | None = None
+) -> AttentionWeights:
+    """`layer` with its L KV heads shared in `kv_heads` runs of L / kv_heads, and values of `value_dim` channels (None: Dv).
 
     moments [e, e] are the second moments of the layer's inputs; query heads weigh K by what they read of it, W_O weighs V.
     """
     G, m = kv_heads, layer.kv_heads // kv_heads
-    key, query = _fold_keys(layer, G, rotary_dim, sharing if layer.norms is None else averaged, moments)
+    key, query = layer.key, layer.query
+    if m > 1:
+        key, query = _fold_keys(layer, G, rotary_dim, sharing if layer.norms is None else averaged, moments)
     output = layer.output.permute(1, 0, 2).unflatten(0, (G, m, -1))  # [G,m,R,d,Dv]
-    value, basis = sharing(layer.value.unflatten(0, (G, m)), output_weights(output), moments)
+    values, gate = layer.value.unflatten(0, (G, m)), None
+    if value_dim is not None:
+        value, basis = leading(values, output_weights(output), moments, value_dim)
+    elif layer.gate is None:
+        value, basis = sharing(values, output_weights(output), moments)
+    else:
+        value, gate, basis = matched(values, layer.gate.unflatten(0, (G, m)), moments)
     output = (output @ basis[:, :, None]).flatten(0, 2).permute(1, 0, 2)
-    return AttentionWeights(query, key, value, output, layer.norms)
+    return AttentionWeights(query, key, value, output, layer.norms, gate)
 
 
 def _fold_keys(layer: AttentionWeights, G: int, rotary_dim: int, sharing: Sharing, moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@ Query head h reads KV head h // R, so the heads pooled into one are contiguous. 
    the values it read before, and L divides H because G and G' do.
 2. pool each run of L / G' heads into one. Nothing is lost where the run repeats one head, so G' a multiple of G is exact.
 
-Only K and V projections change, weights [G·D, d] and biases [G·D] alike, and they are computed when they are read. Every
-other tensor is the object that came in. QK-norm weights have D entries that all heads share, so they stay as they are: K is
-pooled before its norm, which then gives the pooled head the scale that the trained heads had.
+Only K and V projections change, weights [G·D, d] and biases [G·D] alike, and they are computed when they are read; with GLU
+attention values and gates, each on its own. Every other tensor is the object that came in. QK-norm weights have D entries that
+all heads share, so they stay as they are: K is pooled before its norm, which then gives the pooled head the scale that the
+trained heads had.
 
 `mean` averages the heads of a group, `mean-renorm` gives the average the root mean square of their norms (of m orthogonal
 heads √m times its own), `first` keeps the first one, `random` keeps one that the seed and the layer number choose, the same
@@ -44,10 +45,10 @@ def pooled_tensors(
         if before == after:
             continue
         source = _source_heads(before, after, method, np.random.default_rng([seed, layer]))
-        for name, tensor, matrix in _projections(config, weights, layer):
-            shape = (after * config.head_dim, *tensor.shape[1:])
+        for name, tensor, matrix, size in _projections(config, weights, layer):
+            shape = (after * size, *tensor.shape[1:])
             measured = matrix if method == "mean-renorm" else None
-            compute = partial(_pool, tensor, source, config.head_dim, measured)
+            compute = partial(_pool, tensor, source, size, measured)
             pooled[name] = ComputedTensor(name, tensor.dtype, shape, compute)
     return pooled
 
@@ -63,22 +64,26 @@ def _source_heads(before: int, after: int, method: Pooling, rng: np.random.Gener
     return groups
 
 
-def _projections(config: ModelConfig, weights: Weights, layer: int) -> list[tuple[str, LazyTensor, LazyTensor]]:
-    """K and V weights of one layer by name, and their biases where there are any, each with the weight it belongs to; their
-    rows checked against the config."""
+def _projections(config: ModelConfig, weights: Weights, layer: int) -> list[tuple[str, LazyTensor, LazyTensor, int]]:
+    """K and V weights of one layer by name, and their biases where there are any, each with the weight it belongs to and its
+    channels a head; their rows checked against the config."""
     prefix = f"model.layers.{layer}.self_attn."
-    names = [f"{prefix}{letter}_proj.{kind}" for letter in "kv" for kind in ("weight", "bias")]
-    if missing := [name for name in names if name.endswith("weight") and name not in weights]:
+    sizes = {"k_proj": config.head_dim, "v_proj": config.value_dim}
+    sizes |= {"v_gate_proj": config.value_dim} if config.glu_value_dim is not None else {}
+    if missing := [f"{prefix}{name}.weight" for name in sizes if f"{prefix}{name}.weight" not in weights]:
         raise CheckpointError(f"the checkpoint lacks {', '.join(missing)}")
-    found = {name: weights[name] for name in names if name in weights}
-    rows = config.kv_heads[layer] * config.head_dim
-    for name, tensor in found.items():
-        if tensor.shape[0] != rows:
+    found = []
+    for name, size in sizes.items():
+        matrix = weights[f"{prefix}{name}.weight"]
+        names = [f"{prefix}{name}.{kind}" for kind in ("weight", "bias")]
+        found += [(each, weights[each], matrix, size) for each in names if each in weights]
+    for name, tensor, _, size in found:
+        if tensor.shape[0] != config.kv_heads[layer] * size:
             raise CheckpointError(
-                f"{name} has {tensor.shape[0]} rows, its config says {rows}: "
-                f"{config.kv_heads[layer]} KV heads of {config.head_dim}"
+                f"{name} has {tensor.shape[0]} rows, its config says {config.kv_heads[layer] * size}: "
+                f"{config.kv_heads[layer]} KV heads of {size}"
             )
-    return [(name, tensor, weights[name.rsplit(".", 1)[0] + ".weight"]) for name, tensor in found.items()]
+    return found
 
 
 def _pool(tensor: LazyTensor, source: np.ndarray, head_dim: int, measured: LazyTensor | None) -> torch.Tensor:

@@ -21,12 +21,20 @@ from exporter.weights import Weights
 
 @dataclass(frozen=True)
 class LayerChange:
-    """`partition` looks for the best groups (else they are contiguous), `correct` follows sharing with least squares."""
+    """`partition` looks for the best groups (else they are contiguous), `correct` follows sharing with least squares.
+
+    `value_dim` is how many channels the values of a head have after (None: as many as before).
+    """
 
     sharing: Sharing
     partition: bool
     correct: bool
     seed: int
+    value_dim: int | None = None
+
+    def keeps(self, before: int, after: int) -> bool:
+        """Whether a layer of `before` KV heads that is to have `after` stays as it is."""
+        return before == after and self.value_dim is None
 
     def regroup(self, config: ModelConfig, layer: AttentionWeights, kv_heads: int, moments: Tensor) -> AttentionWeights:
         """The same attention with a multiple of `kv_heads` KV heads, in the order in which they are to share."""
@@ -36,10 +44,10 @@ class LayerChange:
         return layer.ordered(best_order(layer, kv_heads, rotating(config), moments, self.seed))
 
     def fold(self, config: ModelConfig, layer: AttentionWeights, kv_heads: int, moments: Tensor) -> AttentionWeights:
-        """What `regroup` gave with `kv_heads` KV heads; the same where it has as many."""
-        if layer.kv_heads == kv_heads:
+        """What `regroup` gave with `kv_heads` KV heads; the same where it has as many and values keep their size."""
+        if self.keeps(layer.kv_heads, kv_heads):
             return layer
-        return fold(layer, kv_heads, rotating(config), self.sharing, moments)
+        return fold(layer, kv_heads, rotating(config), self.sharing, moments, self.value_dim)
 
 
 def expected_moments(config: ModelConfig, weights: Weights, layer: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights, attention_shapes, check_attention
 from exporter.convert.calibrate import Progress, convert_on_tokens
+from exporter.convert.gates import gated_config, with_gates
 from exporter.convert.heads import Pooling, pooled_tensors
 from exporter.convert.layer import LayerChange, check_finite, expected_moments, query_moments, solvable
 from exporter.convert.seq2seq import attention_views, changed, check_fits
@@ -40,8 +41,11 @@ def convert_weights(
     grouping: Grouping = "contiguous",
     tokens: np.ndarray | None = None,
     progress: Progress = lambda what, done, total: None,
+    glu_value_dim: int | None = None,
 ) -> tuple[ModelConfig, Weights]:
     """The model with `kv_heads` KV heads in every layer, or one number a layer.
+
+    With `glu_value_dim` it also gets GLU attention, with values of so many channels (exporter/convert/gates.py).
 
     The pooling methods are exporter/convert/heads.py. `procrustes` aligns the heads of a group before it averages them,
     `optimal` loses least in the second moments of what layers read (exporter/convert/sharing.py); both fold what heads differ
@@ -61,20 +65,43 @@ def convert_weights(
             found = convert_weights(plain, view, target.kv_heads, method, seed, grouping=grouping)[1]
             made |= changed(names, view, found)
         return target, made
-    if method not in SHARINGS or is_exact(config, target):
+    if glu_value_dim is not None:
+        final = gated_config(target, glu_value_dim)
+        narrower = None if glu_value_dim == config.head_dim else glu_value_dim
+        converted = _convert(config, weights, target, method, seed, grouping, tokens, progress, narrower)
+        return final, with_gates(final, converted)
+    return target, _convert(config, weights, target, method, seed, grouping, tokens, progress, None)
+
+
+def _convert(
+    config: ModelConfig,
+    weights: Weights,
+    target: ModelConfig,
+    method: Method,
+    seed: int,
+    grouping: Grouping,
+    tokens: np.ndarray | None,
+    progress: Progress,
+    value_dim: int | None,
+) -> Weights:
+    """The weights of `target`, the values of a head in `value_dim` channels where that is given."""
+    if value_dim is not None and method != "optimal":
+        raise UserError(
+            f"method {method} keeps the {config.head_dim} channels of a value; choose optimal for values of {value_dim}"
+        )
+    if method not in SHARINGS or (is_exact(config, target) and value_dim is None):
         pooling: Pooling = "mean" if method == "procrustes" or method == "optimal" else method
-        return target, {**weights, **pooled_tensors(config, weights, target, pooling, seed)}
+        return {**weights, **pooled_tensors(config, weights, target, pooling, seed)}
     check_attention(config, weights)
-    change = layer_change(method, grouping, seed)
+    change = layer_change(method, grouping, seed, value_dim)
     if tokens is None:
-        return target, {**weights, **_folded_tensors(config, weights, target, change)}
-    measured = convert_on_tokens(config, weights, target, change, tokens, progress)
-    return target, {**weights, **measured}
+        return {**weights, **_folded_tensors(config, weights, target, change)}
+    return {**weights, **convert_on_tokens(config, weights, target, change, tokens, progress)}
 
 
-def layer_change(method: Method, grouping: Grouping, seed: int) -> LayerChange:
+def layer_change(method: Method, grouping: Grouping, seed: int, value_dim: int | None = None) -> LayerChange:
     """What a method that folds does to one layer."""
-    return LayerChange(SHARINGS[method], grouping == "best", method == "optimal", seed)
+    return LayerChange(SHARINGS[method], grouping == "best", method == "optimal", seed, value_dim)
 
 
 def conversion_record(
@@ -89,10 +116,12 @@ def conversion_record(
 
     Where heads were only repeated, no method had a part in it: it is REPETITION.
     """
-    if before.kv_heads == after.kv_heads:
+    counts: dict[str, Any] = {"kv_heads_before": list(before.kv_heads), "kv_heads_after": list(after.kv_heads)}
+    if before.glu_value_dim != after.glu_value_dim:
+        counts["glu_value_dim"] = after.glu_value_dim
+    elif before.kv_heads == after.kv_heads:
         return None
-    counts = {"kv_heads_before": list(before.kv_heads), "kv_heads_after": list(after.kv_heads)}
-    if is_exact(before, after):
+    if is_exact(before, after) and before.value_dim == after.value_dim:
         return {"method": REPETITION, "seed": None, **counts}
     tokens = "none" if isinstance(before, Seq2SeqConfig) else "self"
     folded = {"grouping": grouping, "calibration": calibration or tokens} if method in SHARINGS else {}
@@ -143,9 +172,12 @@ def _folded_tensors(config: ModelConfig, weights: Weights, target: ModelConfig, 
 
     folded_tensors: dict[str, LazyTensor] = {}
     for layer, (before, after) in enumerate(zip(config.kv_heads, target.kv_heads, strict=True)):
-        if before == after:
+        if change.keeps(before, after):
             continue
-        for name, shape in attention_shapes(target, layer).items():
+        after_shapes = attention_shapes(target if change.value_dim is None else gated_config(target, change.value_dim), layer)
+        for name, shape in after_shapes.items():
+            if name not in weights:  # of the gates, which are not made of what there is
+                continue
             folded_tensors[name] = ComputedTensor(name, weights[name].dtype, shape, reader(layer, name))
     return folded_tensors
 

@@ -1,7 +1,8 @@
 """Which KV heads share: the partition into equal groups that loses least, in the metric that sharing minimises.
 
 A group loses what a truncated SVD of its heads leaves out (exporter/convert/sharing.py), as a share of what all heads hold:
-keys and values count alike. Under QK-norm keys are averaged, and lose what their mean leaves out.
+keys and values count alike. Under QK-norm keys are averaged, and lose what their mean leaves out; so do the values and gates of
+GLU attention.
 
 The search works on the losses of pairs, by swaps from several starts; of what it finds, and the contiguous groups, the
 partition with the least loss of whole groups is taken.
@@ -46,8 +47,13 @@ def _grams(layer: AttentionWeights, rotary_dim: int, moments: Tensor) -> list[Me
     """Weighted inner products of all heads, [blocks, L, r, L, r] each, scaled so that keys and values hold 1 each, and what
     sharing loses by them."""
     output = layer.output.permute(1, 0, 2).unflatten(0, (layer.kv_heads, -1))
-    value_gram = _gram(layer.value[None], output_weights(output)[None], moments)
-    values = [(_share(value_gram, _trace(value_gram)), _truncated)]
+    if layer.gate is None:
+        value_gram, lost = _gram(layer.value[None], output_weights(output)[None], moments), _truncated
+    else:
+        halves = torch.cat([layer.value, layer.gate], 1)
+        same = torch.eye(halves.shape[1], dtype=halves.dtype)
+        value_gram, lost = _gram(halves[None], same.expand(1, layer.kv_heads, -1, -1), moments), _averaged
+    values = [(_share(value_gram, _trace(value_gram)), lost)]
     if layer.norms is not None:
         same = torch.eye(layer.key.shape[1], dtype=layer.key.dtype)
         key_gram = _gram(layer.key[None], same.expand(1, layer.kv_heads, -1, -1), moments)

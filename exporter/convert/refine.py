@@ -49,15 +49,15 @@ OfWindow = Callable[[int, Tensor], Tensor]  # of a window by its number
 
 
 def refine_scores(
-    attention: CausalAttention, original: Original, folded: AttentionWeights, read: Tensor, examples: Examples
+    attention: CausalAttention, original: Original, folded: AttentionWeights, read: Tensor, examples: Examples, rounds: int
 ) -> AttentionWeights:
-    """`folded` with W_Q and W_K corrected; as it is under QK-norm, where scores are not linear in them.
+    """`folded` with W_Q and W_K corrected `rounds` times; not under QK-norm, where scores are not linear in them.
 
     `original` reads `read` [n,T,e]. The probabilities of `examples` become the converted layer's: they are the largest thing in
     memory, so they change in their place.
     """
     layer = folded
-    for _ in range(ROUNDS if layer.norms is None else 0):
+    for _ in range(rounds if layer.norms is None else 0):
         layer = replace(layer, query=_fit_queries(attention, original, layer, read, examples))
         layer = replace(layer, key=_fit_keys(attention, original, layer, read, examples))
     for window, inputs in enumerate(examples.inputs):
@@ -141,13 +141,15 @@ def _fit_values(attention: CausalAttention, layer: AttentionWeights, examples: E
     output = layer.output.flatten(1)
 
     def given(window: int, value: Tensor) -> Tensor:
-        return attention.mixed(value, examples.probabilities[window], examples.inputs[window]) @ output.T
+        mixed = attention.mixed(replace(layer, value=value), examples.probabilities[window], examples.inputs[window])
+        return mixed @ output.T
 
     def adjoint(window: int, errors: Tensor) -> Tensor:
         """Errors of the output, [T,d] → [G,Dv,e]."""
         heads = (errors @ output).unflatten(1, layer.output.shape[1:]).transpose(0, 1)
-        mixed = attention.mix_adjoint(examples.probabilities[window], heads, layer.kv_heads)
-        return mixed.mT @ examples.inputs[window]
+        inputs = examples.inputs[window]
+        values = attention.mix_adjoint(examples.probabilities[window], heads, layer.kv_heads)
+        return attention.gated(layer, values, inputs).mT @ inputs
 
     return _fit(layer.value, given, adjoint, examples.wanted, examples, VALUE_STEPS, apart=False)
 
@@ -170,7 +172,7 @@ def _solve_output(attention: CausalAttention, layer: AttentionWeights, examples:
     moments = layer.output.new_zeros(size, size, dtype=torch.float64)
     errors = layer.output.new_zeros(size, len(layer.output))
     for inputs, probabilities, wanted in zip(examples.inputs, examples.probabilities, examples.wanted, strict=True):
-        mixed = attention.mixed(layer.value, probabilities, inputs)
+        mixed = attention.mixed(layer, probabilities, inputs)
         moments += (mixed.T @ mixed).double()
         errors += mixed.T @ (wanted - mixed @ layer.output.flatten(1).T)
     _add_ridge(moments)

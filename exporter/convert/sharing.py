@@ -23,21 +23,23 @@ ALIGNMENTS = 50  # of generalised Procrustes; it settles in a few
 NEGLIGIBLE = 1e-12  # of the largest eigenvalue
 
 
-def leading(heads: Tensor, weights: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+def leading(heads: Tensor, weights: Tensor, moments: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """The least expected weighted error that any `shared` and `basis` have: a truncated SVD (Eckart and Young 1936).
 
-    With r = 1 it is the leading eigenvector of the m × m matrix of weighted inner products.
+    With r = 1 it is the leading eigenvector of the m × m matrix of weighted inner products. With `rank`, `shared` has so many
+    channels instead of r, and `basis` is [..., m, r, rank].
     """
     m, r = heads.shape[-3:-1]
+    rank = rank or r
     root, inverse = square_root(weights)
     inner = gram(heads.flatten(-3, -2), moments)
     weighted = root[..., :, None, :, :] @ inner.unflatten(-1, (m, r)).unflatten(-3, (m, r)).transpose(-3, -2)
     weighted = weighted @ root[..., None, :, :, :].mH
     values, vectors = torch.linalg.eigh(weighted.transpose(-3, -2).flatten(-2).flatten(-3, -2))
-    leading = vectors[..., -r:]
+    leading = vectors[..., -rank:]
     shared = leading.mH @ (root @ heads).flatten(-3, -2)
     basis = inverse @ leading.unflatten(-2, (m, r))
-    gain = _gain(inner.diagonal(dim1=-2, dim2=-1).real.sum(-1) / m, values[..., -r:].sum(-1))
+    gain = _gain(inner.diagonal(dim1=-2, dim2=-1).real.sum(-1) / m, values[..., -rank:].sum(-1))
     return shared * gain, basis / gain[..., None]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from exporter.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from exporter.config import ModelConfig, check_groups
 from exporter.convert.calibration import calibration_tokens
+from exporter.convert.gates import gated_config
 from exporter.convert.methods import SHARINGS, Grouping, Method, check_method, convert_weights, is_exact
 from exporter.files import check_output
 from exporter.seq2seq_config import Seq2SeqConfig
@@ -23,7 +24,8 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 class Converter:
     """One checkpoint to any numbers of KV heads, each once: calibration tokens and converted layers are kept.
 
-    `calibration` is what `calibration_tokens` takes; None is `self` for the methods that read tokens.
+    `calibration` is what `calibration_tokens` takes; None is `self` for the methods that read tokens. `glu_value_dim` gives
+    them GLU attention too (exporter/convert/gates.py).
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class Converter:
         grouping: Grouping = "contiguous",
         calibration: str | None = None,
         progress: Progress = lambda what, done, total: None,
+        glu_value_dim: int | None = None,
     ) -> None:
         check_method(checkpoint.config, method, seed, grouping, calibration)
+        self.glu_value_dim = glu_value_dim
         self.checkpoint, self.method, self.seed, self.grouping, self.progress = checkpoint, method, seed, grouping, progress
         tokens = "none" if isinstance(checkpoint.config, Seq2SeqConfig) else "self"
         self.calibration = tokens if calibration is None and method in SHARINGS else calibration
@@ -47,7 +51,8 @@ class Converter:
         config, weights = self.checkpoint.config, self.checkpoint.weights
         target = config.with_kv_heads(kv_heads)
         if target.kv_heads not in self._made:
-            tokens = None if is_exact(config, target) else self._read_tokens()
+            exact = is_exact(config, target) and self.glu_value_dim in (None, config.head_dim)
+            tokens = None if exact else self._read_tokens()
             self._made[target.kv_heads] = convert_weights(
                 config,
                 weights,
@@ -57,6 +62,7 @@ class Converter:
                 grouping=self.grouping,
                 tokens=tokens,
                 progress=self.progress,
+                glu_value_dim=self.glu_value_dim,
             )
         return self._made[target.kv_heads]
 
@@ -69,25 +75,29 @@ class Converter:
 def convert_checkpoint(
     path: Path,
     out: Path,
-    kv_heads: int | tuple[int, ...],
+    kv_heads: int | tuple[int, ...] | None,
     method: Method = "mean",
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
     *,
     grouping: Grouping = "contiguous",
     calibration: str | None = None,
+    glu_value_dim: int | None = None,
 ) -> tuple[ModelConfig, ModelConfig]:
-    """Write `path` to the folder `out` with `kv_heads` KV heads in every layer, or one number a layer; the configs before and
-    after.
+    """Write `path` to the folder `out` with `kv_heads` KV heads in every layer, or one number a layer (None: as many as there
+    are), with GLU attention where `glu_value_dim` is given; the configs before and after.
 
     The input is only read. `out` must not exist and is whole or absent. Raises CheckpointError and UserError.
     """
     checkpoint = open_checkpoint(path)
     if isinstance(kv_heads, int):
         check_groups(checkpoint.config.num_heads, kv_heads)
+    if glu_value_dim is not None:
+        gated_config(checkpoint.config, glu_value_dim)
     check_output(out, path)
     check_tokenizer(checkpoint.side_files, str(path))
-    config, weights = Converter(checkpoint, method, seed, grouping, calibration, progress)(kv_heads)
+    convert = Converter(checkpoint, method, seed, grouping, calibration, progress, glu_value_dim)
+    config, weights = convert(checkpoint.config.kv_heads if kv_heads is None else kv_heads)
     total = sum(tensor.nbytes for tensor in weights.values())
     done = 0
 

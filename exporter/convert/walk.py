@@ -18,7 +18,7 @@ from exporter.models.ffn import FeedForward
 from exporter.models.norm import Norm
 from exporter.weights import FileTensor, LazyTensor, Weights
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD, POSITIONS = "model.embed_tokens.weight", "lm_head.weight", "model.embed_positions.weight"
 
 
 class Walk:
@@ -30,7 +30,10 @@ class Walk:
 
     def embed(self, windows: Tensor) -> Tensor:
         """int64 [n,T] → stream [n,T,d]."""
-        return _rows(self.weights[EMBEDDING], windows).float() * self.config.embed_scale
+        stream = _rows(self.weights[EMBEDDING], windows).float() * self.config.embed_scale
+        if self.config.learned_positions:
+            stream += self._read(POSITIONS)[: windows.shape[1]]
+        return stream
 
     def layer(self, index: int) -> AttentionWeights:
         return AttentionWeights.read(self.config, self.weights, index, torch.float32)

@@ -41,11 +41,13 @@ class Rotary(nn.Module):
 
 
 class Prologue(nn.Module):
-    """input_ids [B,T] → x [B·T, d]; position_ids → cos, sin (none without RoPE)."""
+    """input_ids [B,T] → x [B·T, d], learned positions added; position_ids → cos, sin (none without RoPE)."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        positions = (config.max_positions, config.hidden_size)
+        self.embed_positions = nn.Embedding(*positions, dtype=dtype) if config.learned_positions else None
         self.rotary = Rotary(config, dtype) if config.rope.kind != "none" else None
         # In the weights' dtype, as Gemma has it: sqrt(3072) is 55.43, in bf16 55.5. On the CPU also where parameters are fake.
         self.embed_scale = torch.tensor(config.embed_scale, dtype=dtype, device="cpu").item()
@@ -54,12 +56,18 @@ class Prologue(nn.Module):
         x = self.embed_tokens(input_ids.reshape(-1))
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(position_ids.reshape(-1))
         cos, sin = self.rotary(position_ids) if self.rotary is not None else (None, None)
         return x, cos, sin
 
 
 class Attention(nn.Module):
-    """Q, K, V and O of one layer around the grouped-attention operator."""
+    """Q, K, V and O of one layer around the grouped-attention operator.
+
+    With gated values ("GLU Attention Improve Transformer", Wang 2025, arXiv 2507.00022) V' = x W_V ⊙ SiLU(x W_gate), split
+    before heads are: the rows of the paper's one W_V are all value heads, then all gate heads.
+    """
 
     def __init__(self, config: ModelConfig, kv_heads: int) -> None:
         super().__init__()
@@ -68,6 +76,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(d, H * D, bias=config.qkv_bias)
         self.k_proj = nn.Linear(d, G * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(d, G * Dv, bias=config.qkv_bias)
+        self.v_gate_proj = nn.Linear(d, G * Dv, bias=config.qkv_bias) if config.glu_value_dim is not None else None
         self.o_proj = nn.Linear(H * Dv, d, bias=config.o_bias)
         self.q_norm = Norm(config, D, "rms") if config.qk_norm else None
         self.k_norm = Norm(config, D, "rms") if config.qk_norm else None
@@ -85,12 +94,17 @@ class Attention(nn.Module):
         B, T = position_ids.shape
         query = self._rotate(self._norm(self.q_proj(x), self.q_norm).reshape(B, T, -1), cos, sin, self.num_heads)
         key = self._rotate(self._norm(self.k_proj(x), self.k_norm).reshape(B, T, -1), cos, sin, self.kv_heads)
-        value = self.v_proj(x).reshape(B, T, -1)
+        value = self.values(x).reshape(B, T, -1)
         rows = position_ids if attention_mask is None else None
         output, present_key, present_value = grouped_attention(
             query, key, value, *past, rows, attention_mask, self.num_heads, self.kv_heads, self.scale
         )
         return self.o_proj(output.reshape(-1, self.o_proj.in_features)), present_key, present_value
+
+    def values(self, x: Tensor) -> Tensor:
+        """x [·, d] → [·, G·Dv], as the cache holds them."""
+        value = self.v_proj(x)
+        return value if self.v_gate_proj is None else value * nn.functional.silu(self.v_gate_proj(x))
 
     def _norm(self, x: Tensor, norm: Norm | None) -> Tensor:
         return x if norm is None else norm(x.reshape(-1, self.head_dim))
@@ -189,8 +203,8 @@ class Decoder(nn.Module):
 
 def canonical_to_module(name: str) -> str:
     """Canonical parameter name → key in Decoder's state dict."""
-    if name == "model.embed_tokens.weight":
-        return "prologue.embed_tokens.weight"
+    if name.startswith("model.embed_"):
+        return "prologue." + name.removeprefix("model.")
     if name.startswith("model.norm."):
         return "epilogue." + name.removeprefix("model.")
     return name.removeprefix("model.")

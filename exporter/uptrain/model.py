@@ -28,7 +28,9 @@ class TrainedDecoder(nn.Module):
         self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, ids_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x, cos, sin = self.prologue(ids_BT, torch.arange(ids_BT.shape[1], device=ids_BT.device)[None])
+        positions = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        learned = self.prologue.embed_positions is not None  # angles serve all rows alike, embeddings are added to each
+        x, cos, sin = self.prologue(ids_BT, positions.expand_as(ids_BT) if learned else positions)
         hidden = []
         for layer in self.layers:
             x = layer(x, ids_BT.shape[0], cos, sin)
@@ -62,11 +64,11 @@ class TrainedLayer(nn.Module):
 def attend(weights: Attention, x: Tensor, batch: int, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """Causal grouped-query attention of x [B·T,d] with the projections and norms of `weights`: [B·T,d]."""
     query, key, value = (
-        projection(x).reshape(batch, -1, heads, projection.out_features // heads)
-        for projection, heads in (
-            (weights.q_proj, weights.num_heads),
-            (weights.k_proj, weights.kv_heads),
-            (weights.v_proj, weights.kv_heads),
+        projected.reshape(batch, -1, heads, projected.shape[-1] // heads)
+        for projected, heads in (
+            (weights.q_proj(x), weights.num_heads),
+            (weights.k_proj(x), weights.kv_heads),
+            (weights.values(x), weights.kv_heads),
         )
     )
     if weights.q_norm is not None and weights.k_norm is not None:

@@ -14,8 +14,6 @@ from graphs.patterns import common
 
 
 def check(node: GroupedAttention) -> str | None:
-    if node.head_dim != node.value_dim:
-        return f"its K and V heads have {node.head_dim} and {node.value_dim} channels; fused attention wants them equal"
     return None
 
 

@@ -50,17 +50,18 @@ def update_cache(emit: Emitter, node: GroupedAttention) -> tuple[ir.Value, ir.Va
     """present_key, present_value: TensorScatter into the static cache, Concat onto the other; what is only read as it is."""
     if node.reads_only:
         return node.past_key, node.past_value
-    present = []
-    sizes = (("key", node.past_key, node.key, node.head_dim), ("value", node.past_value, node.value, node.value_dim))
-    for name, past, new, size in sizes:
-        new_BGTD = split_heads(emit, f"cache/{name}", new, node.kv_num_heads, size)
-        if node.position_ids is not None:
-            rows = _write_rows(emit, node.position_ids)
-            written = emit.op(f"cache/{name}/TensorScatter", "TensorScatter", past, new_BGTD, rows, axis=-2, mode="linear")
-            present.append(written)
-        else:
-            present.append(emit.op(f"cache/{name}/Concat", "Concat", past, new_BGTD, axis=2))
-    return present[0], present[1]
+    return update(emit, node, "key"), update(emit, node, "value")
+
+
+def update(emit: Emitter, node: GroupedAttention, name: str) -> ir.Value:
+    """The present "key" or "value"."""
+    values = (node.past_key, node.key, node.head_dim) if name == "key" else (node.past_value, node.value, node.value_dim)
+    past, new, size = values
+    new_BGTD = split_heads(emit, f"cache/{name}", new, node.kv_num_heads, size)
+    if node.position_ids is None:
+        return emit.op(f"cache/{name}/Concat", "Concat", past, new_BGTD, axis=2)
+    rows = _write_rows(emit, node.position_ids)
+    return emit.op(f"cache/{name}/TensorScatter", "TensorScatter", past, new_BGTD, rows, axis=-2, mode="linear")
 
 
 def _write_rows(emit: Emitter, position_ids: ir.Value) -> ir.Value:

@@ -6,6 +6,8 @@ concat  every row counts as P + T long and the mask is passed as `attention_bias
 
 A bias of relative positions goes there too. For attention that only reads, cross-attention above all, the operator has no form:
 that becomes `grouped`.
+The operator wants K and V heads of one size. Where V is smaller (GLU attention) or larger, it reads a padded copy of the
+smaller one, whose cache is written beside: it stays as small as it is, and a step takes the time of that copy.
 """
 
 from __future__ import annotations
@@ -20,30 +22,30 @@ DOMAIN = "com.microsoft"
 
 
 def check(node: GroupedAttention) -> str | None:
-    if node.head_dim != node.value_dim:
-        return f"its K and V heads have {node.head_dim} and {node.value_dim} channels; GroupQueryAttention wants them equal"
-    if node.head_dim % 8:
-        return f"its heads have {node.head_dim} channels; GroupQueryAttention wants a multiple of 8"
+    if (size := max(node.head_dim, node.value_dim)) % 8:
+        return f"its heads have {size} channels; GroupQueryAttention wants a multiple of 8"
     return None
 
 
 def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, ir.Value]:
     if node.reads_only:
         return grouped.rewrite(node, emit)
+    key, value = _Half(node, emit, "key"), _Half(node, emit, "value")
+    size = max(key.size, value.size)
     if node.position_ids is not None:
         lengths, total = _lengths_static(emit, node.position_ids)
         rest: list[ir.Value | None] = [None, None, None, _used_bias(emit, node, total)] if node.bias is not None else []
     else:
         lengths, total = _lengths_concat(emit, node)
         rest = [None, None, None, common.mask(emit, node)]  # cos_cache, sin_cache, position_ids, attention_bias
-    return emit.op(
+    output, present_key, present_value = emit.op(
         "GroupQueryAttention",
         "GroupQueryAttention",
-        node.query,
-        node.key,
-        node.value,
-        node.past_key,
-        node.past_value,
+        _wider(emit, "query", node.query, node.num_heads, key.size, size),
+        key.new(size),
+        value.new(size),
+        key.past(size),
+        value.past(size),
         lengths,
         total,
         *rest,
@@ -53,6 +55,49 @@ def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, 
         kv_num_heads=node.kv_num_heads,
         scale=node.scale,
     )
+    if size > value.size:
+        output = _narrower(emit, output, node.num_heads, size, value.size)
+    return output, key.present(present_key, size), value.present(present_value, size)
+
+
+class _Half:
+    """K or V of a node. The operator knows one head size: where this one is smaller, it reads a copy of the cache with zeros
+    beside, and the cache itself, as small as it is, is written by a node of its own."""
+
+    def __init__(self, node: GroupedAttention, emit: Emitter, name: str) -> None:
+        values = (node.key, node.past_key, node.head_dim) if name == "key" else (node.value, node.past_value, node.value_dim)
+        self.node, self.emit, self.name = node, emit, name
+        self.rows, self.cache, self.size = values
+
+    def new(self, size: int) -> ir.Value:
+        return _wider(self.emit, f"new/{self.name}", self.rows, self.node.kv_num_heads, self.size, size)
+
+    def past(self, size: int) -> ir.Value:
+        if size == self.size:
+            return self.cache
+        pads = self.emit.constant([0] * 7 + [size - self.size])
+        return self.emit.op(f"cache/{self.name}/Pad", "Pad", self.cache, pads)
+
+    def present(self, wide: ir.Value, size: int) -> ir.Value:
+        """`wide` is the operator's own."""
+        return wide if size == self.size else common.update(self.emit, self.node, self.name)
+
+
+def _wider(emit: Emitter, name: str, x_BTE: ir.Value, heads: int, size: int, wanted: int) -> ir.Value:
+    """[B,T,heads·size] → [B,T,heads·wanted], zeros after each head."""
+    if wanted == size:
+        return x_BTE
+    apart = emit.op(f"{name}/Reshape", "Reshape", x_BTE, emit.constant([0, 0, heads, size]))
+    padded = emit.op(f"{name}/Pad", "Pad", apart, emit.constant([0] * 7 + [wanted - size]))
+    return emit.op(f"{name}/wide/Reshape", "Reshape", padded, emit.constant([0, 0, heads * wanted]))
+
+
+def _narrower(emit: Emitter, x_BTE: ir.Value, heads: int, size: int, wanted: int) -> ir.Value:
+    """[B,T,heads·size] → [B,T,heads·wanted], the first channels of each head."""
+    apart = emit.op("output/Reshape", "Reshape", x_BTE, emit.constant([0, 0, heads, size]))
+    ends = (emit.constant([0]), emit.constant([wanted]), emit.constant([3]))
+    kept = emit.op("output/Slice", "Slice", apart, *ends)
+    return emit.op("output/narrow/Reshape", "Reshape", kept, emit.constant([0, 0, heads * wanted]))
 
 
 def finish(model: ir.Model) -> None:

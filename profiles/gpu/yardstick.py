@@ -50,8 +50,9 @@ class YardstickSession(Session):
         options = {"compiler": compiler, "cuda_graph": graph, "chunk": CHUNK}
         super().__init__(model.config, batch, capacity, SessionInfo("torch", name, {"torch": torch.__version__}, options))
         config = model.config
-        if config.qk_norm or config.rope.kind == "none" or config.rotary_dim != config.head_dim:
-            raise EngineError("the yardstick is for models that rotate whole heads (RoPE), without QK-norm")
+        plain = config.glu_value_dim is None and not config.qk_norm
+        if not plain or config.rope.kind == "none" or config.rotary_dim != config.head_dim:
+            raise EngineError("the yardstick is for models that rotate whole heads (RoPE), without QK-norm and GLU attention")
         self.model, self._bytes = model, weight.dtype.itemsize
         self._caches = model.empty_cache(batch, capacity)
         self._ids, self._positions, self._logits = (

@@ -2,6 +2,7 @@
 // inputs, outputs and attributes are.
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <string>
 #include <thread>
 
@@ -53,19 +54,31 @@ struct Layer {
 
 struct Stage {
   size_t x;
-  int64_t residual, activation;  // activation: of the first of two layers, which gates the second
+  int64_t residual, activation;  // activation: of the first of two layers, which gates the second, or of the only one
   Norm norm;                     // its weight is null where there is none
   size_t K;
   std::vector<Layer> layers;
   std::vector<size_t> ends;  // of the units of its layers
 
-  bool gated() const { return activation != NONE; }
+  bool gated() const { return activation != NONE && layers.size() == 2; }
+  bool activated() const { return activation != NONE && layers.size() == 1; }
   size_t rows_per_unit() const { return std::max<size_t>(4, UNIT_BYTES / (K * sizeof(float)) / (gated() ? 2 : 1) / 4 * 4); }
 };
 
 float* buffer(std::vector<float>& memory, size_t count) {  // kept from step to step
   if (memory.size() < count) memory.resize(count);
   return memory.data();
+}
+
+// y = act(y)
+void activate(float* y, size_t count, int64_t activation) {
+  float gate[256];
+  for (size_t i = 0, width; i < count; i += width) {
+    width = std::min(count - i, std::size(gate));
+    std::copy(y + i, y + i + width, gate);
+    std::fill(y + i, y + i + width, 1.0f);
+    kernels().activate(gate, y + i, width, static_cast<Activation>(activation));
+  }
 }
 
 // One step of a chain with few rows.
@@ -102,6 +115,7 @@ struct Step {
       } else {
         const float* residual = stage.residual == NONE ? nullptr : values[stage.residual];
         kernels().linear({x, layer.weights, layer.biases, residual, y, M, stage.K, layer.N}, n0, n1);
+        for (size_t m = 0; stage.activated() && m < M; ++m) activate(y + m * layer.N + n0, n1 - n0, stage.activation);
       }
     }
   }
@@ -190,8 +204,9 @@ class ChainKernel : public Kernel<ChainKernel> {
       }
       expect(!norm || norm_shape == std::vector<int64_t>{static_cast<int64_t>(stage.K)},
              "headpool::LinearChain: the weight of a norm does not fit x");
-      expect(stage.gated() ? count == 2 && stage.layers[0].N == stage.layers[1].N && stage.residual == NONE
-                           : stage.residual == NONE || count == 1,
+      expect(stage.activation == NONE || (stage.residual == NONE && (stage.activated() || stage.gated())),
+             "headpool::LinearChain: an activation is of one layer or of two, and has no residual");
+      expect(stage.gated() ? stage.layers[0].N == stage.layers[1].N : stage.residual == NONE || count == 1,
              "headpool::LinearChain: a gate has two layers of one shape, a residual one layer");
       has_width(stage.x, stage.K);
       if (stage.residual != NONE) has_width(stage.residual, stage.layers[0].N);
@@ -284,6 +299,8 @@ class ChainKernel : public Kernel<ChainKernel> {
           kernels().activate(from + i, y + i, end - i, static_cast<Activation>(stage.activation));
         });
       }
+      if (stage.activated())
+        each(M * last.N, PIECE / 4, [&](size_t i, size_t end) { activate(y + i, end - i, stage.activation); });
       if (stage.residual != NONE) {
         const float* residual = data(values[stage.residual]);
         each(M * last.N, PIECE, [&](size_t i, size_t end) {

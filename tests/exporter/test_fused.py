@@ -30,7 +30,7 @@ LAYER = {"LinearChain": 1, "FusedAttention": 1}  # from o to the next layer's q,
 NODES = {
     **dict.fromkeys(["llama", "llama-mha-gelu", "qwen2", "phi3", "gemma"], LAYER),
     "qwen3": LAYER | {"RMSNormalization": 2, "Reshape": 2},  # QK-norm is over D
-    "starcoder2": {"LayerNormalization": 2, "LinearChain": 4, "FusedAttention": 1, "Gelu": 1},
+    "starcoder2": {"LayerNormalization": 2, "LinearChain": 3, "FusedAttention": 1},
 }
 
 

@@ -74,7 +74,7 @@ class Mirror:
         self.rewind(0)
         self.prefill(1)
         self.decode(2)
-        assert self.session.kv_bytes() == 3 * 5 * 32 * 4
+        assert self.session.kv_bytes() == 3 * 5 * (16 + self.model.config.value_dim) * 4
 
     def unequal_lengths(self) -> None:
         """In a session of batch 3, chunks of 16 tokens and 120 rows."""

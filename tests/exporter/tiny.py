@@ -30,9 +30,9 @@ CONFIG = ModelConfig(
 )
 
 
-def decoder() -> Decoder:
+def decoder(config: ModelConfig = CONFIG) -> Decoder:
     generator = torch.Generator().manual_seed(5)
-    model = Decoder(CONFIG).eval().requires_grad_(False)
+    model = Decoder(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
     return model

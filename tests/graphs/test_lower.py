@@ -74,6 +74,25 @@ def test_prefill_chunk_decode(pattern, cache, dtype, kv_heads):
         done += chunk
 
 
+@pytest.mark.parametrize("value_dim", [8, 24])
+@pytest.mark.parametrize(("pattern", "cache"), [(p, c) for p, c, dtype in MATRIX if dtype == "fp32"])
+def test_gated_values_of_another_size(pattern, cache, value_dim):
+    """GLU attention, whose V is smaller (or larger) than K: 16 channels."""
+    config = harness.tiny_config((8, 1), glu_value_dim=value_dim)
+    decoder = harness.random_decoder(config)
+    sess = harness.session(decoder, pattern, cache)
+    (prompt,) = prompts(config, [9])
+    expected = torch_logits(decoder, prompt)
+    past, done = harness.empty(config, 1, CAPACITY if cache == "static" else 0), 0
+    for chunk in (6, 2, 1):
+        ids, positions = prompt[None, done : done + chunk], np.arange(done, done + chunk)[None]
+        mask = np.ones((1, done + chunk), np.int64) if cache == "concat" else None
+        logits, past = harness.run(sess, config, ids, positions, past, mask)
+        close(logits[0], expected[done : done + chunk], 0)
+        assert {array.shape[3] for array in past[1::2]} == {value_dim}
+        done += chunk
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_the_tolerances_notice_a_token_one_position_off(dtype):
     config = harness.tiny_config()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -61,6 +62,15 @@ def test_unequal_lengths_in_a_batch(
 ) -> None:
     session = library.open(bundles[form], threads=2).session(batch=3, capacity=120, chunk=16)
     mirror_of(session, model).unequal_lengths()
+
+
+@pytest.mark.parametrize("form", ALL, ids="-".join)
+def test_glu_attention(form: tuple[str, str], tmp_path: Path, library: Library) -> None:
+    """V heads of 8 channels beside K heads of 16; `one_sequence` and `unequal_lengths` also count the cache's bytes."""
+    model = tiny.decoder(dataclasses.replace(tiny.CONFIG, glu_value_dim=8))
+    opened = library.open(whole(tiny.bundle(tmp_path, model, *form)))  # type: ignore[arg-type]
+    mirror_of(opened.session(capacity=300, chunk=16), model).one_sequence()
+    mirror_of(opened.session(batch=3, capacity=120, chunk=16), model).unequal_lengths()
 
 
 @pytest.mark.parametrize("form", [("grouped", "static"), ("grouped", "concat"), ("fused", "static")], ids="-".join)

@@ -14,6 +14,7 @@ from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.apart import keep_apart
 from exporter.engines.tensorrt.api import Api, Messages, load
 from exporter.engines.tensorrt.compile import compile_plan, config_of, profiles_of
+from exporter.engines.tensorrt.heads import one_head_size
 from exporter.engines.tensorrt.network import Network, Parsed, parse
 from exporter.engines.tensorrt.plan import BuildOptions, recipe_of, targets_of, variants_of
 from exporter.engines.tensorrt.quantize import quantize_weights
@@ -117,6 +118,8 @@ def prepare(
 def source_of(bundle: Bundle, variant: Variant, recipe: Recipe) -> tuple[Source, int]:
     """The graph and its weights as an engine is built from them, and refitted with them; how many weights are quantised."""
     source = open_source(bundle, variant, recipe.batch, recipe.capacity)
+    if variant.pattern == "attention":
+        one_head_size(source, variant.config)
     keep_apart(source)
     quantised = quantize_weights(source, recipe.quantize, variant.dtype) if recipe.quantize is not None else []
     return source, len(quantised)

@@ -139,6 +139,9 @@ def _details(trt: Any, kind: str, layer: Any) -> dict[str, Any]:
     if kind == "ELEMENTWISE":
         layer.__class__ = trt.IElementWiseLayer
         return {"op": layer.op.name}
+    if kind == "SLICE":
+        layer.__class__ = trt.ISliceLayer
+        return {"mode": layer.mode.name}
     if kind == "CAST":
         layer.__class__ = trt.ICastLayer
         return {"to": DTYPES.get(layer.to_type.name, layer.to_type.name.lower())}

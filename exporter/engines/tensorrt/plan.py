@@ -89,9 +89,10 @@ def recipe_of(bundle: Bundle, variant: Variant, api: Api, targets: tuple[str, ..
         raise EngineError("--compatible is of backend tensorrt; a tensorrt-rtx engine runs on the chips that --target names")
     if variant.dtype == "bf16" and "sm75" in targets:
         raise EngineError(f"variant {variant.name} is bf16, which sm75 lacks; leave sm75 out, or export it in fp16")
-    if variant.pattern == "attention" and (variant.config.head_dim % 8 or not 16 <= variant.config.head_dim <= 256):
+    size = max(variant.config.head_dim, variant.config.value_dim)
+    if variant.pattern == "attention" and (size % 8 or not 16 <= size <= 256):
         raise EngineError(
-            f"variant {variant.name} has heads of {variant.config.head_dim} channels; TensorRT fuses attention for "
+            f"variant {variant.name} has heads of {size} channels; TensorRT fuses attention for "
             "multiples of 8 from 16 to 256: export it with --pattern grouped"
         )
     check_quantize(options.quantize, variant, targets)

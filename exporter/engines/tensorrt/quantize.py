@@ -23,7 +23,7 @@ ELEMENTS = {
     "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
     "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
 }
-KEPT = ("embed_tokens.weight", "lm_head.weight")  # what every output depends on
+KEPT = ("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")  # what every output depends on
 
 
 @dataclass(frozen=True)

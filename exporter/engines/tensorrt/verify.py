@@ -161,14 +161,20 @@ def _fused(network: Network, attention: Layer, present_value: str, heads: int, k
 
 
 def _cache_source(network: Network, given: Tensor | None) -> str:
-    """The tensor that `given` is, but for a factor: the parser puts the square root of the scale on Q and on K."""
+    """The tensor that `given` is, but for a factor and zeros: the parser puts the square root of the scale on Q and on K, and
+    heads.py zeros beside the smaller heads of GLU attention."""
     if given is None:
         return "nothing"
     layer = network.producer.get(given.name)
+    if layer is not None and layer.kind == "SLICE" and layer.details["mode"] == "FILL":
+        source = layer.inputs[0]
+        assert source is not None
+        wider = source.shape[:3] == given.shape[:3] and source.shape[3] < given.shape[3]
+        return _cache_source(network, source) if wider else given.name
     if layer is not None and layer.kind == "ELEMENTWISE" and layer.details["op"] == "PROD":
         x, factor = layer.inputs[:2]
         if x is not None and factor is not None and network.is_scalar_constant(factor.name):
-            return x.name
+            return _cache_source(network, x)
     return given.name
 
 

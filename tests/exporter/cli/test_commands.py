@@ -56,6 +56,41 @@ def test_sweep_makes_a_bundle_results_and_a_page(headpool, made: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_sweep_over_ffns_of_equal_parameters(headpool, made: Path, tmp_path: Path) -> None:
+    arguments = ["--groups", "2", "--contexts", "4", "--samples", "2", "--kinds", "decode", "--threads", "1"]
+    config = made / "model/config.json"
+    code, out, _ = headpool("sweep", config, tmp_path / "out", "--ffn", "relu,swiglu,relu", *arguments, "--json")
+    assert code == 0
+    data = json.loads(out.splitlines()[-1])
+    assert [(entry["kind"], entry["d_ff"]) for entry in data["ffn"]] == [("relu", 60), ("swiglu", 40)]
+    relu, swiglu = data["ffn"]
+    assert relu["ffn_parameters"] == swiglu["ffn_parameters"] == 2 * 2 * 48 * 60
+    assert relu["parameters"] == swiglu["parameters"]
+    assert [cell["variant"] for cell in data["cells"]] == ["g2", "g2"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("bundle-relu", "bundle-swiglu", "report.html", "results.json")
+    ]
+    page = (tmp_path / "out/report.html").read_text()
+    assert ", relu 60" in page
+    assert ", swiglu 40" in page
+    made_of = json.loads((tmp_path / "out/bundle-relu/config.json").read_text())
+    assert (made_of["model_type"], made_of["ffn"], made_of["intermediate_size"]) == ("headpool", "relu", 60)
+
+
+def test_glu_attention_starts_where_the_model_was(headpool, made: Path, tmp_path: Path) -> None:
+    code, out, _ = headpool("convert", made / "model", tmp_path / "glu", "--glu-values", "8")
+    assert (code, out) == (
+        0,
+        f"{tmp_path}/glu: 2 → 2 KV heads of 6 query heads, GLU attention with values of 8, by repetition\n",
+    )
+    code, out, _ = headpool(
+        *("eval", tmp_path / "glu", "--reference", made / "model", "--tokens", "64", "--window", "32"), "--json"
+    )
+    assert code == 0, out
+    assert json.loads(out.splitlines()[-1])["mean_kl"] < 1e-6
+    assert headpool("convert", tmp_path / "glu", tmp_path / "twice", "--glu-values", "8")[0] == 2
+
+
 def test_more_heads_are_said_to_be_repeated(headpool, made: Path, tmp_path: Path) -> None:
     code, out, _ = headpool("convert", made / "model", tmp_path / "mha", "--groups", "6")
     assert (code, out) == (0, f"{tmp_path}/mha: 2 → 6 KV heads of 6 query heads, by repetition\n")

@@ -13,7 +13,7 @@ from exporter.cli import COMMANDS, HELP, app, options
 
 
 def test_constants_are_those_of_the_modules_that_define_them() -> None:
-    from exporter.config import CACHE_FORMS, DTYPES
+    from exporter.config import CACHE_FORMS, DTYPES, FFN_KINDS
     from exporter.convert import GROUPINGS, METHODS
     from exporter.engines import BACKENDS
     from exporter.layout import STORAGES
@@ -26,6 +26,7 @@ def test_constants_are_those_of_the_modules_that_define_them() -> None:
     assert options.CACHES == CACHE_FORMS
     assert options.DTYPES == DTYPES
     assert tuple(BACKENDS) == options.BACKENDS
+    assert FFN_KINDS == options.FFN_KINDS
     storage = next(p for p in app.get_command(None, "export").params if p.name == "storage")  # type: ignore[arg-type, union-attr]
     assert storage.type.choices == STORAGES  # type: ignore[attr-defined]
     from exporter.cli import measure

@@ -54,6 +54,16 @@ MISTAKES: list[tuple[list[str], str]] = [
         ["export", MODEL, "out", "--groups", "1", "--method", "mean", "--calibration", "self"],
         "method mean makes no use of calibration self; leave it out, or choose from procrustes, optimal",
     ),
+    (
+        ["convert", MODEL, "out", "--glu-values", "4"],
+        "method mean keeps the 8 channels of a value; choose optimal for values of 4",
+    ),
+    (["convert", MODEL, "out", "--glu-values", "9"], "glu-values 9 is not from 1 to 8, the channels of the model's heads"),
+    (
+        ["sweep", MODEL, "out", "--ffn", "relu"],
+        "model has the weights of a swiglu FFN; --ffn takes a config.json, without weights",
+    ),
+    (["sweep", MODEL + "/config.json", "out", "--ffn", "relu,mish"], "--ffn: 'mish' is not one of relu, gelu, swish, glu, "),
     (["export", MODEL, MODEL], "model exists; choose another name or remove it"),
     (["convert", MODEL, MODEL, "--groups", "1"], "model exists; choose another name or remove it"),
     (["sweep", MODEL, MODEL], "model exists; choose another name or remove it"),

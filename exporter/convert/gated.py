@@ -1,0 +1,88 @@
+"""Gated values shared by m heads: which channel of each goes with which, and by what factor.
+
+V' = (W_V x) ⊙ SiLU(W_gate x) is not linear in x. What folds into W_O is V'_h ≈ B_h Ṽ' with one entry in every row and column of
+B_h: channels may change places, and the value half may be scaled (its sign too), the gate half may not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporter.convert.sharing import reading
+
+ROUNDS = 4  # of matching the heads to their mean; it settles in a few
+
+
+def matched(value: Tensor, gate: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """value, gate [G,m,Dv,e] → shared value and gate [G,Dv,e], and the basis [G,m,Dv,Dv] with V'_gm ≈ basis · shared.
+
+    Channels are matched by the cosine of their gates times that of their values, whatever its sign. The shared halves are means
+    of what is matched, with the norm that averaging takes given back to gates (of values the basis has it).
+    """
+    groups = [_match(*halves, moments) for halves in zip(value, gate, strict=True)]
+    values, gates, bases = (torch.stack(parts) for parts in zip(*groups, strict=True))
+    return values, gates, bases
+
+
+def _match(value: Tensor, gate: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One group: [m,Dv,e] → [Dv,e], [Dv,e], [m,Dv,Dv]."""
+    m, Dv = value.shape[:2]
+    shared, shared_gate = value[0], gate[0]
+    for _ in range(ROUNDS):
+        likeness = _cosines(value, shared, moments).abs() * _cosines(gate, shared_gate, moments)
+        places = torch.from_numpy(np.stack([assignment(-head.T.numpy()) for head in likeness]))
+        index = places[..., None].expand(-1, -1, value.shape[2])
+        values, gates = value.gather(1, index), gate.gather(1, index)
+        signs = torch.where((values * reading(shared, moments)).sum(-1, keepdim=True) < 0, -1.0, 1.0).to(value.dtype)
+        shared, shared_gate = (values * signs).mean(0), gates.mean(0)
+    wanted, found = _squares(gates, moments).mean(0), _squares(shared_gate, moments)
+    shared_gate = shared_gate * _ratio(wanted, found, 1.0).sqrt()[:, None]
+    scales = _ratio((values * reading(shared, moments)).sum(-1), _squares(shared, moments), 0.0)
+    basis = value.new_zeros(m, Dv, Dv)
+    basis.scatter_(1, places[:, None, :], scales[:, None, :])
+    return shared, shared_gate, basis
+
+
+def _squares(rows: Tensor, moments: Tensor) -> Tensor:
+    return (rows * reading(rows, moments)).sum(-1)
+
+
+def _cosines(rows: Tensor, others: Tensor, moments: Tensor) -> Tensor:
+    """[m,r,e] and [r,e] → [m,r,r]."""
+    lengths = (_squares(rows, moments)[..., None] * _squares(others, moments)).clamp_min(0).sqrt()
+    return _ratio(reading(rows, moments) @ others.T, lengths, 0.0)
+
+
+def _ratio(one: Tensor, other: Tensor, empty: float) -> Tensor:
+    """one / other, and `empty` where there is nothing to divide by."""
+    return torch.where(other > 0, one / other.clamp_min(torch.finfo(other.dtype).tiny), empty)
+
+
+def assignment(costs: np.ndarray) -> np.ndarray:
+    """int64 [n]: the column of each row of `costs` [n,n], each column once, so that their sum is least.
+
+    Shortest augmenting paths over reduced costs (Jonker and Volgenant 1987), O(n³).
+    """
+    n = len(costs)
+    row_of, column_of = np.full(n, -1), np.full(n, -1)
+    row_price, column_price = np.zeros(n), np.zeros(n)
+    for first in range(n):
+        near, before, done = np.full(n, np.inf), np.full(n, -1), np.zeros(n, bool)
+        row, length, column, visited = first, 0.0, -1, []
+        while row >= 0:  # the cheapest path to a column that is still free
+            candidate = length + costs[row] - row_price[row] - column_price
+            better = ~done & (candidate < near)
+            near[better], before[better] = candidate[better], row
+            column = int(np.where(done, np.inf, near).argmin())
+            length, row = near[column], int(row_of[column])
+            done[column] = True
+            visited += [row] if row >= 0 else []
+        row_price[first] += length
+        row_price[visited] += length - near[column_of[visited]]
+        column_price[done] += near[done] - length
+        while column >= 0:  # along it, every row takes the next column
+            row = int(before[column])
+            row_of[column], column_of[row], column = row, column, int(column_of[row])
+    return column_of
