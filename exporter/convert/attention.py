@@ -62,7 +62,7 @@ class AttentionWeights:
         offset = float(config.norm_offset)
         norms = (read("q_norm.weight") + offset, read("k_norm.weight") + offset) if config.qk_norm else None
         gate = heads("v_gate_proj", G, Dv) if config.glu_value_dim is not None else None
-        return cls(heads("q_proj", H, D), heads("k_proj", G, D), heads("v_proj", G, Dv), output, norms, gate)
+        return cls(heads("q_proj", H, D), heads("k_proj", G, D), heads("v_proj", G, Dv), output, norms, gate=gate)
 
     def tensors(self, config: ModelConfig, layer: int) -> dict[str, Tensor]:
         """Canonical name → tensor, as a checkpoint holds them: those of `attention_shapes`."""
@@ -81,7 +81,7 @@ class AttentionWeights:
         norms = None if self.norms is None else (self.norms[0].to(dtype), self.norms[1].to(dtype))
         gate = None if self.gate is None else self.gate.to(dtype)
         heads = (self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), self.output.to(dtype))
-        return AttentionWeights(*heads, norms, gate)
+        return AttentionWeights(*heads, norms, gate=gate)
 
     def degrouped(self, kv_heads: int) -> AttentionWeights:
         """The same attention with each KV head repeated until there are `kv_heads`, a multiple of those there are."""

@@ -67,7 +67,7 @@ def fold(
     else:
         value, gate, basis = matched(values, layer.gate.unflatten(0, (G, m)), moments)
     output = (output @ basis[:, :, None]).flatten(0, 2).permute(1, 0, 2)
-    return AttentionWeights(query, key, value, output, layer.norms, gate)
+    return AttentionWeights(query, key, value, output, layer.norms, gate=gate)
 
 
 def _fold_keys(layer: AttentionWeights, G: int, rotary_dim: int, sharing: Sharing, moments: Tensor) -> tuple[Tensor, Tensor]:

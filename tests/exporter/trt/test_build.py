@@ -21,7 +21,7 @@ from exporter.engines.tensorrt import plan as planning
 from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.build import build
 from exporter.engines.tensorrt.plan import BuildOptions
-from exporter.errors import BundleError, EngineError, GraphError
+from exporter.errors import BundleError, EngineError, GraphError, UserError
 
 OPTIONS = BuildOptions(targets=("sm86", "sm89"), batch=2, capacity=32, prefill=8)
 FOLDER = "tensorrt-rtx-sm86-sm89"
@@ -150,7 +150,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(attention, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compiling, "writer", lambda trt, _file: real(trt, Full()))
-    with pytest.raises(OSError, match=r"No space left"):
+    with pytest.raises(UserError, match=r"\.engine cannot be written: No space left on device \(log: "):
         build(attention, OPTIONS)
     assert not list(attention.path.rglob("*.engine"))
     assert partial_files(attention) == []
