@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from exporter.decode import decode
 from exporter.errors import UserError, one_of
@@ -157,7 +157,7 @@ class ModelConfig:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ModelConfig:
+    def from_json(cls, data: dict[str, Any]) -> Self:
         """What `to_json` wrote. Raises UserError for a key that is unknown, missing, or of another type."""
         return decode(cls, data, "config")
 

@@ -56,21 +56,31 @@ def inputs(config: ModelConfig, cache: CacheForm, dtype: str) -> list[Binding]:
     mask = Binding("attention_mask", "int64", ("batch", "total"), "mask")
     positions = Binding("position_ids", "int64", ("batch", "sequence"), "positions")
     length = "past" if cache == "concat" else "capacity"
-    caches = [
-        Binding(name, dtype, ("batch", kv_heads, length, size), "cache", layer)
-        for layer, kv_heads in enumerate(config.kv_heads)
-        for name, size in zip(past_names(layer), (config.head_dim, config.value_dim), strict=True)
-    ]
+    layers = range(config.num_layers)
+    caches = [binding for layer in layers for binding in cache_pair(config, dtype, layer, length, past_names(layer))]
     return [ids, *([mask] if cache == "concat" else []), positions, *caches]
 
 
 def outputs(config: ModelConfig, cache: CacheForm, dtype: str, logits: Logits = "last") -> list[Binding]:
     """Graph outputs in order."""
     length = "total" if cache == "concat" else "capacity"
-    rows: int | str = 1 if logits == "last" else "sequence"
-    caches = [
-        Binding(name, dtype, ("batch", kv_heads, length, size), "cache", layer, past if cache == "static" else None)
-        for layer, kv_heads in enumerate(config.kv_heads)
-        for name, past, size in zip(present_names(layer), past_names(layer), (config.head_dim, config.value_dim), strict=True)
+    caches: list[Binding] = []
+    for layer in range(config.num_layers):
+        past = past_names(layer) if cache == "static" else None
+        caches += cache_pair(config, dtype, layer, length, present_names(layer), past)
+    return [logits_output(config, dtype, logits), *caches]
+
+
+def cache_pair(
+    config: ModelConfig, dtype: str, layer: int, length: str, names: tuple[str, str], past: tuple[str, str] | None = None
+) -> list[Binding]:
+    """K and V of one layer, in the memory of the inputs `past` where those are named."""
+    sizes = (config.head_dim, config.value_dim)
+    return [
+        Binding(name, dtype, ("batch", config.kv_heads[layer], length, size), "cache", layer, alias)
+        for name, size, alias in zip(names, sizes, past or (None, None), strict=True)
     ]
-    return [Binding("logits", dtype, ("batch", rows, config.vocab_size), "logits"), *caches]
+
+
+def logits_output(config: ModelConfig, dtype: str, logits: Logits) -> Binding:
+    return Binding("logits", dtype, ("batch", 1 if logits == "last" else "sequence", config.vocab_size), "logits")

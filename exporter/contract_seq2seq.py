@@ -13,7 +13,7 @@ first    input_ids [B,T], encoder_attention_mask, encoder_hidden_states [B,E,d] 
 from __future__ import annotations
 
 from exporter.config import CacheForm
-from exporter.contract import Binding, Logits, Role
+from exporter.contract import Binding, Logits, cache_pair, logits_output
 from exporter.seq2seq_config import Seq2SeqConfig
 
 IDS = ("batch", "encoder")
@@ -50,7 +50,7 @@ def decoder_outputs(config: Seq2SeqConfig, cache: CacheForm, dtype: str, logits:
     length = "total" if cache == "concat" else "capacity"
     layers = range(config.num_layers)
     caches = [binding for layer in layers for binding in _kept(config, dtype, "present", layer, length, cache == "static")]
-    return [_logits(config, dtype, logits), *caches]
+    return [logits_output(config, dtype, logits), *caches]
 
 
 def first_inputs(config: Seq2SeqConfig, dtype: str) -> list[Binding]:
@@ -67,24 +67,13 @@ def first_outputs(config: Seq2SeqConfig, dtype: str, logits: Logits) -> list[Bin
         for layer in range(config.num_layers)
         for binding in (*_kept(config, dtype, "present", layer, "sequence"), *_read(config, dtype, "present", layer))
     ]
-    return [_logits(config, dtype, logits), *caches]
-
-
-def _logits(config: Seq2SeqConfig, dtype: str, logits: Logits) -> Binding:
-    return Binding("logits", dtype, ("batch", 1 if logits == "last" else "sequence", config.vocab_size), "logits")
+    return [logits_output(config, dtype, logits), *caches]
 
 
 def _kept(config: Seq2SeqConfig, dtype: str, kind: str, layer: int, length: str, alias: bool = False) -> list[Binding]:
-    return _pair(config, dtype, kind, layer, "decoder", length, alias)
+    past = names("past_key_values", layer, "decoder") if alias else None
+    return cache_pair(config, dtype, layer, length, names(kind, layer, "decoder"), past)
 
 
 def _read(config: Seq2SeqConfig, dtype: str, kind: str, layer: int) -> list[Binding]:
-    return _pair(config, dtype, kind, layer, "encoder", "encoder", alias=False)
-
-
-def _pair(config: Seq2SeqConfig, dtype: str, kind: str, layer: int, stack: str, length: str, alias: bool) -> list[Binding]:
-    role: Role = "cache"
-    shapes = (("batch", config.kv_heads[layer], length, size) for size in (config.head_dim, config.value_dim))
-    aliases = names("past_key_values", layer, stack) if alias else (None, None)
-    named = zip(names(kind, layer, stack), shapes, aliases, strict=True)
-    return [Binding(name, dtype, shape, role, layer, of) for name, shape, of in named]
+    return cache_pair(config, dtype, layer, "encoder", names(kind, layer, "encoder"))

@@ -22,6 +22,7 @@ from exporter import contract
 from exporter.background import Background
 from exporter.bundle import MANIFEST, Bundle, Seq2SeqVariant, Variant
 from exporter.checkpoint import Checkpoint, check_finite, hf_config_for, scan
+from exporter.checkpoint.expected import EMBEDDING, HEAD, POSITIONS
 from exporter.checkpoint.t5_names import unread_in_decoding
 from exporter.config import CACHE_FORMS, DTYPES, CacheForm, ModelConfig, check_groups
 from exporter.convert import GROUPINGS, METHODS, Converter, Grouping, Method, conversion_record
@@ -31,7 +32,7 @@ from exporter.genai import genai_config
 from exporter.layout import STORAGES, Layout, Storage
 from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.tokenizer import check_tokenizer
-from exporter.trace import EMBEDDING, HEAD, IR_DTYPES, POSITIONS, canonical_graph
+from exporter.trace import IR_DTYPES, canonical_graph
 from exporter.trace_seq2seq import canonical_graphs
 from exporter.weights import TORCH_DTYPES, Weights
 from graphs.canonical import GroupedAttention, standalone

@@ -33,7 +33,8 @@ def check_output(out: Path, source: Path) -> None:
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path` that becomes `path` when the block ends, and vanishes when it raises."""
-    temporary = _sibling(path)
+    refuse_existing(path)
+    temporary = _name_beside(path)
     try:
         with _one_line(path):
             temporary.mkdir()
@@ -50,16 +51,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a file name beside `path` that becomes `path` when the block ends, and vanishes when it raises."""
-    temporary = _sibling(path)
-    try:
-        with _one_line(path):
-            yield temporary
-            refuse_existing(path)
-            os.rename(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    refuse_existing(path)
+    with replacing(path) as temporary:
+        yield temporary
+        refuse_existing(path)
 
 
 @contextlib.contextmanager
@@ -81,11 +76,6 @@ def write_text(path: Path, text: str) -> Path:
     with new_file(path) as temporary:
         temporary.write_text(text, "utf-8")
     return path
-
-
-def _sibling(path: Path) -> Path:
-    refuse_existing(path)
-    return _name_beside(path)
 
 
 def _name_beside(path: Path) -> Path:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from exporter.config import ModelConfig
-from exporter.decode import decode
 from exporter.errors import UserError
 
 # Relative positions end nowhere; a number that no memory holds stands for that.
@@ -52,11 +50,6 @@ class Seq2SeqConfig(ModelConfig):
         if lacking or self.rope.kind != "none" or self.norm != "rms":
             what = ", ".join(lacking) or (f"rope {self.rope.kind}" if self.rope.kind != "none" else f"norm {self.norm}")
             raise UserError(f"an encoder-decoder with {what} is not implemented")
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Seq2SeqConfig:
-        """What `to_json` wrote. Raises UserError for a key that is unknown, missing, or of another type."""
-        return decode(cls, data, "config")
 
 
 def require_decoder(config: ModelConfig, name: object, what: str) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from exporter import contract
+from exporter.checkpoint.expected import EMBEDDING, HEAD
 from exporter.config import CacheForm, ModelConfig
 from exporter.models.decoder import Epilogue, Layer, Prologue
 from exporter.models.grouped_attention import onnx_translation
@@ -31,8 +32,6 @@ from graphs.stamp import Stamper
 OPSET = 24
 IR_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "int64": ir.DataType.INT64}
 Spec = tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]  # shape, dtype, dynamic dimensions
-HEAD = "lm_head.weight"
-EMBEDDING, POSITIONS = "model.embed_tokens.weight", "model.embed_positions.weight"
 
 
 def canonical_graph(config: ModelConfig, cache: CacheForm, dtype: str, logits: contract.Logits = "last") -> ir.Model:
@@ -54,20 +53,22 @@ def canonical_graph(config: ModelConfig, cache: CacheForm, dtype: str, logits: c
         x, *caches = stamper.stamp(layer, f"model.layers.{index}", [x, *angles, *shared, *past])
         present += caches
     weight = stamper.initializer(EMBEDDING if config.tied else HEAD, IR_DTYPES[dtype], (config.vocab_size, config.hidden_size))
-    (scores,) = stamper.stamp(_epilogue(plain, dtype, logits), "model", [x, positions, weight])
+    (scores,) = stamper.stamp(epilogue(plain, dtype, logits), "model", [x, positions, weight])
     if config.rope.kind != "none":
         stamper.initializers["model.rotary.inv_freq"].const_value = ir.tensor(frequencies(config)[0].numpy())
-
-    outputs = []
-    for value, binding in zip([scores, *present], contract.outputs(config, cache, dtype, logits), strict=True):
-        value.name = binding.name
-        value.shape, value.dtype = ir.Shape(binding.shape), IR_DTYPES[binding.dtype]
-        outputs.append(value)
-    return stamper.finish(outputs, name=config.family)
+    return finish(stamper, [scores, *present], contract.outputs(config, cache, dtype, logits), config.family)
 
 
 def graph_value(binding: contract.Binding) -> ir.Value:
     return ir.Value(name=binding.name, shape=ir.Shape(binding.shape), type=ir.TensorType(IR_DTYPES[binding.dtype]))
+
+
+def finish(stamper: Stamper, outputs: Sequence[ir.Value], bindings: Sequence[contract.Binding], name: str) -> ir.Model:
+    """The graph `name`, its outputs named and shaped as `bindings` say."""
+    for value, binding in zip(outputs, bindings, strict=True):
+        value.name = binding.name
+        value.shape, value.dtype = ir.Shape(binding.shape), IR_DTYPES[binding.dtype]
+    return stamper.finish(outputs, name=name)
 
 
 # Sizes that stand for dynamic dimensions; distinct and not 0 or 1, which torch.export would bake in.
@@ -97,12 +98,12 @@ def _layer(config: ModelConfig, cache: CacheForm, dtype: str) -> ir.Model:
 
 
 @functools.lru_cache(maxsize=64)
-def _epilogue(config: ModelConfig, dtype: str, logits: contract.Logits) -> ir.Model:
+def epilogue(config: ModelConfig, dtype: str, logits: contract.Logits, scale: float = 1.0) -> ir.Model:
     kind = TORCH_DTYPES[dtype]
     x = ((B * T, config.hidden_size), kind, (0,))
     weight = ((config.vocab_size, config.hidden_size), kind, ())
     part = [x, ((B, T), torch.long, (0, 1)), weight]
-    return trace_part(lambda: Epilogue(config, last_only=logits == "last"), dtype, part)
+    return trace_part(lambda: Epilogue(config, logits == "last", scale), dtype, part)
 
 
 def trace_part(build: Callable[[], nn.Module], dtype: str, inputs: Sequence[Spec | None]) -> ir.Model:

@@ -17,7 +17,7 @@ from exporter.contract import Binding, Logits
 from exporter.models import seq2seq
 from exporter.models.relative import bucket_table
 from exporter.seq2seq_config import Seq2SeqConfig
-from exporter.trace import IR_DTYPES, OPSET, B, P, T, graph_value, trace_part
+from exporter.trace import IR_DTYPES, OPSET, B, P, T, epilogue, finish, graph_value, trace_part
 from exporter.weights import TORCH_DTYPES
 from graphs import canonical
 from graphs.stamp import Stamper
@@ -110,17 +110,14 @@ class _Graph:
             x, *caches = self.stamp(_decoder_layer, f"decoder.layers.{index}", given, kv_heads, cache)
             present += caches
         head = self.weight(EMBEDDING if config.tied else HEAD)
-        (scores,) = self.stamp(_decoder_epilogue, "decoder", [x, ids, head], 0, logits)
+        (scores,) = self.stamp(epilogue, "decoder", [x, ids, head], 0, logits, config.head_scale)
         return scores, present
 
     def finish(self, outputs: Sequence[ir.Value], bindings: Sequence[Binding], bidirectional: bool = False) -> ir.Model:
         name = f"{'encoder' if bidirectional else 'decoder'}.bias.buckets"
         table = bucket_table(self.config.relative_buckets, self.config.relative_max_distance, bidirectional)
         self.stamper.initializers[name].const_value = ir.tensor(table.numpy())
-        for value, binding in zip(outputs, bindings, strict=True):
-            value.name = binding.name
-            value.shape, value.dtype = ir.Shape(binding.shape), IR_DTYPES[binding.dtype]
-        return self.stamper.finish(outputs, name=self.config.family)
+        return finish(self.stamper, outputs, bindings, self.config.family)
 
 
 class _EmptyCache(nn.Module):
@@ -187,10 +184,3 @@ def _decoder_layer(config: Seq2SeqConfig, dtype: str, cache: CacheForm) -> ir.Mo
     kept, read = ([((B, G, length, size), kind, (0, 2)) for size in (config.head_dim, config.value_dim)] for length in (P, E))
     inputs = [x, IDS, IDS if static else None, mask, bias, SOURCE, *kept, *read]
     return trace_part(lambda: seq2seq.DecoderLayer(config, G), dtype, inputs)
-
-
-@functools.lru_cache(maxsize=64)
-def _decoder_epilogue(config: Seq2SeqConfig, dtype: str, logits: Logits) -> ir.Model:
-    kind = TORCH_DTYPES[dtype]
-    inputs = [((B * T, config.hidden_size), kind, (0,)), IDS, ((config.vocab_size, config.hidden_size), kind, ())]
-    return trace_part(lambda: seq2seq.DecoderEpilogue(config, last_only=logits == "last"), dtype, inputs)

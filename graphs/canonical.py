@@ -179,10 +179,8 @@ def _standalone_node(
     shapes += [["B", G, "S", D], ["B", G, "S", Dv]]
     given = [ir.Value(name=name, shape=ir.Shape(shape), type=data) for name, shape in zip(INPUTS, shapes, strict=False)]
     attributes = {"num_heads": H, "kv_num_heads": G, "scale": D**-0.5}
-    where = [*given, shared] if static else [*given, None, shared]
-    if bias is not None:
-        where = [*given, *([shared, None] if static else [None, shared]), bias]
-    node = ir.node(OP_TYPE, where, attributes, domain=DOMAIN, num_outputs=3)
+    where = [shared, None] if static else [None, shared]
+    node = ir.node(OP_TYPE, [*given, *where, bias], attributes, domain=DOMAIN, num_outputs=3)
     rows = "S" if static else "total"
     given_back: list[list[int | str]] = [["B", "T", H * Dv], ["B", G, rows, D], ["B", G, rows, Dv]]
     for value, name, shape in zip(node.outputs, OUTPUTS, given_back, strict=True):

@@ -41,11 +41,11 @@ def equal_width(config: ModelConfig, kind: str) -> int:
     Rounded to the largest of MULTIPLES that takes it no further than OFF from the exact width.
     """
     gated = kind in GATED_FFN_KINDS
-    exact = config.intermediate_size * {(False, True): 2 / 3, (True, False): 3 / 2}.get((config.gated, gated), 1.0)
     if config.gated == gated:
         return config.intermediate_size
+    exact = config.intermediate_size * (2 / 3 if gated else 3 / 2)
     rounded = ((multiple, max(multiple, round(exact / multiple) * multiple)) for multiple in MULTIPLES)
-    return next((width for multiple, width in rounded if abs(width - exact) <= OFF * exact or multiple == 1))
+    return next(width for multiple, width in rounded if abs(width - exact) <= OFF * exact or multiple == 1)
 
 
 def ffn_line(model: Checkpoint) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from profiles.results import Results
 BUSY = 0.8  # typical bandwidth over the best, below which a run is called disturbed
 
 # A machine that is busy from the first sample to the last reads memory slowly all the time, so that the bandwidth's median
-# lies near its best; but steps that have to share the CPUs scatter. Quiet runs (profiles/results) have p90 / p50 of 1.01 to
-# 1.20 by cell, half of them below 1.06. The typical cell decides: even in a quiet run a single one may meet a hiccup. The load
-# average that a run records decides nothing: it outlives by a minute what caused it, the export just before the run for one.
-# What slows every step alike cannot be told from a slower machine.
+# lies near its best; but steps that have to share the CPUs scatter: p90 / p50 of the typical cell, since even in a quiet run a
+# single one may meet a hiccup. The committed runs are quiet by it (tests/profiles/test_compare.py). The load average that a run
+# records decides nothing: it outlives by a minute what caused it, the export just before the run for one. What slows every step
+# alike cannot be told from a slower machine.
 SPREAD = 1.2
 
 

@@ -1,11 +1,18 @@
-"""The real model that every room's tests share."""
+"""What every room's tests share: the real model, and a bandwidth that is measured in no time."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's commands, by far the longest test, first: begun last, one process would run them while the others idle."""
+    items.sort(key=lambda item: item.name != "test_commands")
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +23,16 @@ def smollm2() -> Path:
     assert spec.origin is not None
     (path,) = Path(spec.origin).parent.glob("*.gguf")
     return path
+
+
+@pytest.fixture(scope="session")
+def small_probe() -> Iterator[None]:
+    """Memory bandwidth from 8 MB instead of a gigabyte, whose pages take longer than all else that measures a tiny model.
+
+    From its first use on, in this process; the commands that tests run as processes of their own take the gigabyte.
+    """
+    from profiles import bandwidth, bundles
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundles, "BandwidthProbe", functools.partial(bandwidth.BandwidthProbe, array_bytes=8 << 20))
+        yield

@@ -9,6 +9,7 @@ from exporter.config import ModelConfig
 from exporter.errors import CheckpointError
 from exporter.seq2seq_config import Seq2SeqConfig
 
+EMBEDDING, POSITIONS, HEAD = "model.embed_tokens.weight", "model.embed_positions.weight", "lm_head.weight"  # of a decoder
 SHOWN = 5  # names of one kind that an error line lists
 
 
@@ -17,10 +18,10 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if isinstance(config, Seq2SeqConfig):
         return t5_shapes(config)
     d, f, H, D, Dv = config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim, config.value_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, d)}
 
     if config.learned_positions:
-        shapes["model.embed_positions.weight"] = (config.max_positions, d)
+        shapes[POSITIONS] = (config.max_positions, d)
 
     def norm(name: str, size: int, bias: bool) -> None:
         shapes[f"{name}.weight"] = (size,)
@@ -52,7 +53,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(prefix + "mlp.down_proj", d, f, config.ffn_bias)
     norm("model.norm", d, layer_norm)
     if not config.tied:
-        shapes["lm_head.weight"] = (config.vocab_size, d)
+        shapes[HEAD] = (config.vocab_size, d)
     return shapes
 
 

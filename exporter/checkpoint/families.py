@@ -15,6 +15,18 @@ from exporter.checkpoint.t5_names import t5_layout
 from exporter.config import ModelConfig
 from exporter.seq2seq_config import Seq2SeqConfig
 
+# hidden_act → (ungated FFN, gated FFN, tanh approximation of GELU)
+ACTIVATIONS = {
+    "silu": ("swish", "swiglu", False),
+    "swish": ("swish", "swiglu", False),
+    "gelu": ("gelu", "geglu", False),
+    "gelu_pytorch_tanh": ("gelu", "geglu", True),
+    "gelu_new": ("gelu", "geglu", True),
+    "relu": ("relu", "reglu", False),
+    "sigmoid": (None, "glu", False),
+    "linear": (None, "bilinear", False),
+}
+
 
 @dataclass(frozen=True)
 class Family:

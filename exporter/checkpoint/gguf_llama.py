@@ -118,7 +118,7 @@ def _refuse_unreadable(file: GgufFile, name: str, kind: GGMLQuantizationType) ->
     """Types that the gguf package knows by size but cannot dequantise, and integers, which are no weights."""
     try:
         values: Any = dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
+    except NotImplementedError:  # what the gguf package raises for them
         values = None
     if values is None:
         raise CheckpointError(f"{file.path}: tensor {gguf_name(name)!r} is {kind.name}, which cannot be dequantised here")

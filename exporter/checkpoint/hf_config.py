@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from exporter.checkpoint.families import FAMILIES, HEADPOOL, Family
+from exporter.checkpoint.families import ACTIVATIONS, FAMILIES, HEADPOOL, Family
 from exporter.checkpoint.own_config import own_config, parse_own
 from exporter.checkpoint.rope_config import finite, parse_rope, rope_keys
 from exporter.checkpoint.t5_config import read_t5, t5_keys
@@ -19,17 +19,6 @@ from exporter.config import ModelConfig
 from exporter.errors import CheckpointError, UserError, one_of
 from exporter.seq2seq_config import Seq2SeqConfig
 
-# hidden_act → (ungated FFN, gated FFN, tanh approximation of GELU)
-ACTIVATIONS = {
-    "silu": ("swish", "swiglu", False),
-    "swish": ("swish", "swiglu", False),
-    "gelu": ("gelu", "geglu", False),
-    "gelu_pytorch_tanh": ("gelu", "geglu", True),
-    "gelu_new": ("gelu", "geglu", True),
-    "relu": ("relu", "reglu", False),
-    "sigmoid": (None, "glu", False),
-    "linear": (None, "bilinear", False),
-}
 # As DeciLM names them (Deci AI, huggingface.co/Deci/DeciLM-7B); transformers' own families have no such key.
 PER_LAYER = "num_key_value_heads_per_layer"
 # Larger numbers are damage, and would only be found after much time and memory.
@@ -74,8 +63,6 @@ def parse_config(
 
 class Reader:
     """config.json with the family's defaults behind it."""
-
-    activations = ACTIVATIONS
 
     def __init__(self, hf: Mapping[str, Any]) -> None:
         model_type = hf.get("model_type")

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from exporter.checkpoint.families import ACTIVATIONS
 from exporter.config import RopeConfig
 from exporter.errors import UserError, one_of
 from exporter.seq2seq_config import ENDLESS, Seq2SeqConfig
@@ -35,7 +36,7 @@ def read_t5(reader: Reader, generation: Mapping[str, Any]) -> Seq2SeqConfig:
     heads, hidden = reader.size("num_heads"), reader.size("d_model")
     layers = reader.size("num_layers")
     decoder_layers = layers if hf.get("num_decoder_layers") is None else reader.size("num_decoder_layers")
-    ffn, gelu_tanh = _activation(hf.get("feed_forward_proj"), reader.activations)
+    ffn, gelu_tanh = _activation(hf.get("feed_forward_proj"))
     tied = reader.flag("tie_word_embeddings")
     scaled = reader.flag(SCALES) if SCALES in hf else tied and hf["model_type"] == "t5"
     named = (generation.get(START), hf.get(START), hf.get("pad_token_id"))  # as transformers looks for it
@@ -79,10 +80,10 @@ def settle_head(config: Seq2SeqConfig, hf: Mapping[str, Any], has_own_head: bool
     return dataclasses.replace(config, tied=not has_own_head) if SCALES in hf or config.family == "mt5" else config
 
 
-def _activation(name: Any, activations: Mapping[str, tuple[str | None, str | None, bool]]) -> tuple[str, bool]:
+def _activation(name: Any) -> tuple[str, bool]:
     """`relu`, `gated-gelu` and the like; gated-gelu means the tanh approximation, gelu_new, as transformers reads it."""
-    choices = {plain: (kinds[0], kinds[2]) for plain, kinds in activations.items() if kinds[0]}
-    choices |= {f"gated-{plain}": (kinds[1], kinds[2]) for plain, kinds in activations.items() if kinds[1]}
+    choices = {plain: (kinds[0], kinds[2]) for plain, kinds in ACTIVATIONS.items() if kinds[0]}
+    choices |= {f"gated-{plain}": (kinds[1], kinds[2]) for plain, kinds in ACTIVATIONS.items() if kinds[1]}
     choices["gated-gelu"] = ("geglu", True)
     if not isinstance(name, str) or name not in choices:
         raise UserError(one_of("feed_forward_proj", name, choices))

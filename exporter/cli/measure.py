@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,8 @@ def sweep_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> N
     check_output(out, checkpoint)
     with progress_bar() as progress:
         results = sweep(source, out, options.build(SweepOptions, {**given, **stages}), progress, models)
-    data: dict[str, Any] = {"out": str(out), "report": str(out / "report.html"), "results": str(out / "results.json")}
-    if as_json and models:
-        data["ffn"] = [ffn_line(model) for model in models]
-    _show(results, as_json, data)
-    if not as_json:
-        finish(False, {}, [ffn_line(model)["text"] for model in models])
+    files = {"out": str(out), "report": str(out / "report.html"), "results": str(out / "results.json")}
+    _show(results, as_json, files, [ffn_line(model) for model in models])
 
 
 @click.command("compare")
@@ -195,8 +192,9 @@ def report_command(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
     finish(as_json, {"out": str(out)}, str(out))
 
 
-def _show(results: Any, as_json: bool, data: dict[str, Any]) -> None:
-    """The table for a person, with the files' names under it; with --json the medians, since the file holds the samples."""
+def _show(results: Any, as_json: bool, files: dict[str, str], ffns: Sequence[dict[str, Any]] = ()) -> None:
+    """The table for a person, with the files' names and the FFNs under it; with --json the medians, since the file holds the
+    samples."""
     from rich.console import Console
 
     from profiles.noise import busy
@@ -208,7 +206,7 @@ def _show(results: Any, as_json: bool, data: dict[str, Any]) -> None:
         if not console.is_terminal:  # nothing there says how wide it is
             console.width = WIDTH
         console.print(results_view(results))
-        finish(False, {}, [f"{name}: {path}" for name, path in data.items()])
+        finish(False, {}, [*(f"{name}: {path}" for name, path in files.items()), *(ffn["text"] for ffn in ffns)])
         return
     shown = ("p50", "p90", "p99", "max")  # p99 from 100 samples on
     cells = [
@@ -226,4 +224,5 @@ def _show(results: Any, as_json: bool, data: dict[str, Any]) -> None:
         }
         for cell in results.cells
     ]
-    finish(True, {**data, "warnings": [text] if (text := busy(results)) else [], "cells": cells}, [])
+    data = {**files, **({"ffn": ffns} if ffns else {}), "warnings": [text] if (text := busy(results)) else [], "cells": cells}
+    finish(True, data, [])

@@ -6,6 +6,7 @@ e is d, or d + 1 where Q, K and V have biases. L KV heads, H query heads, R = H 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,25 +79,30 @@ class AttentionWeights:
         return found
 
     def to(self, dtype: torch.dtype) -> AttentionWeights:
-        norms = None if self.norms is None else (self.norms[0].to(dtype), self.norms[1].to(dtype))
-        gate = None if self.gate is None else self.gate.to(dtype)
-        heads = (self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), self.output.to(dtype))
-        return AttentionWeights(*heads, norms, gate=gate)
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype)
+
+        norms = None if self.norms is None else (cast(self.norms[0]), cast(self.norms[1]))
+        asking = None if self.asking is None else cast(self.asking)
+        kept = self._of_kv_heads(cast)
+        return replace(kept, query=cast(self.query), output=cast(self.output), norms=norms, asking=asking)
 
     def degrouped(self, kv_heads: int) -> AttentionWeights:
         """The same attention with each KV head repeated until there are `kv_heads`, a multiple of those there are."""
         times = kv_heads // self.kv_heads
-        key, value = (heads.repeat_interleave(times, 0) for heads in (self.key, self.value))
-        gate = None if self.gate is None else self.gate.repeat_interleave(times, 0)
-        return replace(self, key=key, value=value, gate=gate)
+        return self._of_kv_heads(lambda heads: heads.repeat_interleave(times, 0))
 
     def ordered(self, order: list[int]) -> AttentionWeights:
         """The same attention with its KV heads in another order, and with them the query heads that read them."""
         index = torch.tensor(order)
         reading = torch.arange(self.query.shape[0]).unflatten(0, (self.kv_heads, -1))[index].flatten()
-        gate = None if self.gate is None else self.gate[index]
-        kept = replace(self, key=self.key[index], value=self.value[index], gate=gate)
+        kept = self._of_kv_heads(lambda heads: heads[index])
         return replace(kept, query=self.query[reading], output=self.output[:, reading])
+
+    def _of_kv_heads(self, change: Callable[[Tensor], Tensor]) -> AttentionWeights:
+        """`change` of all that a KV head has: K, V and gate."""
+        gate = None if self.gate is None else change(self.gate)
+        return replace(self, key=change(self.key), value=change(self.value), gate=gate)
 
 
 def attention_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,9 @@ from exporter.units import size
 
 CALIBRATIONS = ("self", "random", "none")  # or the path of a text
 WINDOWS, WINDOW = 8, 512  # of how many tokens, where the model's context is not shorter
+# Random tokens follow Zipf's law with Mandelbrot's offset, p ∝ 1 / (id + OFFSET): tokenizers that merge pairs (BPE) name the
+# frequent ones first. Drawn evenly, most would be ones that hardly occur. profiles/benchmarks/conversion.py measures it.
+OFFSET = 10
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -31,19 +34,20 @@ def calibration_tokens(
 ) -> np.ndarray | None:
     """int64 [n,T]: WINDOWS windows of tokens, and `extra` more, to convert `checkpoint` on; None for `none`.
 
-    `self`: what the model writes at temperature 1 after one random token. `random`: drawn evenly from the vocabulary. Anything
-    else is the path of a UTF-8 text, from all over which up to so many windows are taken. Raises UserError for a text that
-    cannot be read or is shorter than one window.
+    `self`: what the model writes at temperature 1 after one random token. `random`: drawn by Zipf's law from the vocabulary.
+    Anything else is the path of a UTF-8 text, from all over which up to so many windows are taken. Raises UserError for a text
+    that cannot be read or is shorter than one window.
     """
     if source == "none":
         return None
     length = min(WINDOW, checkpoint.config.max_positions)
     count = WINDOWS + extra
-    drawn = np.random.default_rng(seed).integers(checkpoint.config.vocab_size, size=(count, length))
+    vocabulary, rng = checkpoint.config.vocab_size, np.random.default_rng(seed)
     if source == "random":
-        return drawn
+        odds = 1 / (np.arange(vocabulary) + OFFSET)
+        return rng.choice(vocabulary, size=(count, length), p=odds / odds.sum())
     if source == "self":
-        return _written(checkpoint, drawn[:, :1], length, seed, progress)
+        return _written(checkpoint, rng.integers(vocabulary, size=(count, length))[:, :1], length, seed, progress)
     return windows(_read(checkpoint, Path(source)), length, count, source)
 
 

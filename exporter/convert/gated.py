@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from exporter.convert.sharing import reading
@@ -32,7 +33,7 @@ def _match(value: Tensor, gate: Tensor, moments: Tensor) -> tuple[Tensor, Tensor
     shared, shared_gate = value[0], gate[0]
     for _ in range(ROUNDS):
         likeness = _cosines(value, shared, moments).abs() * _cosines(gate, shared_gate, moments)
-        places = torch.from_numpy(np.stack([assignment(-head.T.numpy()) for head in likeness]))
+        places = torch.from_numpy(np.stack([linear_sum_assignment(-head.T.numpy())[1] for head in likeness]))
         index = places[..., None].expand(-1, -1, value.shape[2])
         values, gates = value.gather(1, index), gate.gather(1, index)
         signs = torch.where((values * reading(shared, moments)).sum(-1, keepdim=True) < 0, -1.0, 1.0).to(value.dtype)
@@ -58,31 +59,3 @@ def _cosines(rows: Tensor, others: Tensor, moments: Tensor) -> Tensor:
 def _ratio(one: Tensor, other: Tensor, empty: float) -> Tensor:
     """one / other, and `empty` where there is nothing to divide by."""
     return torch.where(other > 0, one / other.clamp_min(torch.finfo(other.dtype).tiny), empty)
-
-
-def assignment(costs: np.ndarray) -> np.ndarray:
-    """int64 [n]: the column of each row of `costs` [n,n], each column once, so that their sum is least.
-
-    Shortest augmenting paths over reduced costs (Jonker and Volgenant 1987), O(n³).
-    """
-    n = len(costs)
-    row_of, column_of = np.full(n, -1), np.full(n, -1)
-    row_price, column_price = np.zeros(n), np.zeros(n)
-    for first in range(n):
-        near, before, done = np.full(n, np.inf), np.full(n, -1), np.zeros(n, bool)
-        row, length, column, visited = first, 0.0, -1, []
-        while row >= 0:  # the cheapest path to a column that is still free
-            candidate = length + costs[row] - row_price[row] - column_price
-            better = ~done & (candidate < near)
-            near[better], before[better] = candidate[better], row
-            column = int(np.where(done, np.inf, near).argmin())
-            length, row = near[column], int(row_of[column])
-            done[column] = True
-            visited += [row] if row >= 0 else []
-        row_price[first] += length
-        row_price[visited] += length - near[column_of[visited]]
-        column_price[done] += near[done] - length
-        while column >= 0:  # along it, every row takes the next column
-            row = int(before[column])
-            row_of[column], column_of[row], column = row, column, int(column_of[row])
-    return column_of

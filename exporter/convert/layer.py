@@ -87,6 +87,7 @@ class _NotFinite(ArithmeticError):
 
 def check_finite(folded: AttentionWeights, *outputs: Tensor) -> None:
     """Within `solvable`: refuse a layer whose weights, or what it gives, float32 cannot hold."""
-    tensors = (folded.query, folded.key, folded.value, folded.output, *outputs)
+    gates = () if folded.gate is None else (folded.gate,)
+    tensors = (folded.query, folded.key, folded.value, *gates, folded.output, *outputs)
     if not all(bool(tensor.float().isfinite().all()) for tensor in tensors):
         raise _NotFinite("its values exceed float32")

@@ -17,7 +17,7 @@ from exporter.convert.calibrate import Progress, convert_on_tokens
 from exporter.convert.gates import gated_config, with_gates
 from exporter.convert.heads import Pooling, pooled_tensors
 from exporter.convert.layer import LayerChange, check_finite, expected_moments, query_moments, solvable
-from exporter.convert.seq2seq import attention_views, changed, check_fits
+from exporter.convert.seq2seq import attention_views, changed, check_fits, default_calibration
 from exporter.convert.sharing import aligned, leading
 from exporter.errors import UserError, one_of
 from exporter.seq2seq_config import Seq2SeqConfig
@@ -123,8 +123,7 @@ def conversion_record(
         return None
     if is_exact(before, after) and before.value_dim == after.value_dim:
         return {"method": REPETITION, "seed": None, **counts}
-    tokens = "none" if isinstance(before, Seq2SeqConfig) else "self"
-    folded = {"grouping": grouping, "calibration": calibration or tokens} if method in SHARINGS else {}
+    folded = {"grouping": grouping, "calibration": calibration or default_calibration(before)} if method in SHARINGS else {}
     if folded and before.qk_norm:
         folded["keys"] = "mean"  # QK-norm lets nothing of them be folded
     return {

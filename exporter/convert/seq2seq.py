@@ -40,6 +40,11 @@ def check_fits(config: ModelConfig, grouping: str, calibration: str | None) -> N
         )
 
 
+def default_calibration(config: ModelConfig) -> str:
+    """What the methods that fold are given where nobody says: the model's own text, or no tokens."""
+    return "none" if isinstance(config, Seq2SeqConfig) else "self"
+
+
 def attention_views(config: Seq2SeqConfig, weights: Weights) -> Iterator[tuple[dict[str, str], ModelConfig, Weights]]:
     """For self- and for cross-attention: names in the view → names here, and the config and weights of a decoder of it."""
     shared = {field.name for field in dataclasses.fields(ModelConfig)}

@@ -13,8 +13,8 @@ from exporter.config import ModelConfig, check_groups
 from exporter.convert.calibration import calibration_tokens
 from exporter.convert.gates import gated_config
 from exporter.convert.methods import SHARINGS, Grouping, Method, check_method, convert_weights, is_exact
+from exporter.convert.seq2seq import default_calibration
 from exporter.files import check_output
-from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.tokenizer import check_tokenizer
 from exporter.weights import Weights
 
@@ -41,8 +41,9 @@ class Converter:
         check_method(checkpoint.config, method, seed, grouping, calibration)
         self.glu_value_dim = glu_value_dim
         self.checkpoint, self.method, self.seed, self.grouping, self.progress = checkpoint, method, seed, grouping, progress
-        tokens = "none" if isinstance(checkpoint.config, Seq2SeqConfig) else "self"
-        self.calibration = tokens if calibration is None and method in SHARINGS else calibration
+        self.calibration = calibration
+        if calibration is None and method in SHARINGS:
+            self.calibration = default_calibration(checkpoint.config)
         self._tokens: np.ndarray | None = None
         self._made: dict[tuple[int, ...], tuple[ModelConfig, Weights]] = {}
 

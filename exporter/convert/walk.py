@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from exporter.checkpoint.expected import EMBEDDING, HEAD, POSITIONS
 from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights
 from exporter.convert.causal import CausalAttention
 from exporter.models.ffn import FeedForward
 from exporter.models.norm import Norm
 from exporter.weights import FileTensor, LazyTensor, Weights
-
-EMBEDDING, HEAD, POSITIONS = "model.embed_tokens.weight", "lm_head.weight", "model.embed_positions.weight"
 
 
 class Walk:

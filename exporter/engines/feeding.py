@@ -33,13 +33,14 @@ def right_padded(prompts: list[np.ndarray], lengths: np.ndarray, capacity: int, 
     starts = lengths.copy()  # the caller counts on while it takes the calls
     ends = np.array([len(prompt) for prompt in prompts])
     if len(set(ends)) > 1:
-        yield from _rectangles([prompt[:-1] for prompt in prompts], starts, capacity, chunk)
+        yield from rectangles([prompt[:-1] for prompt in prompts], starts, capacity, chunk)
         starts += ends - 1
         prompts = [prompt[-1:] for prompt in prompts]
-    yield from _rectangles(prompts, starts, capacity, chunk)
+    yield from rectangles(prompts, starts, capacity, chunk)
 
 
-def _rectangles(prompts: list[np.ndarray], starts: np.ndarray, capacity: int, chunk: int) -> Iterator[Feed]:
+def rectangles(prompts: list[np.ndarray], starts: np.ndarray, capacity: int, chunk: int) -> Iterator[Feed]:
+    """`prompts` from the positions `starts` on, at most `chunk` columns a call, padded on the right."""
     left = np.array([len(prompt) for prompt in prompts])
     done = np.zeros_like(left)
     while left.any():

@@ -39,6 +39,27 @@ class _Indices:
             self.value.update_inplace(self.array)
 
 
+class Scores:
+    """Where a binding puts its logits on the host, [B, rows, V]."""
+
+    def __init__(self, binding: Any, dtype: str, shape: tuple[int, int, int]) -> None:
+        self.array, self.dtype = np.zeros(shape, STORAGE[dtype]), dtype
+        binding.bind_output("logits", "cpu", 0, ELEMENT_TYPES[dtype], shape, self.array.ctypes.data)
+
+    def read(self) -> np.ndarray:
+        """As float32; for an fp32 graph the very buffer, no copy."""
+        logits = self.array.view(ml_dtypes.bfloat16) if self.dtype == "bf16" else self.array
+        return logits.astype(np.float32, copy=False)
+
+
+def run(runtime: Any, binding: Any) -> None:
+    """One call. Raises EngineError."""
+    try:
+        runtime.run_with_iobinding(binding)
+    except RuntimeError as error:  # memory that ran out, above all
+        raise EngineError(f"onnxruntime failed in a step: {' '.join(str(error).split())[:300]}") from None
+
+
 class Call:
     """One I/O binding with its token, position and logits buffers for [B, T]; T = 1 is kept for every decode step."""
 
@@ -48,24 +69,12 @@ class Call:
         self.binding.bind_ortvalue_input("input_ids", self.ids.value)
         self.binding.bind_ortvalue_input("position_ids", self.positions.value)
         rows = 1 if session.variant.logits == "last" else T
-        dtype = session.variant.dtype
-        self.logits = np.zeros((session.batch, rows, session.config.vocab_size), STORAGE[dtype])
-        self.bfloat = dtype == "bf16"
-        address = self.logits.ctypes.data
-        self.binding.bind_output("logits", "cpu", 0, ELEMENT_TYPES[dtype], self.logits.shape, address)
+        self.logits = Scores(self.binding, session.variant.dtype, (session.batch, rows, session.config.vocab_size))
 
     def run(self, runtime: Any) -> None:
         self.ids.push()
         self.positions.push()
-        try:
-            runtime.run_with_iobinding(self.binding)
-        except RuntimeError as error:  # memory that ran out, above all
-            raise EngineError(f"onnxruntime failed in a step: {' '.join(str(error).split())[:300]}") from None
-
-    def scores(self) -> np.ndarray:
-        """Logits as float32; for an fp32 graph the very buffer, no copy."""
-        logits = self.logits.view(ml_dtypes.bfloat16) if self.bfloat else self.logits
-        return logits.astype(np.float32, copy=False)
+        run(runtime, self.binding)
 
 
 class OrtSession(Session):
@@ -93,7 +102,7 @@ class OrtSession(Session):
         step.positions.array[:, 0] = self.lengths
         self._run(step, None)
         self.lengths += 1
-        return step.scores()[:, 0]
+        return step.logits.read()[:, 0]
 
     def score(self, tokens: np.ndarray, skip: int = 0) -> Iterator[np.ndarray]:
         if self.variant.logits != "all" or self._one_by_one(tokens.shape[-1]):
@@ -123,7 +132,7 @@ class OrtSession(Session):
         call.ids.array[:], call.positions.array[:] = feed.ids, feed.positions
         self._run(call, feed.mask)
         self.lengths += feed.counts
-        return call.scores()
+        return call.logits.read()
 
     def _one_by_one(self, longest: int) -> bool:
         """Whether prompts must be fed a sequence at a time.

@@ -76,13 +76,36 @@ class Buffer:
         binding.bind_output(target, self.device, 0, self.element, self.shape, self.address)
 
 
+Names = tuple[str, str]  # past and present of a cache
+
+
+def grown(
+    variant: Variant, names: list[Names], batch: int, rows: int, device: str, old: dict[Names, Buffer], used: int
+) -> dict[Names, Buffer]:
+    """Caches of `rows` rows for K and V of every layer, the first `used` those of `old`, which are freed one by one.
+
+    Raises EngineError where memory is short; then `old` is as it was.
+    """
+    config = variant.config
+    shapes = [(batch, heads, rows, size) for heads in config.kv_heads for size in (config.head_dim, config.value_dim)]
+    try:
+        new = {name: Buffer(shape, variant.dtype, device) for name, shape in zip(names, shapes, strict=True)}
+    except MemoryError:
+        size = batch * rows * variant.kv_bytes_per_token
+        raise EngineError(f"no memory for a cache of {size / 1e6:.0f} MB; lower --capacity or --batch") from None
+    for name, buffer in new.items():
+        if used:
+            buffer.load(old.pop(name).to_host()[:, :, :used])
+    return new
+
+
 class StaticSession(OrtSession):
     """Caches [B, G, S, D] of our own, written in place; S grows up to `capacity`."""
 
     def __init__(self, runtime: Any, variant: Variant, batch: int, capacity: int, info: SessionInfo) -> None:
         super().__init__(runtime, variant, batch, capacity, info)
         self.rows = 0  # S
-        self._caches: dict[tuple[str, str], Buffer] = {}
+        self._caches: dict[Names, Buffer] = {}
         self._bound_rows = 0  # S of the buffers that the decode step's binding knows
         self._ahead = 0  # rows that the prefill now running will need, and one for the first decoded token
 
@@ -107,20 +130,10 @@ class StaticSession(OrtSession):
         if need <= self.rows:
             return
         rows, used = next_rows(need, self.rows, self.capacity, self._ahead), int(self.lengths.max())
-        old, self._bound_rows = self._caches, 0
+        self._bound_rows = 0
         names = [pair for layer in range(self.config.num_layers) for pair in _alias_pairs(layer)]
-        sizes = [(g, size) for g in self.config.kv_heads for size in (self.config.head_dim, self.config.value_dim)]
-        shapes = [(self.batch, kv_heads, rows, size) for kv_heads, size in sizes]
-        try:  # all at first, so that nothing has changed when memory is short
-            new = {name: Buffer(shape, self.variant.dtype, self.device) for name, shape in zip(names, shapes, strict=True)}
-        except MemoryError:
-            size = self.batch * rows * self.variant.kv_bytes_per_token
-            raise EngineError(f"no memory for a cache of {size / 1e6:.0f} MB; lower --capacity or --batch") from None
-        for name, buffer in new.items():
-            if used:
-                buffer.load(old[name].to_host()[:, :, :used])
-                del old[name]  # frees each one as it is copied
-        self._caches, self.rows = new, rows
+        self._caches = grown(self.variant, names, self.batch, rows, self.device, self._caches, used)
+        self.rows = rows
 
     def _prefill_rows(self, prompts: list[np.ndarray]) -> np.ndarray:
         ends = self.lengths + [len(prompt) for prompt in prompts]
@@ -139,6 +152,6 @@ class StaticSession(OrtSession):
         self._caches.clear()
 
 
-def _alias_pairs(layer: int) -> list[tuple[str, str]]:
-    """(past, present) of K and of V."""
+def _alias_pairs(layer: int) -> list[Names]:
+    """Of K and of V."""
     return list(zip(contract.past_names(layer), contract.present_names(layer), strict=True))

@@ -11,10 +11,9 @@ import abc
 import numpy as np
 
 from exporter.engines.base import Session, SessionInfo
+from exporter.engines.feeding import rectangles
 from exporter.errors import EngineError
 from exporter.seq2seq_config import Seq2SeqConfig
-
-PAD = 0  # any valid token: the mask hides it
 
 
 class Seq2SeqSession(Session):
@@ -29,13 +28,10 @@ class Seq2SeqSession(Session):
 
     def prefill(self, prompts: list[np.ndarray]) -> np.ndarray:
         self.check_prompts(prompts)
-        ends = np.array([len(prompt) for prompt in prompts])
-        ids = np.full((self.batch, ends.max()), PAD, np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-        mask = (np.arange(ids.shape[1]) < ends[:, None]).astype(np.int64)
-        self.rows = 0
-        self._encode(ids, mask)
+        longest = max(map(len, prompts))
+        (feed,) = rectangles(prompts, np.zeros(self.batch, np.int64), longest, longest)
+        ends = feed.counts
+        self._encode(feed.ids, (feed.positions < ends[:, None]).astype(np.int64))
         logits = self._step(np.full(self.batch, self.config.decoder_start_id, np.int64))
         self.rows, self.inputs = 1, ends
         self.lengths[:] = ends

@@ -143,18 +143,22 @@ class Layer(nn.Module):
 
 
 class Epilogue(nn.Module):
-    """x [B·T, d] → logits [B,1,V] of the last position, or [B,T,V]. `weight` is the head [V, d], tied or not."""
+    """x [B·T, d] → logits [B,1,V] of the last position, or [B,T,V]. `weight` is the head [V, d], tied or not.
 
-    def __init__(self, config: ModelConfig, last_only: bool) -> None:
+    `tokens` [B,T] gives the shape; `scale` is of what the head reads.
+    """
+
+    def __init__(self, config: ModelConfig, last_only: bool, scale: float = 1.0) -> None:
         super().__init__()
         self.norm = Norm(config, config.hidden_size)
-        self.last_only = last_only
+        self.last_only, self.scale = last_only, scale
 
-    def forward(self, x: Tensor, position_ids: Tensor, weight: Tensor) -> Tensor:
-        B, T = position_ids.shape
+    def forward(self, x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+        B, T = tokens.shape
         if self.last_only:
             x, T = x.reshape(B, T, -1).select(1, -1), 1
-        return nn.functional.linear(self.norm(x), weight).reshape(B, T, -1)
+        x = self.norm(x)
+        return nn.functional.linear(x if self.scale == 1.0 else x * self.scale, weight).reshape(B, T, -1)
 
 
 class Decoder(nn.Module):

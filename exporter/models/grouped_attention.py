@@ -10,11 +10,12 @@ from typing import Any
 import onnxscript
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from graphs import canonical
 
 
-@torch.library.custom_op("headpool::grouped_attention", mutates_args=())
+@custom_op("headpool::grouped_attention", mutates_args=())
 def grouped_attention(
     query: Tensor,
     key: Tensor,
@@ -52,7 +53,7 @@ def grouped_attention(
     return output, present_key, present_value
 
 
-@torch.library.custom_op("headpool::read_attention", mutates_args=())
+@custom_op("headpool::read_attention", mutates_args=())
 def read_attention(
     query: Tensor,
     key: Tensor,

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
-from exporter.models.decoder import Cache
+from exporter.models.decoder import Cache, Epilogue
 from exporter.models.ffn import FeedForward
 from exporter.models.grouped_attention import grouped_attention, read_attention
 from exporter.models.norm import Norm
@@ -194,22 +194,6 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), *present
 
 
-class DecoderEpilogue(nn.Module):
-    """x [B·T,d] → logits [B,1,V] of the last position, or [B,T,V]. `weight` is the head [V,d], tied or not."""
-
-    def __init__(self, config: Seq2SeqConfig, last_only: bool) -> None:
-        super().__init__()
-        self.norm = Norm(config, config.hidden_size)
-        self.last_only, self.scale = last_only, config.head_scale
-
-    def forward(self, x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
-        B, T = tokens.shape
-        if self.last_only:
-            x, T = x.reshape(B, T, -1).select(1, -1), 1
-        x = self.norm(x)
-        return linear(x if self.scale == 1.0 else x * self.scale, weight).reshape(B, T, -1)
-
-
 def heads(x_BTE: Tensor, count: int, size: int) -> Tensor:
     """[B,T,count·size] → [B,count,T,size]."""
     return x_BTE.reshape(x_BTE.shape[0], x_BTE.shape[1], count, size).transpose(1, 2)
@@ -239,7 +223,7 @@ class Decoder(nn.Module):
         self.caches = nn.ModuleList(CrossCache(config, kv_heads) for kv_heads in config.kv_heads)
         self.prologue = DecoderPrologue(config)
         self.layers = nn.ModuleList(DecoderLayer(config, kv_heads) for kv_heads in config.kv_heads)
-        self.epilogue = DecoderEpilogue(config, last_only=False)
+        self.epilogue = Epilogue(config, last_only=False, scale=config.head_scale)
 
 
 class Seq2Seq(nn.Module):

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from profiles.benchmarks.record import save
+from profiles.machine import ROOT
 
-ROOT = Path(__file__).parents[2]
 HELP_RUNS = 10
 HELP_SECONDS, SCRIPT_SECONDS = 0.5, 600
 PROMISE = f"--help ≤ {HELP_SECONDS} s; ./scripts/test and ./scripts/demo ≤ {SCRIPT_SECONDS // 60} minutes each"

@@ -11,13 +11,13 @@ import onnxruntime as ort
 import pytest
 import torch
 from evaluator import BF16, evaluator
+from tiny import canonical
 
 from exporter import contract
 from exporter.config import ModelConfig, RopeConfig
 from exporter.engines.operators import operator_library
 from exporter.errors import EngineError
 from exporter.models.decoder import Decoder, canonical_to_module
-from exporter.trace import canonical_graph
 from exporter.weights import TORCH_DTYPES
 from graphs.lower import lower
 
@@ -69,15 +69,9 @@ def with_weights(model: ir.Model, decoder: Decoder) -> onnx.ModelProto:
     return ir.to_proto(model)
 
 
-_canonical: dict = {}
-
-
 def session(decoder: Decoder, pattern: str, cache: str, dtype: str = "fp32", logits: str = "all"):
     """The lowered graph in ONNX Runtime; in bf16, which its CPU has no kernels for, in onnx's reference implementation."""
-    key = (decoder.config, cache, dtype, logits)
-    if key not in _canonical:
-        _canonical[key] = canonical_graph(decoder.config, cache, dtype, logits)
-    graph = with_weights(lower(_canonical[key], pattern), decoder)
+    graph = with_weights(lower(canonical(decoder.config, cache, dtype, logits), pattern), decoder)
     if dtype == "bf16":
         return evaluator(graph)
     return ort_session(graph, own_operators=pattern == "fused")
@@ -97,6 +91,7 @@ def operators() -> str:
     try:
         return str(operator_library())
     except EngineError as error:
+        # The reason is that file missing: scripts/ops says what it takes to build it.
         (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import collections
 
 import harness
-import numpy as np
 import pytest
-from test_lower import CAPACITY, close, prompts, torch_logits
+from test_lower import CAPACITY, close, in_chunks, prompts, torch_logits
+from tiny import canonical
 
 from exporter.config import FFN_KINDS
-from exporter.trace import canonical_graph
 from graphs.lower import lower
 
 # Nodes of the FFN itself, its norm and sum apart: two matrices or three, and what is between them.
@@ -28,10 +27,10 @@ STANDARD = {
 
 @pytest.mark.parametrize("ffn", FFN_KINDS)
 def test_nodes(ffn):
-    canonical = canonical_graph(harness.tiny_config((2, 2), ffn=ffn), "static", "fp32")
-    layer = [node for node in lower(canonical, "grouped").graph if (node.name or "").startswith("/model/layers.1/mlp/")]
+    graph = canonical(harness.tiny_config((2, 2), ffn=ffn), "static", "fp32", "all")
+    layer = [node for node in lower(graph, "grouped").graph if (node.name or "").startswith("/model/layers.1/mlp/")]
     assert collections.Counter(node.op_type for node in layer) == STANDARD[ffn]
-    fused = [node.op_type for node in lower(canonical, "fused").graph if (node.name or "").startswith("/model/layers.1/")]
+    fused = [node.op_type for node in lower(graph, "fused").graph if (node.name or "").startswith("/model/layers.1/")]
     assert collections.Counter(fused) == {"LinearChain": 1, "FusedAttention": 1}  # the FFN is in the chain, whatever its kind
 
 
@@ -43,9 +42,6 @@ def test_fused_logits(ffn, bias, norm):
     decoder = harness.random_decoder(config)
     sess = harness.session(decoder, "fused", "static")
     (prompt,) = prompts(config, [CAPACITY])
-    expected, past, done = torch_logits(decoder, prompt), harness.empty(config, 1, CAPACITY), 0
-    for chunk in (CAPACITY - 4, 3, 1):
-        ids, positions = prompt[None, done : done + chunk], np.arange(done, done + chunk)[None]
-        logits, past = harness.run(sess, config, ids, positions, past)
-        close(logits[0], expected[done : done + chunk], 0)
-        done += chunk
+    expected = torch_logits(decoder, prompt)
+    for rows, logits, _ in in_chunks(sess, config, prompt, (CAPACITY - 4, 3, 1), "static"):
+        close(logits, expected[rows], 0)

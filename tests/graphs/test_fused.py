@@ -20,10 +20,8 @@ TOLERANCE = 5e-5  # absolute, of outputs of order 1
 
 def build(H: int, G: int, D: int, Dv: int, rotary: int, query: str = "cos", key: str = "cos", **attributes) -> ir.Model:
     """The canonical node alone; with `rotary` channels, RotaryEmbedding before query and key by the angles so called."""
-    model = standalone(H, G, D)
+    model = standalone(H, G, D, value_dim=Dv)
     graph, node = model.graph, model.graph.node(0)
-    node.inputs[2].shape, node.inputs[4].shape = ir.Shape(["B", "T", G * Dv]), ir.Shape(["B", G, "S", Dv])
-    node.outputs[0].shape, node.outputs[2].shape = ir.Shape(["B", "T", H * Dv]), ir.Shape(["B", G, "S", Dv])
     if not rotary:
         return model
     shape, data = ir.Shape(["B", "T", rotary // 2]), ir.TensorType(ir.DataType.FLOAT)
@@ -222,15 +220,8 @@ def flat_query(after: list[tuple[str, list[int] | None]]) -> ir.Model:
     """One attention over 4 query heads of 6 and values of 10 whose query is a Reshape of [B·T,H·D]; `after` follows its output:
     operators, with the target of a Reshape or the permutation of a Transpose."""
     heads, groups, size, width = 4, 2, 6, 10
-    model = standalone(heads, groups, size)
+    model = standalone(heads, groups, size, value_dim=width)
     graph, node = model.graph, model.graph.node(0)
-    for value, shape in (
-        (node.inputs[2], ["B", "T", groups * width]),
-        (node.inputs[4], ["B", groups, "S", width]),
-        (node.outputs[0], ["B", "T", heads * width]),
-        (node.outputs[2], ["B", groups, "S", width]),
-    ):
-        value.shape = ir.Shape(shape)
     flat = ir.Value(name="flat", shape=ir.Shape(["R", heads * size]), type=ir.TensorType(ir.DataType.FLOAT))
     graph.inputs[list(graph.inputs).index(node.inputs[0])] = flat
 

@@ -53,6 +53,18 @@ def close(actual, expected, loss: float) -> None:
         assert loss < 0.05 * rms(expected)  # a model that half precision ruins would let everything pass
 
 
+def in_chunks(sess, config, prompt: np.ndarray, chunks: tuple[int, ...], cache: str, dtype: str = "fp32"):
+    """Of each chunk of `prompt`, one after another on top of the cache: its rows, its logits, and the caches after it."""
+    past, done = harness.empty(config, 1, CAPACITY if cache == "static" else 0, dtype), 0
+    for chunk in chunks:
+        rows = slice(done, done + chunk)
+        mask = np.ones((1, rows.stop), np.int64) if cache == "concat" else None
+        logits, past = harness.run(sess, config, prompt[None, rows], np.arange(len(prompt))[None, rows], past, mask)
+        yield rows, logits[0], past
+        done = rows.stop
+    assert done == len(prompt)
+
+
 @pytest.mark.parametrize(("pattern", "cache", "dtype"), MATRIX)
 @pytest.mark.parametrize("kv_heads", [(2, 2), (8, 1)])
 def test_prefill_chunk_decode(pattern, cache, dtype, kv_heads):
@@ -63,15 +75,8 @@ def test_prefill_chunk_decode(pattern, cache, dtype, kv_heads):
     expected, loss = torch_logits(decoder, prompt), own_loss(decoder, [prompt])
     assert (loss == 0) == (dtype == "fp32")
     assert np.abs(expected).max() > 3  # logits large enough for a wrong rotation to show
-    past = harness.empty(config, 1, CAPACITY if cache == "static" else 0, dtype)
-    done = 0
-    for chunk in (5, 4, 1, 1, 1):  # prefill, chunked prefill, decode
-        ids = prompt[None, done : done + chunk]
-        positions = np.arange(done, done + chunk)[None]
-        mask = np.ones((1, done + chunk), np.int64) if cache == "concat" else None
-        logits, past = harness.run(sess, config, ids, positions, past, mask)
-        close(logits[0], expected[done : done + chunk], loss)
-        done += chunk
+    for rows, logits, _ in in_chunks(sess, config, prompt, (5, 4, 1, 1, 1), cache, dtype):  # prefill, chunked prefill, decode
+        close(logits, expected[rows], loss)
 
 
 @pytest.mark.parametrize("value_dim", [8, 24])
@@ -83,14 +88,9 @@ def test_gated_values_of_another_size(pattern, cache, value_dim):
     sess = harness.session(decoder, pattern, cache)
     (prompt,) = prompts(config, [9])
     expected = torch_logits(decoder, prompt)
-    past, done = harness.empty(config, 1, CAPACITY if cache == "static" else 0), 0
-    for chunk in (6, 2, 1):
-        ids, positions = prompt[None, done : done + chunk], np.arange(done, done + chunk)[None]
-        mask = np.ones((1, done + chunk), np.int64) if cache == "concat" else None
-        logits, past = harness.run(sess, config, ids, positions, past, mask)
-        close(logits[0], expected[done : done + chunk], 0)
-        assert {array.shape[3] for array in past[1::2]} == {value_dim}
-        done += chunk
+    for rows, logits, caches in in_chunks(sess, config, prompt, (6, 2, 1), cache):
+        close(logits, expected[rows], 0)
+        assert {array.shape[3] for array in caches[1::2]} == {value_dim}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])

@@ -14,8 +14,6 @@ from exporter.decode import decode
 from exporter.engines import open_session
 from exporter.errors import UserError
 from exporter.export import ExportOptions, export
-from profiles import bundles
-from profiles.bandwidth import BandwidthProbe
 from profiles.benchmarks import decoder
 from profiles.benchmarks.logits import PATHS, STEPS, differences, transformers_logits
 from profiles.results import Results
@@ -24,9 +22,9 @@ TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attent
         "intermediate_size": 48, "max_position_embeddings": 256}  # fmt: skip
 
 
+@pytest.mark.usefixtures("small_probe")
 @pytest.mark.parametrize(("most", "kept"), [(1e9, True), (1e-9, False)])
-def test_the_decoder_benchmark(tmp_path, monkeypatch, capsys, most, kept):
-    monkeypatch.setattr(bundles, "BandwidthProbe", functools.partial(BandwidthProbe, array_bytes=8 << 20))
+def test_the_decoder_benchmark(tmp_path, capsys, most, kept):
     config, out = tmp_path / "config.json", tmp_path / "out.json"
     config.write_text(json.dumps({**json.loads(decoder.CONFIG.read_text()), **TINY, "head_dim": 8}))
     decoder.main(out, config, (4, 1), ("grouped", "repeat"), {8: most, 24: 1e9}, samples=4, burst=2, warmup=0, settle=0)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import json
 
 import pytest
@@ -10,7 +9,6 @@ from exporter.checkpoint import open_source
 from exporter.errors import BundleError, UserError
 from exporter.export import ExportOptions, export
 from profiles import bundles
-from profiles.bandwidth import BandwidthProbe
 from profiles.measure import Plan
 from profiles.report import render
 from profiles.results import Results
@@ -29,6 +27,7 @@ CONFIG = {
     "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
+pytestmark = pytest.mark.usefixtures("small_probe")
 PLAN = Plan(contexts=(24, 90), batches=(1, 3), samples=4, burst=2, warmup=1, prefill_samples=2)
 
 
@@ -39,11 +38,6 @@ def bundle(tmp_path_factory):
     return export(
         open_source(folder / "config.json"), folder / "b", ExportOptions((4, 1), patterns=("grouped", "gqa", "repeat"))
     )
-
-
-@pytest.fixture(autouse=True)
-def small_probe(monkeypatch):
-    monkeypatch.setattr(bundles, "BandwidthProbe", functools.partial(BandwidthProbe, array_bytes=8 << 20))
 
 
 def test_every_variant_of_a_real_bundle(bundle, tmp_path):

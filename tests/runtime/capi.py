@@ -62,7 +62,7 @@ class ModelInfo(Sized):
     )
 
 
-class Library:
+class Api:
     """libheadpool.so."""
 
     def __init__(self, path: Path) -> None:
@@ -99,19 +99,19 @@ class Library:
 
 
 class Model:
-    def __init__(self, library: Library, handle: c.c_void_p) -> None:
-        self.library, self.handle = library, handle
+    def __init__(self, api: Api, handle: c.c_void_p) -> None:
+        self.api, self.handle = api, handle
 
     def info(self) -> ModelInfo:
         info = ModelInfo()
-        self.library.check(self.library.c.hp_model_get_info(self.handle, c.byref(info)))
+        self.api.check(self.api.c.hp_model_get_info(self.handle, c.byref(info)))
         return info
 
     def session(self, batch: int = 1, capacity: int = 0, chunk: int = 0) -> CppSession:
         return CppSession(self, batch, capacity, chunk)
 
     def close(self) -> None:
-        self.library.c.hp_model_free(self.handle)
+        self.api.c.hp_model_free(self.handle)
         self.handle = c.c_void_p()
 
 
@@ -119,16 +119,16 @@ class CppSession:
     """What exporter.engines.base.Session offers, as far as tests use it; logits are copies."""
 
     def __init__(self, model: Model, batch: int, capacity: int, chunk: int) -> None:
-        self.library, self.vocab = model.library, model.info().vocab_size
+        self.api, self.vocab = model.api, model.info().vocab_size
         self.handle = c.c_void_p()
         options = SessionOptions(batch=batch, capacity=capacity, chunk=chunk)
-        self.library.check(self.library.c.hp_session_create(model.handle, c.byref(options), c.byref(self.handle)))
-        self.batch: int = self.library.c.hp_session_batch(self.handle)
-        self.capacity: int = self.library.c.hp_session_capacity(self.handle)
+        self.api.check(self.api.c.hp_session_create(model.handle, c.byref(options), c.byref(self.handle)))
+        self.batch: int = self.api.c.hp_session_batch(self.handle)
+        self.capacity: int = self.api.c.hp_session_capacity(self.handle)
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.ctypeslib.as_array(self.library.c.hp_session_lengths(self.handle), (self.batch,)).copy()
+        return np.ctypeslib.as_array(self.api.c.hp_session_lengths(self.handle), (self.batch,)).copy()
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         pointers, counts, logits = *_prompts(prompts), Floats()
@@ -147,7 +147,7 @@ class CppSession:
         self.rewind(0)
 
     def kv_bytes(self) -> int:
-        return self.library.c.hp_session_kv_bytes(self.handle)
+        return self.api.c.hp_session_kv_bytes(self.handle)
 
     def generate(
         self,
@@ -166,8 +166,8 @@ class CppSession:
 
         pointers, counts = _prompts(prompts)
         stops = np.array(stop_ids, np.int64)
-        self.library.check(
-            self.library.c.hp_generate(
+        self.api.check(
+            self.api.c.hp_generate(
                 self.handle,
                 pointers,
                 counts,
@@ -183,11 +183,11 @@ class CppSession:
         return seen
 
     def close(self) -> None:
-        self.library.c.hp_session_free(self.handle)
+        self.api.c.hp_session_free(self.handle)
         self.handle = c.c_void_p()
 
     def _check(self, name: str, *arguments: Any) -> None:
-        self.library.check(getattr(self.library.c, f"hp_session_{name}")(self.handle, *arguments))
+        self.api.check(getattr(self.api.c, f"hp_session_{name}")(self.handle, *arguments))
 
     def _copy(self, logits: Any) -> np.ndarray:
         return np.ctypeslib.as_array(logits, (self.batch, self.vocab)).copy()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from building import REPOSITORY, lacking, run
-from capi import Library
+from capi import Api
 
 
 @pytest.fixture(scope="session")
@@ -56,5 +56,5 @@ def built(build: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def library(built: Path) -> Library:
-    return Library(built / "src/libheadpool.so")
+def api(built: Path) -> Api:
+    return Api(built / "src/libheadpool.so")

@@ -12,7 +12,7 @@ import hf
 import numpy as np
 import pytest
 from building import REPOSITORY, lacking, run
-from capi import Library, ModelInfo, RuntimeFailure, SessionOptions
+from capi import Api, ModelInfo, RuntimeFailure, SessionOptions
 
 from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
@@ -82,27 +82,27 @@ def test_headpool_reads_what_the_example_bench_writes(built: Path, bundle: Bundl
     assert sorted(tmp_path.iterdir()) == files
 
 
-def test_versions(library: Library) -> None:
-    assert library.c.hp_abi_version() == 1
-    assert library.c.hp_version().decode() == version("headpool")
-    assert library.c.hp_onnxruntime_version().decode() == version("onnxruntime")
+def test_versions(api: Api) -> None:
+    assert api.c.hp_abi_version() == 1
+    assert api.c.hp_version().decode() == version("headpool")
+    assert api.c.hp_onnxruntime_version().decode() == version("onnxruntime")
 
 
-def test_programs_built_for_an_older_header(library: Library, bundle: Bundle) -> None:
+def test_programs_built_for_an_older_header(api: Api, bundle: Bundle) -> None:
     """Whose structs end sooner: members that they do not have are neither read nor written."""
-    model = library.open(bundle.path, "g1.gqa")
+    model = api.open(bundle.path, "g1.gqa")
     info = ModelInfo(pattern=b"as it was")
     info.size = ModelInfo.pattern.offset
-    library.check(library.c.hp_model_get_info(model.handle, c.byref(info)))
+    api.check(api.c.hp_model_get_info(model.handle, c.byref(info)))
     assert (info.variant, info.pattern) == (b"g1.gqa", b"as it was")
     session, options = c.c_void_p(), SessionOptions(batch=3, capacity=-1)
     options.size = SessionOptions.capacity.offset
-    library.check(library.c.hp_session_create(model.handle, c.byref(options), c.byref(session)))
-    assert library.c.hp_session_batch(session) == 3
-    library.c.hp_session_free(session)
+    api.check(api.c.hp_session_create(model.handle, c.byref(options), c.byref(session)))
+    assert api.c.hp_session_batch(session) == 3
+    api.c.hp_session_free(session)
     options.size = 0
     with pytest.raises(RuntimeFailure, match=r"^options of 0 bytes; set their size, with HP_INIT$"):
-        library.check(library.c.hp_session_create(model.handle, c.byref(options), c.byref(session)))
+        api.check(api.c.hp_session_create(model.handle, c.byref(options), c.byref(session)))
     model.close()
 
 
@@ -118,8 +118,8 @@ def test_the_installed_package(built: Path, tools: dict[str, str], bundle: Bundl
     if shutil.which("pkg-config") is None:
         return
     flags = run("pkg-config", "--cflags", "--libs", "headpool", PKG_CONFIG_PATH=str(next(prefix.glob("lib*/**/pkgconfig"))))
-    library = next(prefix.glob("lib*/**/libheadpool.so")).parent
-    link = [*flags.split(), f"-Wl,-rpath,{library}", f"-Wl,-rpath-link,{tools['deps']}/lib"]
+    folder = next(prefix.glob("lib*/**/libheadpool.so")).parent
+    link = [*flags.split(), f"-Wl,-rpath,{folder}", f"-Wl,-rpath-link,{tools['deps']}/lib"]
     run("c++", "-std=c++20", source / "main.cpp", "-o", tmp_path / "by-hand", *link)
     assert run(tmp_path / "by-hand", bundle.path, *PROMPT) == f"{greedy[0]}\n"
 

@@ -13,7 +13,7 @@ from typing import Any
 import hf
 import numpy as np
 import pytest
-from capi import ARGUMENT, BACKEND, BUNDLE, CAPACITY, MEMORY, Library, RuntimeFailure
+from capi import ARGUMENT, BACKEND, BUNDLE, CAPACITY, MEMORY, Api, RuntimeFailure
 
 from exporter.checkpoint import open_checkpoint
 from exporter.export import ExportOptions, export
@@ -37,9 +37,9 @@ def edit(bundle: Path, change: Callable[[Any], object]) -> None:
     (bundle / "headpool.json").write_text(json.dumps(data))
 
 
-def refused(library: Library, bundle: Path, status: int, message: str, variant: str = "") -> None:
+def refused(api: Api, bundle: Path, status: int, message: str, variant: str = "") -> None:
     with pytest.raises(RuntimeFailure, match=message) as caught:
-        library.open(bundle, variant)
+        api.open(bundle, variant)
     assert caught.value.status == status
     assert "\n" not in str(caught.value)
 
@@ -76,10 +76,10 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_manifest_that_is_not_as_export_writes_it(name: str, bundle: Path, library: Library) -> None:
+def test_a_manifest_that_is_not_as_export_writes_it(name: str, bundle: Path, api: Api) -> None:
     change, message = CHANGES[name]
     edit(bundle, change)
-    refused(library, bundle, BUNDLE, message)
+    refused(api, bundle, BUNDLE, message)
 
 
 @pytest.mark.parametrize(
@@ -94,17 +94,17 @@ def test_a_manifest_that_is_not_as_export_writes_it(name: str, bundle: Path, lib
         ('{"schema": 1, "variants": ["\xff"]}', "damaged"),
     ],
 )
-def test_a_manifest_that_is_none(text: str, message: str, bundle: Path, library: Library) -> None:
+def test_a_manifest_that_is_none(text: str, message: str, bundle: Path, api: Api) -> None:
     (bundle / "headpool.json").write_bytes(text.encode("latin-1"))
-    refused(library, bundle, BUNDLE, message)
+    refused(api, bundle, BUNDLE, message)
 
 
-def test_a_path_that_is_no_bundle(tmp_path: Path, library: Library) -> None:
-    refused(library, tmp_path, BUNDLE, "is not a bundle: it has no headpool.json; make one with 'headpool export'")
-    refused(library, tmp_path / "nothing", BUNDLE, "does not exist")
+def test_a_path_that_is_no_bundle(tmp_path: Path, api: Api) -> None:
+    refused(api, tmp_path, BUNDLE, "is not a bundle: it has no headpool.json; make one with 'headpool export'")
+    refused(api, tmp_path / "nothing", BUNDLE, "does not exist")
 
 
-def test_sizes_that_the_graph_does_not_have(bundle: Path, library: Library) -> None:
+def test_sizes_that_the_graph_does_not_have(bundle: Path, api: Api) -> None:
     """A manifest that agrees with itself: the graph has the last word."""
 
     def change(variant: Any) -> None:
@@ -114,40 +114,40 @@ def test_sizes_that_the_graph_does_not_have(bundle: Path, library: Library) -> N
         variant["kv_bytes_per_token"] *= 1024
 
     edit(bundle, change)
-    refused(library, bundle, BUNDLE, "is not what headpool.json says; export the bundle again")
+    refused(api, bundle, BUNDLE, "is not what headpool.json says; export the bundle again")
 
 
-def test_names_of_several_lines(bundle: Path, library: Library) -> None:
+def test_names_of_several_lines(bundle: Path, api: Api) -> None:
     edit(bundle, lambda variant: variant.update(name="a\nb", pattern="c\nd"))
-    refused(library, bundle, ARGUMENT, "choose from a b", "another")
+    refused(api, bundle, ARGUMENT, "choose from a b", "another")
     (bundle / "model.g2.fused.onnx").write_bytes(b"no graph")
-    refused(library, bundle, BACKEND, r"cannot run model\.g2\.fused\.onnx \(pattern c d, fp32\)")
+    refused(api, bundle, BACKEND, r"cannot run model\.g2\.fused\.onnx \(pattern c d, fp32\)")
 
 
-def test_links_that_leave_the_folder(bundle: Path, tmp_path: Path, library: Library) -> None:
+def test_links_that_leave_the_folder(bundle: Path, tmp_path: Path, api: Api) -> None:
     weights = bundle / "model.safetensors"
     outside = weights.rename(tmp_path / "outside")
     weights.symlink_to(outside)
-    refused(library, bundle, BUNDLE, "is a link that leaves its folder")
+    refused(api, bundle, BUNDLE, "is a link that leaves its folder")
 
 
 @pytest.mark.parametrize("variant", ["g2.fused", "g2.grouped"])
 @pytest.mark.parametrize("part", [0, 0.5, 0.999])
-def test_files_that_are_cut_short(variant: str, part: float, bundle: Path, library: Library) -> None:
+def test_files_that_are_cut_short(variant: str, part: float, bundle: Path, api: Api) -> None:
     file = bundle / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * part)])
     status, message = (BUNDLE, "is cut short") if variant == "g2.fused" else (BACKEND, "cannot run")
-    refused(library, bundle, status, message, variant)
+    refused(api, bundle, status, message, variant)
     file.write_bytes(whole)
     graph = bundle / f"model.{variant}.onnx"
     graph.write_bytes(graph.read_bytes()[: int(graph.stat().st_size * part)])
     with pytest.raises(RuntimeFailure) as caught:
-        library.open(bundle, variant)
+        api.open(bundle, variant)
     assert caught.value.status in (BUNDLE, BACKEND)
 
 
-def test_random_changes_of_a_manifest(bundle: Path, library: Library) -> None:
+def test_random_changes_of_a_manifest(bundle: Path, api: Api) -> None:
     """Any value for any other: what opens must also run."""
     generator = random.Random(3)
     file = bundle / "headpool.json"
@@ -161,14 +161,14 @@ def test_random_changes_of_a_manifest(bundle: Path, library: Library) -> None:
             holder, key = generator.choice(places)
             holder[key] = generator.choice(values)
         file.write_text(json.dumps(data))
-        statuses.append(_status(library, bundle))
+        statuses.append(_status(api, bundle))
     assert set(statuses) <= {0, ARGUMENT, BUNDLE, CAPACITY, BACKEND, MEMORY}
     assert 0 < statuses.count(0) < 250  # some values mean nothing to the runtime
 
 
-def _status(library: Library, bundle: Path) -> int:
+def _status(api: Api, bundle: Path) -> int:
     try:
-        model = library.open(bundle)
+        model = api.open(bundle)
         session = model.session(capacity=8)
         session.prefill([np.array([1, 2])])
     except RuntimeFailure as failure:
@@ -185,9 +185,9 @@ def _places(value: Any) -> Any:
         yield from _places(inner)
 
 
-def test_pointers_that_are_null(library: Library) -> None:
+def test_pointers_that_are_null(api: Api) -> None:
     for call in ("hp_model_open", "hp_session_create", "hp_session_prefill", "hp_session_decode", "hp_sampler_create"):
-        assert getattr(library.c, call)(*[None] * 5) == ARGUMENT
-        assert library.c.hp_last_error().decode() == f"{call} was given NULL"
+        assert getattr(api.c, call)(*[None] * 5) == ARGUMENT
+        assert api.c.hp_last_error().decode() == f"{call} was given NULL"
     for call in ("hp_model_free", "hp_session_free", "hp_sampler_free"):
-        getattr(library.c, call)(None)
+        getattr(api.c, call)(None)

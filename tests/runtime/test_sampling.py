@@ -7,7 +7,7 @@ from typing import Any
 import hf
 import numpy as np
 import pytest
-from capi import ARGUMENT, CAPACITY, CppSession, Library, RuntimeFailure
+from capi import ARGUMENT, CAPACITY, Api, CppSession, RuntimeFailure
 from scipy import stats
 
 from exporter.checkpoint import open_checkpoint
@@ -31,12 +31,12 @@ def some_logits(batch: int = 1, size: int = 50) -> np.ndarray:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_distribution_is_pythons(way: dict[str, Any], library: Library) -> None:
+def test_the_distribution_is_pythons(way: dict[str, Any], api: Api) -> None:
     logits = some_logits()
     scores = Sampler(**way).warp(logits[0])
     expected = np.exp(scores - scores.max())
     expected /= expected.sum()
-    drawn = np.bincount(library.pick(logits, 20_000, seed=9, **way)[:, 0], minlength=len(expected))
+    drawn = np.bincount(api.pick(logits, 20_000, seed=9, **way)[:, 0], minlength=len(expected))
     assert set(np.flatnonzero(drawn)) <= set(np.flatnonzero(expected))
     likely = expected * drawn.sum() >= 5
     rest = drawn.sum() * expected[~likely].sum()
@@ -46,18 +46,18 @@ def test_the_distribution_is_pythons(way: dict[str, Any], library: Library) -> N
     assert len(wanted) == 1 or stats.chisquare(observed, wanted).pvalue > 1e-3
 
 
-def test_seeds_and_sequences(library: Library) -> None:
+def test_seeds_and_sequences(api: Api) -> None:
     logits = np.repeat(some_logits(), 3, axis=0)
-    drawn = library.pick(logits, 40, temperature=1.0, seed=1)
-    assert (drawn == library.pick(logits, 40, temperature=1.0, seed=1)).all()
-    assert (drawn[:, :1] == library.pick(logits[:1], 40, temperature=1.0, seed=1)).all()
+    drawn = api.pick(logits, 40, temperature=1.0, seed=1)
+    assert (drawn == api.pick(logits, 40, temperature=1.0, seed=1)).all()
+    assert (drawn[:, :1] == api.pick(logits[:1], 40, temperature=1.0, seed=1)).all()
     assert (drawn[:, 0] != drawn[:, 1]).any()
-    assert (drawn != library.pick(logits, 40, temperature=1.0, seed=2**32 + 1)).any()
+    assert (drawn != api.pick(logits, 40, temperature=1.0, seed=2**32 + 1)).any()
 
 
-def test_greedy_takes_the_first_of_equals(library: Library) -> None:
+def test_greedy_takes_the_first_of_equals(api: Api) -> None:
     logits = np.array([[0, 5, 5, 1], [9, 2, 9, 9]], np.float32)
-    assert library.pick(logits).tolist() == [[1, 0]]
+    assert api.pick(logits).tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize(
@@ -69,25 +69,25 @@ def test_greedy_takes_the_first_of_equals(library: Library) -> None:
         ({"temperature": 1.0, "top_p": 1.5}, r"top-p 1.500000 is outside \(0, 1\]"),
     ],
 )
-def test_refusals(way: dict[str, Any], message: str, library: Library) -> None:
+def test_refusals(way: dict[str, Any], message: str, api: Api) -> None:
     with pytest.raises(RuntimeFailure, match=message) as caught:
-        library.pick(some_logits(), **way)
+        api.pick(some_logits(), **way)
     assert caught.value.status == ARGUMENT
 
 
-def test_logits_that_are_no_numbers(library: Library) -> None:
+def test_logits_that_are_no_numbers(api: Api) -> None:
     for broken in (np.nan, np.inf):
         logits = some_logits()
         logits[0, 5] = broken
         with pytest.raises(RuntimeFailure, match="the logits are not finite numbers"):
-            library.pick(logits, temperature=1.0)
+            api.pick(logits, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
-def session(library: Library, tmp_path_factory: pytest.TempPathFactory) -> CppSession:
+def session(api: Api, tmp_path_factory: pytest.TempPathFactory) -> CppSession:
     folder = tmp_path_factory.mktemp("generation")
     bundle = export(open_checkpoint(hf.save("llama", folder)), folder / "bundle", ExportOptions())
-    return library.open(bundle.path).session(batch=2, capacity=40)
+    return api.open(bundle.path).session(batch=2, capacity=40)
 
 
 def test_generation_ends_where_it_should(session: CppSession) -> None:

@@ -11,7 +11,7 @@ import hf
 import numpy as np
 import pytest
 import tiny
-from capi import CppSession, Library, RuntimeFailure
+from capi import Api, CppSession, RuntimeFailure
 from test_ort_session import FORMS, Mirror
 
 from exporter.bundle import MANIFEST, Bundle
@@ -49,8 +49,8 @@ def mirror_of(session: CppSession, model: Decoder) -> Mirror:
 
 
 @pytest.mark.parametrize("form", ALL, ids="-".join)
-def test_one_sequence(form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, library: Library) -> None:
-    session = library.open(bundles[form]).session(capacity=300, chunk=16)
+def test_one_sequence(form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, api: Api) -> None:
+    session = api.open(bundles[form]).session(capacity=300, chunk=16)
     mirror = mirror_of(session, model)
     mirror.one_sequence()
     mirror.prefill(200)
@@ -58,26 +58,26 @@ def test_one_sequence(form: tuple[str, str], bundles: dict[tuple[str, str], Path
 
 @pytest.mark.parametrize("form", ALL, ids="-".join)
 def test_unequal_lengths_in_a_batch(
-    form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, library: Library
+    form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, api: Api
 ) -> None:
-    session = library.open(bundles[form], threads=2).session(batch=3, capacity=120, chunk=16)
+    session = api.open(bundles[form], threads=2).session(batch=3, capacity=120, chunk=16)
     mirror_of(session, model).unequal_lengths()
 
 
 @pytest.mark.parametrize("form", ALL, ids="-".join)
-def test_glu_attention(form: tuple[str, str], tmp_path: Path, library: Library) -> None:
+def test_glu_attention(form: tuple[str, str], tmp_path: Path, api: Api) -> None:
     """V heads of 8 channels beside K heads of 16; `one_sequence` and `unequal_lengths` also count the cache's bytes."""
     model = tiny.decoder(dataclasses.replace(tiny.CONFIG, glu_value_dim=8))
-    opened = library.open(whole(tiny.bundle(tmp_path, model, *form)))  # type: ignore[arg-type]
+    opened = api.open(whole(tiny.bundle(tmp_path, model, *form)))  # type: ignore[arg-type]
     mirror_of(opened.session(capacity=300, chunk=16), model).one_sequence()
     mirror_of(opened.session(batch=3, capacity=120, chunk=16), model).unequal_lengths()
 
 
 @pytest.mark.parametrize("form", [("grouped", "static"), ("grouped", "concat"), ("fused", "static")], ids="-".join)
 def test_every_row_of_the_capacity_can_be_used_and_no_more(
-    form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, library: Library
+    form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, api: Api
 ) -> None:
-    session = library.open(bundles[form]).session(batch=2, capacity=50, chunk=16)
+    session = api.open(bundles[form]).session(batch=2, capacity=50, chunk=16)
     mirror = mirror_of(session, model)
     mirror.prefill(44, 3)
     mirror.prefill(5, 46)  # row 0 is almost full: a pad must not be written past its end
@@ -91,9 +91,9 @@ def test_every_row_of_the_capacity_can_be_used_and_no_more(
 
 
 def test_pads_of_a_concat_cache_go_before_they_outgrow_it(
-    bundles: dict[tuple[str, str], Path], model: Decoder, library: Library
+    bundles: dict[tuple[str, str], Path], model: Decoder, api: Api
 ) -> None:
-    session = library.open(bundles["grouped", "concat"]).session(batch=3, capacity=64, chunk=16)
+    session = api.open(bundles["grouped", "concat"]).session(batch=3, capacity=64, chunk=16)
     mirror = mirror_of(session, model)
     for turn in range(9):  # 162 columns for 60 tokens a sequence; there is room for 128
         mirror.prefill(*(18 if turn % 3 == row else 1 for row in range(3)))
@@ -101,24 +101,24 @@ def test_pads_of_a_concat_cache_go_before_they_outgrow_it(
 
 
 @pytest.mark.parametrize("form", [("grouped", "static"), ("gqa", "static")], ids="-".join)
-def test_half_precision(form: tuple[str, str], model: Decoder, library: Library, tmp_path: Path) -> None:
+def test_half_precision(form: tuple[str, str], model: Decoder, api: Api, tmp_path: Path) -> None:
     bundle = whole(tiny.bundle(tmp_path, model, *form, dtype="fp16"))  # type: ignore[arg-type]
-    session = library.open(bundle).session(batch=2, capacity=100)
+    session = api.open(bundle).session(batch=2, capacity=100)
     rows = [np.arange(3, 30), np.arange(20, 28)]
     expected = np.stack([tiny.full_logits(model, row)[-1] for row in rows])
     np.testing.assert_allclose(session.prefill(rows), expected, rtol=0, atol=tiny.HALF)
 
 
-def test_graphs_that_give_all_logits(model: Decoder, library: Library, tmp_path: Path) -> None:
-    session = library.open(whole(tiny.bundle(tmp_path, model, logits="all"))).session(batch=2, capacity=100, chunk=16)
+def test_graphs_that_give_all_logits(model: Decoder, api: Api, tmp_path: Path) -> None:
+    session = api.open(whole(tiny.bundle(tmp_path, model, logits="all"))).session(batch=2, capacity=100, chunk=16)
     mirror = mirror_of(session, model)
     mirror.prefill(20, 20)
     mirror.prefill(3, 9)
     mirror.decode(2)
 
 
-def test_sessions_of_one_model_in_threads(bundles: dict[tuple[str, str], Path], model: Decoder, library: Library) -> None:
-    opened = library.open(bundles["fused", "static"])
+def test_sessions_of_one_model_in_threads(bundles: dict[tuple[str, str], Path], model: Decoder, api: Api) -> None:
+    opened = api.open(bundles["fused", "static"])
     sessions = [opened.session(capacity=90) for _ in range(2)]
     opened.close()  # the sessions keep it
     failures: list[BaseException] = []
@@ -145,7 +145,7 @@ def greedy(bundle: Bundle, variant: str, prompts: list[np.ndarray], count: int) 
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_greedy_tokens_are_the_python_engines(batch: int, library: Library, tmp_path: Path) -> None:
+def test_greedy_tokens_are_the_python_engines(batch: int, api: Api, tmp_path: Path) -> None:
     """On bundles that export wrote: weights in files, shared by two numbers of KV heads."""
     saved, random = hf.save("llama", tmp_path), np.random.default_rng(1)
     prompts = [random.integers(0, 67, length) for length in (9, 30, 4)[:batch]]
@@ -153,13 +153,13 @@ def test_greedy_tokens_are_the_python_engines(batch: int, library: Library, tmp_
         options = ExportOptions(patterns=patterns, groups=(2, 1), cache=cache)  # type: ignore[arg-type]
         bundle = export(open_checkpoint(saved), tmp_path / cache, options)
         for variant in bundle.variants:
-            session = library.open(bundle.path, variant.name).session(batch=batch)
+            session = api.open(bundle.path, variant.name).session(batch=batch)
             assert session.generate(prompts, 40) == greedy(bundle, variant.name, prompts, 40), variant.name
 
 
-def test_greedy_tokens_of_a_real_model(smollm2: Path, library: Library, tmp_path: Path) -> None:
+def test_greedy_tokens_of_a_real_model(smollm2: Path, api: Api, tmp_path: Path) -> None:
     bundle = export(open_checkpoint(smollm2), tmp_path / "bundle", ExportOptions(patterns=("fused",)))
     prompts = [np.array([504, 3575, 282, 4649, 314]), np.array([2683, 253, 655])]
     for variant in bundle.variants:
-        session = library.open(bundle.path, variant.name).session(batch=2, capacity=64)
+        session = api.open(bundle.path, variant.name).session(batch=2, capacity=64)
         assert session.generate(prompts, 16) == greedy(bundle, variant.name, prompts, 16)

@@ -12,7 +12,7 @@ from exporter.cli import _run
 
 
 @pytest.fixture(scope="session")
-def made(saved: Path, tmp_path_factory) -> Path:
+def made(saved: Path, tmp_path_factory, small_probe: None) -> Path:
     """model/ (with a tokenizer), bundle/ (g2 and g1) and fast.json (latency of bundle's g2), only to be read."""
     folder = tmp_path_factory.mktemp("made")
     shutil.copytree(saved, folder / "model")
