@@ -8,6 +8,7 @@ environment is there, which is a row of its own (it is mostly downloads).
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -25,9 +26,11 @@ PROMISE = f"--help ≤ {HELP_SECONDS} s; ./scripts/test and ./scripts/demo ≤ {
 
 def seconds(command: str, folder: Path, log: Path) -> float:
     """Of one run that succeeds; what it prints goes to `log`."""
+    newcomers = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     start = time.perf_counter()
     with open(log, "wb") as file:
-        subprocess.run(command.split(), cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=True)
+        outputs: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        subprocess.run(command.split(), cwd=folder, env=newcomers, check=True, **outputs)
     return time.perf_counter() - start
 
 

@@ -39,7 +39,7 @@ from exporter.convert.methods import SHARINGS, held
 from exporter.engines.torch_eager import open_torch
 from exporter.evaluate import cross_entropy, default_text
 from exporter.tokenizer import Tokenizer
-from profiles.benchmarks.record import save
+from profiles.benchmarks.record import Rows, save
 
 HELD_OUT = 8 * (WINDOW - 1) + 1  # tokens: eight windows, each token predicted once
 CALIBRATIONS = ("none", "random", "self", "text")
@@ -131,24 +131,6 @@ def run(study: Study, rows: Rows, until: float) -> None:
             given["calibration"] = str(study.text) if how["calibration"] == "text" else how["calibration"]
             row = measure(study.checkpoint, how["to"], study.tokens, before["nats_per_token"], **given)
             rows.add({"study": study.name, **row, **how})
-
-
-class Rows:
-    """What was measured so far, one JSON object a line of a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-
-    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        return next((row for row in self.rows if key.items() <= row.items()), None)
-
-    def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.rows.append(row)
-        print(row, flush=True)
-        return row
 
 
 def judge(rows: list[dict[str, Any]]) -> tuple[bool, dict[str, Any]]:

@@ -14,6 +14,24 @@ from profiles.machine import fingerprint, versions
 from profiles.results import Results
 
 
+class Rows:
+    """What a long benchmark has measured so far, one JSON object a line of a file: a run that was stopped goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        return next((row for row in self.rows if key.items() <= row.items()), None)
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
+        print(row, flush=True)
+        return row
+
+
 def save(
     out: Path,
     benchmark: str,

@@ -7,7 +7,9 @@ The text is the source of Python's standard library, a byte-level BPE of 2,048 t
 scratch, another one uptrained on and calibrated on, both after the same windows held out. `none` is the MHA model itself
 uptrained as long, `distilled` the best method with the MHA model as teacher.
 
-    python -m profiles.benchmarks.uptraining OUT.json [STEPS]
+    python -m profiles.benchmarks.uptraining OUT.json FOLDER [STEPS]
+
+FOLDER keeps the models: a run that was stopped goes on from there. One and a half hours on one core.
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ from __future__ import annotations
 import json
 import sys
 import sysconfig
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import torch
 from exporter.convert import convert_checkpoint
 from exporter.uptrain import Uptrained, UptrainOptions, uptrain
 from exporter.uptrain.metrics import read_metrics
+from exporter.uptrain.stage import RECORD
 from profiles.benchmarks.record import save
 
 STEPS = 4000  # of training from scratch
@@ -82,9 +83,9 @@ def write_data(folder: Path, texts: list[str]) -> dict[str, str]:
 
 def trained(source: Path, out: Path, data: tuple[str, ...], steps: int, **changes: Any) -> Uptrained:
     given: dict[str, Any] = {"window": WINDOW, "batch": BATCH, "held_out": HELD_OUT, "lr": UPTRAINING_RATE, "warmup": 0.1}
-    done = uptrain(source, out, UptrainOptions(data, steps=steps, **{**given, **changes}))
-    assert done is not None
-    return done
+    if not out.exists():
+        uptrain(source, out, UptrainOptions(data, steps=steps, **{**given, **changes}))
+    return Uptrained(**json.loads((out / RECORD).read_text("utf-8"))["outcome"])
 
 
 def rows(folder: Path, steps: int) -> Iterator[dict[str, Any]]:
@@ -97,11 +98,10 @@ def rows(folder: Path, steps: int) -> Iterator[dict[str, Any]]:
            "parameters": done.parameters, "dtype": done.dtype, "seconds": round(done.seconds, 1), "curve": curve}  # fmt: skip
     converted = {"none": base, "distilled": folder / BEST}
     for method in ("mean", BEST):
-        start = time.perf_counter()
         calibration = str(folder / "calibration.txt") if method == BEST else None
         converted[method] = folder / method
-        convert_checkpoint(base, folder / method, GROUPS, method, calibration=calibration)  # type: ignore[arg-type]
-        yield {"method": method, "kv_heads": GROUPS, "conversion_seconds": round(time.perf_counter() - start, 1)}
+        if not converted[method].exists():
+            convert_checkpoint(base, converted[method], GROUPS, method, calibration=calibration)  # type: ignore[arg-type]
     for method in METHODS:
         for alpha in ALPHAS:
             out = folder / f"{method}-{alpha}"
@@ -115,15 +115,13 @@ def rows(folder: Path, steps: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    out, steps = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else STEPS
+    out, folder, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else STEPS
+    folder.mkdir(exist_ok=True)
     found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for row in rows(Path(folder), steps):
-            original = found[0]["nats_per_token"] if found else row["nats_per_token"]
-            if "nats_per_token" in row:
-                row["ratio"] = row["nats_per_token"] / original
-            found.append(row)
-            print(row, flush=True)
+    for row in rows(folder, steps):
+        row["ratio"] = row["nats_per_token"] / (found[0] if found else row)["nats_per_token"]
+        found.append(row)
+        print(row, flush=True)
     at = [row["ratio"] for row in found if row.get("alpha") == AT and row["kv_heads"] == GROUPS]
     kept = min(at) <= WITHIN
     print(f"kept: {kept} ({min(at):.4f}; {PROMISE})")

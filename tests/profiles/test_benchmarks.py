@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from exporter.decode import decode
 from exporter.engines import open_session
 from exporter.errors import UserError
 from exporter.export import ExportOptions, export
-from profiles.benchmarks import decoder
+from profiles.benchmarks import decoder, glu_training, papers, t5_decoding
 from profiles.benchmarks.logits import PATHS, STEPS, differences, transformers_logits
 from profiles.results import Results
 
@@ -100,3 +101,77 @@ def test_logits_are_compared_along_every_path(tiny, cache, batch):
             off = compare(wrong)
             assert off["prefill"] < 2e-4
             assert off["decode"] == np.inf
+
+
+def test_the_t5_benchmark(tmp_path):
+    config, out = tmp_path / "config.json", tmp_path / "out.json"
+    small = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64}
+    config.write_text(json.dumps({**json.loads(t5_decoding.CONFIG.read_text()), **small}))
+    t5_decoding.main(out, config=config, groups=(4, 2, 1), source=40, target=37)
+    record = json.loads(out.read_text())
+    assert [row["groups"] for row in record["rows"]] == [4, 2, 1]
+    for row in record["rows"]:
+        assert row["attention_gain"] == pytest.approx(record["rows"][0]["attention_ms"] / row["attention_ms"])
+        assert row["sample_s"] > row["first_token_s"] + 36 * 0.2e-3 * row["step_ms"]
+        assert row["least_gain"] is None  # it is for 8 KV heads and more
+
+
+def test_the_glu_benchmark_goes_on(tmp_path, monkeypatch):
+    """Two models and seeds, stopped once: what was trained is not trained again, and means and spreads are of the seeds."""
+    out = tmp_path / "out.json"
+    chosen = [found for found in glu_training.models() if found[0]["ffn"] == "swiglu"]
+    assert [config.glu_value_dim for _, config in chosen] == [None, 32]
+    trained = []
+
+    def train(config, folder, data, steps, seed):
+        trained.append((config.glu_value_dim, seed))
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return {"nats_per_token": 3 + seed / 4 + (config.glu_value_dim or 0) / 64}
+
+    monkeypatch.setattr(glu_training, "models", lambda: iter(chosen))
+    monkeypatch.setattr(glu_training, "SEEDS", (0, 1))
+    monkeypatch.setattr(glu_training, "train", train)
+    monkeypatch.setattr(glu_training, "documents", lambda: [])
+    monkeypatch.setattr(glu_training, "write_data", lambda folder, texts: {"held": "", "train": ""})
+    monkeypatch.setattr("sys.argv", ["glu_training", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        glu_training.main()
+    glu_training.main()
+    assert trained == [(None, 0), (32, 0), (None, 1), (None, 1), (32, 1)]
+    found = json.loads(out.read_text())["settings"]["summary"]
+    assert [(row["attention"], row["nats_per_token"]) for row in found] == [("plain", 3.125), ("glu", 3.625)]
+    assert found[0]["spread"] == pytest.approx(np.std([3, 3.25], ddof=1))
+
+
+@pytest.mark.parametrize("key", [0, 3, 8])  # plain FFN, gated FFN, GLU attention
+def test_its_models_have_equal_parameters(key):
+    from exporter.checkpoint import expected_shapes
+
+    counts = [sum(math.prod(shape) for shape in expected_shapes(config).values()) for _, config in glu_training.models()]
+    assert counts[key] == counts[0]
+
+
+def test_the_papers_page():
+    """Its words are those of the rows."""
+    t5_rows = [
+        {"groups": g, "sample_s": 10 + g, "first_token_s": 9.0, "step_ms": 2.0, "attention_ms": 0.5 * g,
+         "attention_gain": 64 / g, "paper_s": t5_decoding.PAPER.get(g)}
+        for g in (64, 8, 1)
+    ]  # fmt: skip
+    rows = [
+        {**key, "seed": seed, "nats_per_token": 3 + (glu_training.PAPER[key["ffn"]] - 2) / 10 + 0.01 * seed - 0.1 * glu,
+         "curve": [[0, 8.0], [1, 3.5], [2, 3.0 - 0.1 * glu]]}
+        for key, _ in glu_training.models()
+        for glu in [key["attention"] == "glu"]
+        for seed in (0, 1)
+    ]  # fmt: skip
+    machine = {"cpu": "a <CPU>", "cores": 2}
+    page = papers.render(
+        {"rows": t5_rows, "machine": machine, "created": "2026-01-02T03:04"},
+        {"rows": rows, "settings": {"steps": 2, "summary": glu_training.summary(rows)}},
+    )
+    assert "a &lt;CPU&gt;, 2 cores · 2026-01-02" in page
+    assert "takes 0.15 × the time here" in page
+    assert "rank correlation with the paper&#39;s order is 1.00" in page
+    assert "after 2 steps the lower one with 2 of 2 seeds" in page

@@ -26,10 +26,10 @@ def test_the_uptraining_benchmark(tmp_path, monkeypatch, capsys):
         "PROMISE": "tiny",
     }.items():
         monkeypatch.setattr(uptraining, name, value)
-    monkeypatch.setattr(sys, "argv", ["uptraining", str(tmp_path / "out.json"), "8"])
+    monkeypatch.setattr(sys, "argv", ["uptraining", str(tmp_path / "out.json"), str(tmp_path / "models"), "8"])
     uptraining.main()
     record = json.loads((tmp_path / "out.json").read_text())
-    mha, *converted = (row for row in record["rows"] if "nats_per_token" in row)
+    mha, *converted = record["rows"]
     assert [(row["method"], row["kv_heads"], row["alpha"], row["steps"]) for row in converted] == [
         (method, 8 if method == "none" else 2, alpha, steps)
         for method in uptraining.METHODS
@@ -42,3 +42,7 @@ def test_the_uptraining_benchmark(tmp_path, monkeypatch, capsys):
     best = min(row["ratio"] for row in converted if row["kv_heads"] == 2 and row["alpha"] == 0.05)
     assert record["kept"] == (best <= uptraining.WITHIN)
     assert f"kept: {record['kept']} ({best:.4f}; tiny)" in capsys.readouterr().out
+    monkeypatch.setattr(uptraining, "uptrain", lambda *_: pytest.fail("it was trained already"))
+    (tmp_path / "out.json").unlink()
+    uptraining.main()  # as after a stop: from what is there
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == record["rows"]
