@@ -150,7 +150,7 @@ class Bundle:
             lack = f"has no {MANIFEST}" if path.is_dir() else "is a file" if os.path.exists(path) else "does not exist"
             raise BundleError(f"{path} is not a bundle: it {lack}; make one with 'headpool export'") from None
         except (OSError, ValueError) as error:
-            raise BundleError(f"{manifest} cannot be read: {' '.join(str(error).split())}") from None
+            raise BundleError(f"{manifest} cannot be read: {' '.join(str(error).split())}; export it again") from None
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else None
             raise BundleError(f"{manifest} has schema {found!r:.40}, this headpool reads schema {SCHEMA}; export it again")

@@ -15,6 +15,7 @@ from exporter.bundle import MANIFEST, Bundle, Variant
 from exporter.config import ModelConfig
 from exporter.engines import open_session
 from exporter.errors import BundleError, EngineError, UserError, one_of
+from exporter.seq2seq_config import Seq2SeqConfig
 from profiles.bandwidth import BandwidthProbe, floor_seconds
 from profiles.breakdown import read_breakdown
 from profiles.machine import fingerprint, versions
@@ -95,6 +96,7 @@ def subject_of(bundle: Bundle, variant: Variant) -> Subject:
         weight_bytes=variant.weight_bytes,
         kv_bytes_per_token=variant.kv_bytes_per_token,
         conversion=variant.conversion,
+        encoder=isinstance(variant.config, Seq2SeqConfig),
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -95,7 +96,7 @@ LAST_RESORTS: tuple[Dimension, ...] = (
 
 def rows_of(results: Sequence[Results]) -> list[Row]:
     """All cells of all runs, ordered by kind, batch, context, series and KV heads (most first)."""
-    pairs = [(run, cell) for run, result in enumerate(results) for cell in result.cells]
+    pairs = [(run, cell) for run, result in enumerate(results) for cell in _with_one_floor(result, results)]
     chosen = [name for name in DIMENSIONS if _tells_apart(name, pairs)]
     for extra in (None, *LAST_RESORTS):
         chosen += [extra] if extra else []
@@ -104,6 +105,19 @@ def rows_of(results: Sequence[Results]) -> list[Row]:
             break
     rows = [Row(run, cell, stats.summary(cell.samples), label) for (run, cell), label in zip(pairs, labels, strict=True)]
     return sorted(rows, key=lambda row: (row.cell.kind, *row.place, row.series, -row.subject.mean_groups))
+
+
+def _with_one_floor(result: Results, all_results: Sequence[Results]) -> Iterator[Cell]:
+    """The cells of `result`, their floor that of the best bandwidth of all runs on its machine with as many threads: a floor
+    belongs to a machine, not to a moment."""
+    same = [r.bandwidth.best for r in all_results if r.bandwidth and _place(r) == _place(result)]
+    for cell in result.cells:
+        scale = result.bandwidth.best / max(same) if result.bandwidth else 1.0
+        yield dataclasses.replace(cell, floor=cell.floor * scale) if cell.floor else cell
+
+
+def _place(result: Results) -> tuple[object, ...]:
+    return result.machine.cpu, result.machine.cpus, result.machine.gpus, result.settings.get("threads")
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

@@ -142,8 +142,8 @@ def ratio_to_floor(rows: Sequence[Row], styles: Styles) -> Figure | None:
         heading = place_label(place, rows)
         panels.append((heading, line_chart(f"Ratio to floor, {heading}", lines, ordinal_axis(KV_HEADS, names), y, direct)))
     words = (
-        "p50 over (weights + KV bytes of the context) / the best read bandwidth of the run. At 1 the memory is the limit and "
-        "nothing is left to gain; a model that fits into the last-level cache can be below."
+        "p50 over (weights + KV bytes of the context) / the best read bandwidth of all its machine's runs. At 1 the memory is "
+        "the limit and nothing is left to gain; a model that fits into the last-level cache can be below."
     )
     return Figure("floor", "Distance from the floor", words, tuple(panels), times_table(rows), _legend(rows, styles))
 

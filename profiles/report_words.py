@@ -86,6 +86,8 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     for model, found in models.items():
         own = [row for row in rows if row.subject.model == model]
         said = [*_speed(found), *_patterns(found), *_floor(found), *_slopes(own, found), *_loss(found)]
+        if found.few.subject.encoder:
+            said.append("It is an encoder-decoder: its context is the tokens that the encoder reads.")
         texts += [f"{model}: {text}" for text in said] if len(models) > 1 else said
     return texts
 
@@ -159,7 +161,7 @@ def _loss(found: Headline) -> list[str]:
     metric, before, after = change
     name, unit = name_and_unit(metric)
     first, last, _ = _with_difference(before, after)
-    return [f"What it cost: {name} goes from {first} to {last}{f' {unit}' if unit else ''}."]
+    return [f"Quality: {name} goes from {first} to {last}{f' {unit}' if unit else ''}."]
 
 
 def _quality_change(few: Row, many: Row) -> tuple[str, float, float] | None:

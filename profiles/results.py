@@ -39,6 +39,7 @@ class Subject:
     weight_bytes: int  # what one decode step reads of the weights
     kv_bytes_per_token: int  # one sequence, all layers
     conversion: dict[str, Any] | None = None
+    encoder: bool = False  # of an encoder-decoder: its context is what the encoder reads
 
     def __post_init__(self) -> None:
         counts = self.groups if isinstance(self.groups, tuple) else (self.groups,)
@@ -180,8 +181,10 @@ class Results:
             data = parse(text)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; make one with 'headpool profile'") from None
+        except IsADirectoryError:
+            raise UserError(f"{path} is a folder; give the results file in it, {path / 'results.json'} after a sweep") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a results file: {_line(error)}") from None
+            raise UserError(f"{path} is not a results file: {_line(error)}; make one with 'headpool profile'") from None
         if not isinstance(data, dict) or "schema" not in data or "cells" not in data:
             raise UserError(f"{path} is not a results file: it has no schema and cells; make one with 'headpool profile'")
         if data["schema"] != SCHEMA:

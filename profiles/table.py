@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
 from rich.console import Group
@@ -22,6 +22,9 @@ OPTIONAL = ("model", "backend", "cache", "dtype", "kind", "batch")  # columns on
 FOLDED = ("model", "backend", "verdict")  # columns of words; a number in two lines would read as another
 MANY = 8
 APART = "*: not measured in turns, so a drift of the machine may be part of it"
+UNSURE = "few samples"
+FEW = f"{UNSURE}: under {stats.ENOUGH}, which tell nothing"
+ENCODER = "context of an encoder-decoder: the tokens of its input"
 
 
 def results_view(results: Results) -> Group:
@@ -42,12 +45,14 @@ def results_table(results: Results) -> Table:
     baselines = baseline_cells(results.cells)
     title, varying = constants(results.cells)
     compared = Counter(map(peers, results.cells))
-    apart = any(cell.cohort != baselines[peers(cell)].cohort for cell in results.cells)
-    table = plain_table(title, _caption(results) + (f"; {APART}" if apart else ""))
+    cells = sorted(results.cells, key=_order)
+    speed_ups = [_speed_up(baselines[peers(cell)], cell, compared[peers(cell)]) for cell in cells]
+    shown = any(speed_ups)
+    table = plain_table(title, "; ".join(_caption(results, speed_ups)))
     tails = [name for name, many in (("p99 ms", True), ("max ms", False)) if many in {_has_p99(c) for c in results.cells}]
-    add_columns(table, varying, ("context", "p50 ms", "p90 ms", *tails, "× floor", "KV", "speed-up"))
-    for cell in sorted(results.cells, key=_order):
-        times, baseline = stats.summary(cell.samples), baselines[peers(cell)]
+    add_columns(table, varying, ("context", "p50 ms", "p90 ms", *tails, "× floor", "KV", *(["speed-up"] * shown)))
+    for cell, speed_up in zip(cells, speed_ups, strict=True):
+        times = stats.summary(cell.samples)
         tail = {"p99 ms": times.p99, "max ms": None if times.p99 else times.max}
         row = [
             cell.subject.groups_label,
@@ -59,7 +64,7 @@ def results_table(results: Results) -> Table:
             *("" if (value := tail[name]) is None else milliseconds(value) for name in tails),
             f"{times.p50 / cell.floor:.2f}" if cell.floor else "",
             size(cell.subject.kv_bytes_per_token),
-            ("1" if compared[peers(cell)] > 1 else "") if baseline is cell else _speed_up(baseline, cell),
+            *([speed_up] * shown),
         ]
         table.add_row(*values(row))
     return table
@@ -139,10 +144,12 @@ def _has_p99(cell: Cell) -> bool:
     return len(cell.samples) >= stats.TAIL
 
 
-def _speed_up(baseline: Cell, cell: Cell) -> str:
+def _speed_up(baseline: Cell, cell: Cell, compared: int) -> str:
+    if cell is baseline:
+        return "1" if compared > 1 else ""
     low, high = stats.ratio_interval(baseline.samples, cell.samples, block=max(baseline.burst, cell.burst))
     if high == math.inf:
-        return "few samples"
+        return UNSURE
     text = "≈ 1" if low <= 1 <= high else f"{stats.median(baseline.samples) / stats.median(cell.samples):.2f}"
     return text + (" *" if baseline.cohort != cell.cohort else "")
 
@@ -153,8 +160,13 @@ def _order(cell: Cell) -> tuple[object, ...]:
     return *where, subject.pattern, subject.cache, subject.dtype, -subject.mean_groups
 
 
-def _caption(results: Results) -> str:
-    speed_up = "KV: cache of one token; speed-up: against the most KV heads, all else equal; ≈ 1: within the noise"
-    if results.bandwidth is None:
-        return speed_up
-    return f"floor: weights + KV at {results.bandwidth.best / 1e9:.1f} GB/s, the best read bandwidth of this run; {speed_up}"
+def _caption(results: Results, speed_ups: Sequence[str]) -> Iterator[str]:
+    if results.bandwidth:
+        yield f"floor: weights + KV at {results.bandwidth.best / 1e9:.1f} GB/s, the best read bandwidth of this run"
+    yield "KV: cache of one token"
+    if any(speed_ups):
+        yield "speed-up: against the most KV heads, all else equal"
+    said = " ".join(speed_ups)
+    yield from (words for sign, words in (("≈", "≈ 1: within the noise"), ("*", APART), (UNSURE, FEW)) if sign in said)
+    if any(cell.subject.encoder for cell in results.cells):
+        yield ENCODER

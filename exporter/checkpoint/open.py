@@ -18,8 +18,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         return open_folder(path)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist; give {FORMS}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is neither a file nor a folder; give {FORMS}")
     if path.suffix.lower() == ".gguf":
         return open_gguf(path)
     if path.suffix.lower() == ".safetensors":

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 Progress = Callable[[str, int, int], None]
+WIDTH = 110  # characters that a table takes
 
 
 @contextlib.contextmanager
@@ -29,6 +30,16 @@ def progress_bar() -> Iterator[Progress]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield report
+
+
+def table_console() -> Any:
+    """Rich's console on stdout, as wide as the widest table where no terminal says how wide it is."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
 
 
 def finish(as_json: bool, data: dict[str, Any], lines: str | list[str]) -> None:

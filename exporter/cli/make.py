@@ -70,7 +70,10 @@ def convert_command(
     _tell_no_tokenizer(out)
     record = conversion_record(before, after, method, seed, grouping, calibration)
     data = {"out": str(out), "conversion": record, "kv_heads": list(after.kv_heads)}
-    how = f", by {record['method']}" if record else ": none changed"
+    if before.kv_heads == after.kv_heads:
+        how = "" if record else ": none changed"
+    else:
+        how = f", by {record['method']}" if record else ""
     heads = f"{_heads(before.kv_heads)} → {_heads(after.kv_heads)} KV heads of {after.num_heads} query heads"
     gated = f", GLU attention with values of {glu_values}" if glu_values else ""
     finish(as_json, data, f"{out}: {heads}{gated}{how}")

@@ -10,11 +10,10 @@ from typing import Any
 import click
 
 from exporter.cli import options
-from exporter.cli.console import finish, progress_bar
+from exporter.cli.console import finish, progress_bar, table_console
 from exporter.cli.select import short, with_plan
 
 KINDS = ("decode", "prefill", "ttft")
-WIDTH = 110  # characters that the table takes
 
 
 def once(ctx: click.Context, param: click.Parameter, value: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -57,13 +56,14 @@ def profile_command(bundles: tuple[Path, ...], out: Path, variants: str | None, 
       headpool profile bundle --contexts 128,1024,4096
       headpool profile mha gqa8 --out both.json --batch 1,4 --kinds decode
     """
-    from exporter.files import refuse_existing
+    from exporter.files import check_output
     from profiles.bundles import choose, profile_bundle
     from profiles.measure import Plan
 
     plan, names = options.build(Plan, given), variants.split(",") if variants else None
     choose(bundles, names, plan, given["breakdown"])  # a mistake in the inputs is said before one in the output
-    refuse_existing(out)
+    for bundle in bundles:
+        check_output(out, bundle)
     with progress_bar() as progress:
         results = profile_bundle(
             bundles,
@@ -123,7 +123,12 @@ def sweep_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> N
     check_output(out, checkpoint)
     with progress_bar() as progress:
         results = sweep(source, out, options.build(SweepOptions, {**given, **stages}), progress, models)
-    files = {"out": str(out), "report": str(out / "report.html"), "results": str(out / "results.json")}
+    files = {
+        "out": str(out),
+        "bundle": str(out / "bundle"),
+        "report": str(out / "report.html"),
+        "results": str(out / "results.json"),
+    }
     _show(results, as_json, files, [ffn_line(model) for model in models])
 
 
@@ -141,8 +146,6 @@ def compare_command(ctx: click.Context, a: Path, b: Path, fail_above: float | No
       headpool compare before.json after.json
       headpool compare before.json after.json --fail-above 1.05
     """
-    from rich.console import Console
-
     from profiles.compare import compare, comparison_view
     from profiles.results import Results
 
@@ -169,7 +172,7 @@ def compare_command(ctx: click.Context, a: Path, b: Path, fail_above: float | No
         data = {"pairs": pairs, "only_a": comparison.only_a, "only_b": comparison.only_b, "warnings": warnings}
         finish(True, data, [])
     else:
-        Console().print(comparison_view(comparison, fail_above))
+        table_console().print(comparison_view(comparison, fail_above))
     return 1 if failures else 0
 
 
@@ -195,17 +198,12 @@ def report_command(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
 def _show(results: Any, as_json: bool, files: dict[str, str], ffns: Sequence[dict[str, Any]] = ()) -> None:
     """The table for a person, with the files' names and the FFNs under it; with --json the medians, since the file holds the
     samples."""
-    from rich.console import Console
-
     from profiles.noise import busy
     from profiles.stats import summary
     from profiles.table import results_view
 
     if not as_json:
-        console = Console()
-        if not console.is_terminal:  # nothing there says how wide it is
-            console.width = WIDTH
-        console.print(results_view(results))
+        table_console().print(results_view(results))
         finish(False, {}, [*(f"{name}: {path}" for name, path in files.items()), *(ffn["text"] for ffn in ffns)])
         return
     shown = ("p50", "p90", "p99", "max")  # p99 from 100 samples on

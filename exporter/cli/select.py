@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +52,14 @@ def select_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> 
     target = _target(given)
     from exporter.checkpoint import open_checkpoint
     from exporter.convert import select
-    from exporter.files import refuse_existing
+    from exporter.files import check_output
 
-    refuse_existing(out)
-    opened = open_checkpoint(checkpoint)
     store = given["measurements"] or out.with_name(f"{out.stem}.measured.json")
+    check_output(out, checkpoint)
+    opened = open_checkpoint(checkpoint)
     how = options.build(select.How, given)
     ((name, value),) = target.items()
-    with progress_bar() as progress:
+    with _kept(store), progress_bar() as progress:
         selection = select.Selection(opened, how, store, progress)
         before = sum(opened.config.kv_heads)
         costs, unit = select.kv_costs(opened.config), 1 / before
@@ -114,6 +116,18 @@ def with_plan(path: Path | None, source: Any, given: dict[str, Any]) -> dict[str
 def short(kv_heads: tuple[int, ...]) -> int | tuple[int, ...]:
     """One number where all layers agree: what `groups` take."""
     return kv_heads[0] if len(set(kv_heads)) == 1 else kv_heads
+
+
+@contextlib.contextmanager
+def _kept(store: Path) -> Iterator[None]:
+    """Ctrl-C is told what it left."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not store.exists():
+            raise
+        click.echo(f"headpool: interrupted; {store} keeps what was measured, the same command goes on from there", err=True)
+        click.get_current_context().exit(130)
 
 
 def _target(given: dict[str, Any]) -> dict[str, float]:

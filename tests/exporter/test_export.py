@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import hf
@@ -157,4 +158,26 @@ def test_the_check_finds_weights_that_are_not_there(bundles: list[Bundle], tmp_p
     model.graph.node[0].op_type = "Nonsense"
     graph.write_bytes(model.SerializeToString())
     with pytest.raises(GraphError, match=r"model.onnx is not valid ONNX: No Op registered for Nonsense"):
+        check_model(graph)
+
+
+def test_the_check_is_the_full_one(bundles: list[Bundle], tmp_path: Path) -> None:
+    """A type that contradicts the nodes is found by inference alone; a weight outside the folder by no checker."""
+    bundle = bundles[1]
+    for name in os.listdir(bundle.path):
+        os.link(bundle.path / name, tmp_path / name)
+    graph = tmp_path / "model.onnx"
+    model = onnx.load(bundle.graph_path(bundle.variants[0]), load_external_data=False)
+    whole = model.SerializeToString()
+    graph.write_bytes(whole)
+    check_model(graph)
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    graph.write_bytes(model.SerializeToString())
+    with pytest.raises(GraphError, match=r"model.onnx is not valid ONNX: .*nference"):
+        check_model(graph)
+    model = onnx.load_from_string(whole)
+    entry = next(e for weight in model.graph.initializer for e in weight.external_data if e.key == "location")
+    entry.value = f"../{tmp_path.name}/{entry.value}"
+    graph.write_bytes(model.SerializeToString())
+    with pytest.raises(GraphError, match=r"model.onnx: weight .* lies at \.\./.*, outside the bundle's folder"):
         check_model(graph)

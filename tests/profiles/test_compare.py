@@ -213,3 +213,17 @@ def test_the_footer_says_only_what_there_is(factory):
     assert "partner" not in text_of(comparison_table(compare(a, a)))
     assert "without a partner: 3 of a\n" in re.sub(" +\n", "\n", text_of(comparison_table(compare(a, b))))
     assert "without a partner: 3 of b\n" in re.sub(" +\n", "\n", text_of(comparison_table(compare(b, a))))
+
+
+def test_a_speed_up_that_nothing_has_is_no_column(factory):
+    alone = factory.sweep(cells=(factory.cell(factory.subject()),))
+    assert "speed-up" not in text_of(results_table(alone))
+    assert "speed-up" in text_of(results_table(factory.sweep()))
+
+
+def test_the_context_of_an_encoder_decoder_is_explained(factory):
+    words = "context of an encoder-decoder: the tokens of its input"
+    for encoder in (True, False):
+        cells = (factory.cell(factory.subject(encoder=encoder)),)
+        shown = " ".join(text_of(results_table(factory.sweep(cells=cells))).split())
+        assert (words in shown) == encoder

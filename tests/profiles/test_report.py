@@ -139,7 +139,7 @@ def test_a_change_of_quality_does_not_contradict_itself(factory, before, after, 
     rows = rows_of([factory.sweep(cells=cells)])
     first, last, change = texts
     assert (tiles(rows)[-1].value, tiles(rows)[-1].what) == (change, f"loss: {first} to {last}")
-    assert sentences(rows)[-1] == f"What it cost: loss goes from {first} to {last}."
+    assert sentences(rows)[-1] == f"Quality: loss goes from {first} to {last}."
 
 
 def test_graphs_measured_apart_are_called_so(factory):
@@ -343,3 +343,20 @@ def test_axes_cover_their_values_with_a_few_ticks(values, zero):
     assert axis.low <= min(values) <= max(values) <= axis.high
     assert 2 <= len(axis.ticks) <= 8
     assert len({label for _, label in axis.ticks}) == len(axis.ticks)
+
+
+def test_runs_of_one_machine_share_a_floor(factory):
+    slow, fast = (dataclasses.replace(factory.BANDWIDTH, samples=(best,)) for best in (10e9, 20e9))
+    cells = (factory.cell(factory.subject(), floor=0.01),)
+    runs = [factory.sweep(cells=cells, bandwidth=bandwidth) for bandwidth in (slow, fast)]
+    assert [row.cell.floor for row in rows_of(runs)] == pytest.approx([0.005, 0.01])
+    assert [row.cell.floor for row in rows_of(runs[:1])] == [0.01]
+    elsewhere = dataclasses.replace(runs[1], machine=dataclasses.replace(runs[1].machine, cpu="another"))
+    assert [row.cell.floor for row in rows_of([runs[0], elsewhere])] == [0.01, 0.01]
+
+
+def test_the_context_of_an_encoder_decoder_is_explained(factory):
+    words = "context is the tokens that the encoder reads"
+    assert words not in " ".join(sentences(rows_of([factory.sweep()])))
+    cells = (factory.cell(factory.subject(encoder=True)),)
+    assert words in " ".join(sentences(rows_of([factory.sweep(cells=cells)])))

@@ -96,8 +96,8 @@ def test_missing_and_binary_files(tmp_path):
     with pytest.raises(UserError, match="does not exist; make one with 'headpool profile'"):
         Results.load(tmp_path / "none.json")
     (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
-    for path in (tmp_path / "b", tmp_path):
-        with pytest.raises(UserError, match="is not a results file"):
+    for path, why in ((tmp_path / "b", "is not a results file"), (tmp_path, "is a folder; give the results file in it")):
+        with pytest.raises(UserError, match=why):
             Results.load(path)
 
 

@@ -81,7 +81,7 @@ def test_glu_attention_starts_where_the_model_was(headpool, made: Path, tmp_path
     code, out, _ = headpool("convert", made / "model", tmp_path / "glu", "--glu-values", "8")
     assert (code, out) == (
         0,
-        f"{tmp_path}/glu: 2 → 2 KV heads of 6 query heads, GLU attention with values of 8, by repetition\n",
+        f"{tmp_path}/glu: 2 → 2 KV heads of 6 query heads, GLU attention with values of 8\n",
     )
     code, out, _ = headpool(
         *("eval", tmp_path / "glu", "--reference", made / "model", "--tokens", "64", "--window", "32"), "--json"

@@ -119,3 +119,22 @@ def test_mistakes(refused, made: Path, tmp_path: Path) -> None:
     assert refused("convert", model, "out", "--plan", tmp_path / "none").endswith("cannot be read: No such file or directory")
     (tmp_path / "bad").write_text("{")
     assert "bad is not JSON" in refused("export", model, "out", "--plan", tmp_path / "bad")
+
+
+def test_ctrl_c_tells_what_it_keeps(headpool, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exporter.convert import replace_one
+
+    divergences, calls = replace_one.divergences, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return divergences(*given)
+
+    monkeypatch.setattr(replace_one, "divergences", interrupted)
+    command = ("select", made / "model", "--kv-budget", "0.75", *SELECT, "--out", tmp_path / "plan.json")
+    kept = tmp_path / "plan.measured.json"
+    told = f"headpool: interrupted; {kept} keeps what was measured, the same command goes on from there\n"
+    assert headpool(*command) == (130, "", told)
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
