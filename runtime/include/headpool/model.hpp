@@ -1,4 +1,4 @@
-// A variant of a bundle, loaded: its graph in ONNX Runtime and its weights. Sessions of one model share them.
+// A variant of a bundle, loaded: its graph in ONNX Runtime or its engines in TensorRT. Sessions of one model share the weights.
 #pragma once
 
 #include <headpool/api.h>

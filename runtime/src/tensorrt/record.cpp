@@ -111,8 +111,8 @@ void expect_tensors(const std::vector<EngineTensor>& found, const Variant& varia
     const auto same = std::find_if(found.begin(), found.end(), [&](const auto& other) { return other.name == tensor.name; });
     if (same == found.end()) throw BundleError(one_line(whose + " has no " + tensor.name + "; build the engine again"));
     if (!(*same == tensor))
-      throw BundleError(one_line(whose + " has " + tensor.name + " as " + described(*same) + "; headpool.json as " + described(tensor) +
-                                 "; build the engine again"));
+      throw BundleError(one_line(whose + " has " + tensor.name + " as " + described(*same) + "; headpool.json as " +
+                                 described(tensor) + "; build the engine again"));
   }
   if (found.size() != due.size())
     throw BundleError(whose + " has " + std::to_string(found.size()) + " inputs and outputs, headpool.json " +
