@@ -102,6 +102,7 @@ class FakeLane final : public Lane {
   std::shared_ptr<std::byte> allocate(Memory& kind, std::size_t bytes, int value) {
     ++counts.allocations;
     auto* memory = static_cast<std::byte*>(std::malloc(bytes));
+    if (!memory) throw MemoryError("no GPU memory for " + std::to_string(bytes / 1000000) + " MB");
     std::memset(memory, value, bytes);
     kind[memory] = bytes;
     return {memory, [](std::byte* m) { std::free(m); }};

@@ -58,3 +58,9 @@ def built(build: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def library(built: Path) -> Library:
     return Library(built / "src/libheadpool.so")
+
+
+@pytest.fixture(scope="session")
+def fake(built: Path) -> Library:
+    """The library with TensorRT's backends computed by ONNX Runtime (runtime/tests/fake_tensorrt.cpp)."""
+    return Library(built / "tests/libheadpool_fake.so")

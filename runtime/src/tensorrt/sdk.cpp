@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <mutex>
 
 #include "../guard.hpp"
@@ -213,10 +214,9 @@ class SdkGpu final : public Gpu {
   SdkGpu() : status_(cudaGetDevice(&device_)) { cudaGetLastError(); }
 
   std::string version() const override {
-    std::string text;
-    for (const int part :
-         {getInferLibMajorVersion(), getInferLibMinorVersion(), getInferLibPatchVersion(), getInferLibBuildVersion()})
-      text += (text.empty() ? "" : ".") + std::to_string(part);
+    char text[64];
+    std::snprintf(text, sizeof text, "%d.%d.%d.%d", getInferLibMajorVersion(), getInferLibMinorVersion(),
+                  getInferLibPatchVersion(), getInferLibBuildVersion());
     return text;
   }
 
