@@ -298,3 +298,23 @@ def _status(library: Library, bundle: Path) -> int:
     session.close()
     model.close()
     return 0
+
+
+def test_on_the_sdk_of_this_machine(model: Decoder, library: Library, tmp_path: Path) -> None:
+    """Where there is one: logits on a GPU; without a GPU, or built against another version than the wheel's, one line."""
+    bundle = tiny.bundle(tmp_path, model, "attention", dtype="fp16")
+    whole(bundle)
+    with pytest.raises(RuntimeFailure) as caught:
+        library.open(bundle.path, backend="tensorrt-rtx")
+    if "not in this libheadpool" in str(caught.value):
+        pytest.skip("libheadpool was built without the SDK of TensorRT for RTX")
+    build(bundle, BuildOptions(batch=2, capacity=32, prefill=8))
+    try:
+        session = library.open(bundle.path, backend="tensorrt-rtx").session(batch=2)
+    except RuntimeFailure as failure:
+        assert failure.status == BACKEND
+        assert any(words in str(failure) for words in ("run on an NVIDIA GPU", "engines built by", "this GPU is"))
+        return
+    rows = [np.arange(3, 20), np.arange(20, 28)]
+    expected = np.stack([tiny.full_logits(model, row)[-1] for row in rows])
+    np.testing.assert_allclose(session.prefill(rows), expected, rtol=0, atol=4 * tiny.HALF)

@@ -19,18 +19,24 @@ constexpr bool RTX = true;
 constexpr bool RTX = false;
 #endif
 
-// The first error since `forget` in this thread, without those that only say that there is no GPU where others say more.
+// The first error since `forget` in this thread; one of CUDA, which the lack of a GPU makes of everything, only where it is
+// all.
 class Log final : public nvinfer1::ILogger {
  public:
-  void log(Severity severity, const char* message) noexcept override try {
-    if (severity <= Severity::kERROR && (error_.empty() || error_.find("cudaError") != error_.npos)) error_ = message;
-  } catch (...) {  // no memory for the message
+  void log(Severity severity, const char* message) noexcept override {
+    if (severity > Severity::kERROR) return;
+    try {
+      if (error_.empty() || (of_cuda(error_) && !of_cuda(message))) error_ = message;
+    } catch (...) {  // no memory for the message
+    }
   }
 
   static void forget() { error_.clear(); }
   static std::string reason() { return error_.empty() ? "it gave no reason" : one_line(error_); }
 
  private:
+  static bool of_cuda(std::string_view message) { return message.find("cudaError") != message.npos; }
+
   static thread_local std::string error_;
 };
 
