@@ -309,11 +309,14 @@ def test_on_the_sdk_of_this_machine(model: Decoder, library: Library, tmp_path: 
     if "not in this libheadpool" in str(caught.value):
         pytest.skip("libheadpool was built without the SDK of TensorRT for RTX")
     build(bundle, BuildOptions(batch=2, capacity=32, prefill=8))
+    refusal = None
     try:
         session = library.open(bundle.path, backend="tensorrt-rtx").session(batch=2)
     except RuntimeFailure as failure:
-        assert failure.status == BACKEND
-        assert any(words in str(failure) for words in ("run on an NVIDIA GPU", "engines built by", "this GPU is"))
+        refusal = failure
+    if refusal:
+        assert refusal.status == BACKEND
+        assert any(words in str(refusal) for words in ("run on an NVIDIA GPU", "engines built by", "this GPU is"))
         return
     rows = [np.arange(3, 20), np.arange(20, 28)]
     expected = np.stack([tiny.full_logits(model, row)[-1] for row in rows])
