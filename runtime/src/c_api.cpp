@@ -105,7 +105,8 @@ hp_status hp_model_open(const char* bundle, const hp_model_options* options, hp_
   return guarded([&] {
     expect("hp_model_open", bundle, out);
     const hp_model_options o = known(options);
-    *out = new hp_model{headpool::Model::open(bundle, {o.variant ? o.variant : "", o.threads})};
+    headpool::ModelOptions chosen{o.variant ? o.variant : "", o.threads, o.backend ? o.backend : ""};
+    *out = new hp_model{headpool::Model::open(bundle, chosen)};
   });
 }
 

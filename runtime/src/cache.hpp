@@ -28,10 +28,10 @@ class Cache {
 };
 
 // Written in place. A graph reads all S rows there are, so S follows the context in small steps.
-std::unique_ptr<Cache> static_cache(const Model::State& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk);
+std::unique_ptr<Cache> static_cache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk);
 
 // Each call reads one block of memory and writes the whole cache, with T columns more, to the other.
-std::unique_ptr<Cache> concat_cache(const Model::State& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk);
+std::unique_ptr<Cache> concat_cache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk);
 
 // Where the tensors lie. A slab is the rows of one KV head of one sequence.
 class Layout {

@@ -2,7 +2,7 @@
 
 namespace headpool::detail {
 
-Call::Call(const Model::State& model, std::int64_t batch, std::int64_t T, void* logits, std::size_t logits_bytes)
+Call::Call(const OrtModel& model, std::int64_t batch, std::int64_t T, void* logits, std::size_t logits_bytes)
     : model_(model),
       batch_(batch),
       T_(T),

@@ -3,14 +3,14 @@
 
 #include <span>
 
-#include "state.hpp"
+#include "ort_model.hpp"
 
 namespace headpool::detail {
 
 class Call {
  public:
   // Logits, [B, 1, V], or [B, T, V] of a graph that gives all of them, go to `logits`.
-  Call(const Model::State& model, std::int64_t batch, std::int64_t T, void* logits, std::size_t logits_bytes);
+  Call(const OrtModel& model, std::int64_t batch, std::int64_t T, void* logits, std::size_t logits_bytes);
 
   std::span<Token> tokens() { return tokens_; }
   std::span<std::int64_t> positions() { return positions_; }
@@ -30,7 +30,7 @@ class Call {
  private:
   Ort::Value value(void* data, std::size_t bytes, std::span<const std::int64_t> shape, ONNXTensorElementDataType type) const;
 
-  const Model::State& model_;
+  const OrtModel& model_;
   std::int64_t batch_, T_;
   std::vector<Token> tokens_;
   std::vector<std::int64_t> positions_;

@@ -10,7 +10,7 @@ namespace {
 class ConcatCache final : public Cache {
  public:
   // Prompts of unequal lengths leave pads, which `repack` takes out before they need more than twice the capacity.
-  ConcatCache(const Model::State& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk)
+  ConcatCache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk)
       : model_(model),
         layout_(model.variant, batch),
         batch_(static_cast<std::size_t>(batch)),
@@ -103,7 +103,7 @@ class ConcatCache final : public Cache {
     columns_ = columns;
   }
 
-  const Model::State& model_;
+  const OrtModel& model_;
   Layout layout_;
   std::size_t batch_;
   std::int64_t most_, chunk_;
@@ -115,7 +115,7 @@ class ConcatCache final : public Cache {
 
 }  // namespace
 
-std::unique_ptr<Cache> concat_cache(const Model::State& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk) {
+std::unique_ptr<Cache> concat_cache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk) {
   return std::make_unique<ConcatCache>(model, batch, capacity, chunk);
 }
 

@@ -1,75 +1,14 @@
 #include "manifest.hpp"
 
 #include <algorithm>
-#include <fstream>
-#include <nlohmann/json.hpp>
-#include <optional>
 #include <set>
+
+#include "fields.hpp"
 
 namespace headpool::detail {
 namespace {
 
-using Json = nlohmann::json;
-
 constexpr std::int64_t SCHEMA = 1;
-constexpr std::uintmax_t MOST_BYTES = 64 << 20;
-constexpr int DEEPEST = 32;
-constexpr std::int64_t MOST = (std::int64_t{1} << 31) - 1;  // of a size
-
-[[noreturn]] void damaged(const std::string& what) { throw BundleError("headpool.json is damaged: " + what); }
-
-// Of what a file holds, as much as fits in a message, in ASCII.
-std::string shown(const Json& value) {
-  std::string text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
-  return text.size() > 60 ? text.substr(0, 57) + "..." : text;
-}
-
-const Json& at(const Json& object, const char* key) {
-  if (!object.is_object()) damaged(shown(object) + " stands where an object with " + key + " is due");
-  const auto found = object.find(key);
-  if (found == object.end()) damaged(std::string("it lacks ") + key);
-  return *found;
-}
-
-std::string text(const Json& object, const char* key) {
-  const Json& value = at(object, key);
-  if (!value.is_string()) damaged(std::string(key) + " is " + shown(value) + ", not a text");
-  return value.get<std::string>();
-}
-
-std::string one_of(const Json& object, const char* key, std::initializer_list<const char*> choices) {
-  const std::string value = text(object, key);
-  if (std::find(choices.begin(), choices.end(), value) == choices.end()) damaged(std::string(key) + " is " + shown(value));
-  return value;
-}
-
-const Json& array(const Json& object, const char* key) {
-  const Json& value = at(object, key);
-  if (!value.is_array()) damaged(std::string(key) + " is " + shown(value) + ", not a list");
-  return value;
-}
-
-// A whole number from `least` to `most`; nlohmann has them as signed or unsigned.
-std::int64_t number(const Json& value, const char* what, std::int64_t least, std::int64_t most) {
-  const bool whole = value.is_number_integer() &&
-                     (!value.is_number_unsigned() || value.get<std::uint64_t>() <= static_cast<std::uint64_t>(INT64_MAX));
-  if (!whole || value.get<std::int64_t>() < least || value.get<std::int64_t>() > most)
-    damaged(std::string(what) + " is " + shown(value) + ", not a whole number from " + std::to_string(least) + " to " +
-            std::to_string(most));
-  return value.get<std::int64_t>();
-}
-
-std::int64_t size_in(const Json& object, const char* key) { return number(at(object, key), key, 1, MOST); }
-
-bool is_file_name(const std::string& name) {
-  return !name.empty() && name != "." && name != ".." && name.find_first_of(std::string_view("/\\:\0", 4)) == std::string::npos;
-}
-
-std::string file_name(const Json& value) {
-  const std::string name = value.is_string() ? value.get<std::string>() : "";
-  if (!is_file_name(name)) damaged("it names " + shown(value) + ", which is not a file name in its own folder");
-  return name;
-}
 
 struct Binding {
   std::string name, dtype, role, alias;
@@ -79,7 +18,7 @@ struct Binding {
 
 Binding binding(const Json& data) {
   Binding result{text(data, "name"), text(data, "dtype"), text(data, "role"), {}, -1, array(data, "shape")};
-  if (result.name.empty()) damaged("a binding has no name");
+  if (result.name.empty()) flaw("a binding has no name");
   if (data.contains("alias")) result.alias = text(data, "alias");
   if (result.role == "cache") result.layer = number(at(data, "layer"), "layer", 0, MOST);
   return result;
@@ -87,20 +26,19 @@ Binding binding(const Json& data) {
 
 void expect_shape(const Binding& b, const std::string& dtype, const Json& shape) {
   if (b.dtype != dtype || b.shape != shape)
-    damaged("binding " + shown(b.name) + " is " + shown(b.dtype) + " " + shown(b.shape) + ", not " + dtype + " " +
-            shown(shape));
+    flaw("binding " + shown(b.name) + " is " + shown(b.dtype) + " " + shown(b.shape) + ", not " + dtype + " " + shown(shape));
 }
 
 // [batch, heads, rows, size]
 void expect_cache(const Binding& b, const std::string& dtype, const char* rows) {
-  if (b.shape.size() != 4) damaged("cache " + shown(b.name) + " has the shape " + shown(b.shape));
+  if (b.shape.size() != 4) flaw("cache " + shown(b.name) + " has the shape " + shown(b.shape));
   number(b.shape[1], "a cache's number of heads", 1, MOST);
   number(b.shape[3], "a cache's head size", 1, MOST);
   expect_shape(b, dtype, {"batch", b.shape[1], rows, b.shape[3]});
 }
 
 void set_once(std::string& target, const std::string& name, const char* role) {
-  if (!target.empty()) damaged(std::string("it has two inputs or outputs for ") + role);
+  if (!target.empty()) flaw(std::string("it has two inputs or outputs for ") + role);
   target = name;
 }
 
@@ -120,11 +58,11 @@ std::vector<std::int64_t> read_inputs(const Json& inputs, Variant& variant) {
       variant.caches.push_back({b.name, {}, b.shape[1].get<std::int64_t>(), b.shape[3].get<std::int64_t>()});
       layers.push_back(b.layer);
     } else {
-      damaged("input " + shown(b.name) + " has the role " + shown(b.role));
+      flaw("input " + shown(b.name) + " has the role " + shown(b.role));
     }
   }
   if (variant.tokens.empty() || variant.positions.empty() || variant.caches.empty() || variant.mask.empty() != variant.in_place)
-    damaged("variant " + shown(variant.info.variant) + " lacks an input");
+    flaw("variant " + shown(variant.info.variant) + " lacks an input");
   return layers;
 }
 
@@ -138,18 +76,18 @@ void read_outputs(const Json& outputs, Variant& variant, const std::vector<std::
       expect_shape(b, variant.info.dtype, {"batch", rows, variant.info.vocab_size});
     } else if (b.role == "cache") {
       expect_cache(b, variant.info.dtype, variant.in_place ? "capacity" : "total");
-      if (next == variant.caches.size()) damaged("it has more caches as outputs than as inputs");
+      if (next == variant.caches.size()) flaw("it has more caches as outputs than as inputs");
       CacheBinding& cache = variant.caches[next];
       if (b.layer != layers[next] || b.shape[1] != cache.heads || b.shape[3] != cache.size ||
           b.alias != (variant.in_place ? cache.past : ""))
-        damaged("output " + shown(b.name) + " does not belong to input " + shown(cache.past));
+        flaw("output " + shown(b.name) + " does not belong to input " + shown(cache.past));
       cache.present = b.name;
       ++next;
     } else {
-      damaged("output " + shown(b.name) + " has the role " + shown(b.role));
+      flaw("output " + shown(b.name) + " has the role " + shown(b.role));
     }
   }
-  if (variant.logits.empty() || next != variant.caches.size()) damaged("an output is missing");
+  if (variant.logits.empty() || next != variant.caches.size()) flaw("an output is missing");
 }
 
 void check_names(const Variant& variant) {
@@ -157,16 +95,16 @@ void check_names(const Variant& variant) {
   if (!variant.in_place) inputs.insert(variant.mask);
   for (const CacheBinding& cache : variant.caches) inputs.insert(cache.past), outputs.insert(cache.present);
   if (inputs.size() != variant.caches.size() + (variant.in_place ? 2 : 3) || outputs.size() != variant.caches.size() + 1)
-    damaged("two inputs or two outputs of variant " + shown(variant.info.variant) + " have one name");
+    flaw("two inputs or two outputs of variant " + shown(variant.info.variant) + " have one name");
 }
 
 std::uint64_t kv_bytes_per_token(const Variant& variant) {
   std::uint64_t sum = 0;
   for (const CacheBinding& cache : variant.caches) {
     const auto values = static_cast<std::uint64_t>(cache.heads) * static_cast<std::uint64_t>(cache.size);  // < 2⁶²
-    if (values > (std::uint64_t{1} << 40)) damaged("cache " + shown(cache.past) + " is too large");
+    if (values > (std::uint64_t{1} << 40)) flaw("cache " + shown(cache.past) + " is too large");
     sum += values * variant.item_bytes();
-    if (sum > (std::uint64_t{1} << 44)) damaged("its caches are too large");
+    if (sum > (std::uint64_t{1} << 44)) flaw("its caches are too large");
   }
   return sum;
 }
@@ -179,7 +117,7 @@ void read_config(const Json& config, Variant& variant) {
   const std::int64_t layers = size_in(config, "num_layers");
   for (const Json& heads : array(config, "kv_heads")) info.kv_heads.push_back(number(heads, "a number of KV heads", 1, MOST));
   if (static_cast<std::int64_t>(info.kv_heads.size()) != layers)
-    damaged("kv_heads names " + std::to_string(info.kv_heads.size()) + " layers, the model has " + std::to_string(layers));
+    flaw("kv_heads names " + std::to_string(info.kv_heads.size()) + " layers, the model has " + std::to_string(layers));
   for (const Json& id : array(config, "eos_token_ids")) info.stop_ids.push_back(number(id, "a token id", 0, INT64_MAX));
 }
 
@@ -187,7 +125,7 @@ Variant read_variant(const Json& data) {
   Variant variant{};
   ModelInfo& info = variant.info;
   info.variant = text(data, "name");
-  if (info.variant.empty()) damaged("a variant has no name");
+  if (info.variant.empty()) flaw("a variant has no name");
   if (data.contains("encoder"))
     throw BundleError("variant " + shown(info.variant) +
                       " is an encoder-decoder, and this runtime runs decoder-only models; use headpool run");
@@ -207,25 +145,14 @@ Variant read_variant(const Json& data) {
   info.kv_bytes_per_token = kv_bytes_per_token(variant);
   const Json& written = at(data, "kv_bytes_per_token");
   if (static_cast<std::uint64_t>(number(written, "kv_bytes_per_token", 0, INT64_MAX)) != info.kv_bytes_per_token)
-    damaged("kv_bytes_per_token is " + shown(written) + ", its caches have " + std::to_string(info.kv_bytes_per_token));
+    flaw("kv_bytes_per_token is " + shown(written) + ", its caches have " + std::to_string(info.kv_bytes_per_token));
   return variant;
 }
 
 }  // namespace
 
-std::vector<Variant> parse_manifest(std::string_view text) {
-  const auto shallow = [](int depth, Json::parse_event_t, Json&) {
-    if (depth > DEEPEST) damaged("it is nested too deeply");
-    return true;
-  };
-  Json data;
-  try {
-    data = Json::parse(text.begin(), text.end(), shallow);
-  } catch (const Json::parse_error& error) {
-    damaged("it is no JSON from byte " + std::to_string(error.byte) + " on");
-  } catch (const Json::exception&) {
-    damaged("it holds a number that is too large");
-  }
+std::vector<Variant> parse_manifest(std::string_view text) try {
+  const Json data = parse_json(text);
   const Json* schema = data.is_object() && data.contains("schema") ? &data["schema"] : nullptr;
   if (!schema || *schema != SCHEMA)
     throw BundleError("headpool.json has schema " + (schema ? shown(*schema) : std::string("none")) +
@@ -234,10 +161,12 @@ std::vector<Variant> parse_manifest(std::string_view text) {
   std::set<std::string> names;
   for (const Json& item : array(data, "variants")) {
     variants.push_back(read_variant(item));
-    if (!names.insert(variants.back().info.variant).second) damaged("two variants have one name");
+    if (!names.insert(variants.back().info.variant).second) flaw("two variants have one name");
   }
-  if (variants.empty()) damaged("it has no variants");
+  if (variants.empty()) flaw("it has no variants");
   return variants;
+} catch (const Flaw& error) {
+  throw BundleError(std::string("headpool.json is damaged: ") + error.what());
 }
 
 std::vector<Variant> read_manifest(const std::filesystem::path& bundle) {
@@ -248,16 +177,11 @@ std::vector<Variant> read_manifest(const std::filesystem::path& bundle) {
     const char* lack = folder ? "has no headpool.json" : exists ? "is a file" : "does not exist";
     throw BundleError(bundle.string() + " is not a bundle: it " + lack + "; make one with 'headpool export'");
   }
-  const std::uintmax_t size = std::filesystem::file_size(path, failed);
-  if (failed || size > MOST_BYTES) throw BundleError(path.string() + " cannot be read or is too large");
-  std::string text(size, '\0');
-  std::ifstream file(path, std::ios::binary);
-  if (!file.read(text.data(), static_cast<std::streamsize>(size))) throw BundleError(path.string() + " cannot be read");
-  return parse_manifest(text);
+  return parse_manifest(read_text(path));
 }
 
 std::filesystem::path file_in(const std::filesystem::path& bundle, const std::string& name) {
-  if (!is_file_name(name)) damaged("it names " + shown(name) + ", which is not a file name in its own folder");
+  if (!is_file_name(name)) throw BundleError(bundle.string() + ": " + shown(name) + " is not a file name in its own folder");
   std::error_code failed;
   const std::filesystem::path path = bundle / name;
   if (!std::filesystem::is_regular_file(path, failed)) throw BundleError(bundle.string() + " lacks " + shown(name));

@@ -1,115 +1,13 @@
-#include <algorithm>
 #include <headpool/model.hpp>
-#include <mutex>
 
-#include "cores.hpp"
-#include "initializers.hpp"
-#include "manifest.hpp"
+#include "guard.hpp"
+#include "onnxruntime.hpp"
 #include "state.hpp"
 
-// headpool's operators (ops/library.cpp), compiled into this library; CMakeLists.txt gives the function a name of its own.
-extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base);
-
 namespace headpool {
-namespace detail {
-
-std::string one_line(const std::string& text) {
-  std::string line;
-  for (const char c : text.substr(0, 400)) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (byte > ' ')
-      line += byte < 0x7F ? c : '?';  // a graph's names may be anything, and may be cut short
-    else if (!line.empty() && line.back() != ' ')
-      line += ' ';
-  }
-  return line;
-}
-
-void start_onnxruntime() {
-  static const OrtApi* const api = OrtGetApiBase()->GetApi(ORT_API_VERSION);
-  if (!api)
-    throw BackendError(std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString() + " is older than 1." +
-                       std::to_string(ORT_API_VERSION) + ", which this library was built for");
-  static std::once_flag once;
-  std::call_once(once, [] { Ort::InitApi(api); });
-}
-
 namespace {
 
-// One for the process, never ended: models may be held until its very end.
-Ort::Env& environment() {
-  static Ort::Env* const env = new Ort::Env(ORT_LOGGING_LEVEL_FATAL, "headpool");  // errors come as exceptions
-  return *env;
-}
-
-// headpool's operators, and the weights that they read where they lie, in memory of ours. (Other patterns' weights the runtime
-// copies into layouts of its own. So it does with AddExternalInitializersFromFilesInMemory, which would be simpler.)
-void use_own_operators(Ort::SessionOptions& options, const std::filesystem::path& bundle, Model::State& state) {
-  Ort::ThrowOnError(RegisterCustomOps(options, OrtGetApiBase()));
-  const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-  const auto graph = shared_file(file_in(bundle, state.variant.graph));
-  for (const Initializer& weight : external_initializers({graph->data(), graph->size()})) {
-    const auto file = state.weights.try_emplace(weight.file).first;
-    if (!file->second) file->second = shared_file(file_in(bundle, weight.file));
-    const Memory& bytes = *file->second;
-    if (weight.offset > bytes.size() || weight.length > bytes.size() - weight.offset)
-      throw BundleError(one_line(weight.file) + " is cut short, it has " + std::to_string(bytes.size()) +
-                        " bytes; export the bundle again");
-    state.values.push_back(Ort::Value::CreateTensor(memory, bytes.data() + weight.offset, weight.length, weight.shape.data(),
-                                                    weight.shape.size(), static_cast<ONNXTensorElementDataType>(weight.type)));
-    options.AddInitializer(weight.name.c_str(), state.values.back());
-  }
-}
-
-using Shape = std::vector<std::int64_t>;  // −1: any
-
-void expect_value(const std::string& name, ONNXTensorElementDataType type, const Shape& shape, const Ort::TypeInfo& info) {
-  if (info.GetONNXType() == ONNX_TYPE_TENSOR) {
-    const auto tensor = info.GetTensorTypeAndShapeInfo();
-    if (tensor.GetElementType() == type && tensor.GetShape() == shape) return;
-  }
-  throw BundleError("the graph's " + one_line(name) + " is not what headpool.json says; export the bundle again");
-}
-
-// The graph has the inputs and outputs that the manifest names, with those types and sizes, and no others.
-void check_graph(const Model::State& state) {
-  const Variant& v = state.variant;
-  constexpr auto INT = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-  struct Value {
-    ONNXTensorElementDataType type;
-    Shape shape;
-  };
-  std::vector<std::pair<std::string, Value>> inputs{{v.tokens, {INT, {-1, -1}}}, {v.positions, {INT, {-1, -1}}}};
-  std::vector<std::pair<std::string, Value>> outputs{
-      {v.logits, {state.element(), {-1, v.all_logits ? -1 : 1, v.info.vocab_size}}}};
-  if (!v.in_place) inputs.push_back({v.mask, {INT, {-1, -1}}});
-  for (const CacheBinding& cache : v.caches) {
-    const Value value{state.element(), {-1, cache.heads, -1, cache.size}};
-    inputs.push_back({cache.past, value});
-    outputs.push_back({cache.present, value});
-  }
-  Ort::AllocatorWithDefaultOptions allocator;
-  const auto check = [&](const auto& expected, std::size_t count, const auto& name_of, const auto& type_of) {
-    if (count != expected.size())
-      throw BundleError("the graph has " + std::to_string(count) + " inputs or outputs, headpool.json names " +
-                        std::to_string(expected.size()) + "; export the bundle again");
-    for (std::size_t i = 0; i < count; ++i) {
-      const std::string name = name_of(i);
-      const auto found = std::find_if(expected.begin(), expected.end(), [&](const auto& e) { return e.first == name; });
-      if (found == expected.end()) throw BundleError("headpool.json does not name the graph's " + one_line(name).substr(0, 60));
-      expect_value(name, found->second.type, found->second.shape, type_of(i));
-    }
-  };
-  const Ort::Session& runtime = state.runtime;
-  check(
-      inputs, runtime.GetInputCount(),
-      [&](std::size_t i) { return std::string(runtime.GetInputNameAllocated(i, allocator).get()); },
-      [&](std::size_t i) { return runtime.GetInputTypeInfo(i); });
-  check(
-      outputs, runtime.GetOutputCount(),
-      [&](std::size_t i) { return std::string(runtime.GetOutputNameAllocated(i, allocator).get()); },
-      [&](std::size_t i) { return runtime.GetOutputTypeInfo(i); });
-}
+using detail::Variant;
 
 Variant choose(std::vector<Variant> variants, const std::string& name) {
   if (name.empty()) return std::move(variants.front());
@@ -118,40 +16,27 @@ Variant choose(std::vector<Variant> variants, const std::string& name) {
     if (variant.info.variant == name) return std::move(variant);
     names += (names.empty() ? "" : ", ") + variant.info.variant;
   }
-  throw ArgumentError(one_line("variant " + name + " is unknown; choose from " + names));
+  throw ArgumentError(detail::one_line("variant " + name + " is unknown; choose from " + names));
 }
 
 }  // namespace
-}  // namespace detail
 
 std::vector<ModelInfo> variants(const std::filesystem::path& bundle) {
   std::vector<ModelInfo> infos;
-  for (detail::Variant& variant : detail::read_manifest(bundle)) infos.push_back(std::move(variant.info));
+  for (Variant& variant : detail::read_manifest(bundle)) infos.push_back(std::move(variant.info));
   return infos;
 }
 
 Model Model::open(const std::filesystem::path& bundle, const ModelOptions& options) {
-  using namespace detail;
   if (options.threads < 0) throw ArgumentError("threads " + std::to_string(options.threads) + " is below 0");
-  start_onnxruntime();
-  auto state = std::make_shared<State>();
-  state->variant = choose(read_manifest(bundle), options.variant);
-  state->threads = options.threads ? options.threads : physical_cores();
-  const Variant& variant = state->variant;
-  const std::filesystem::path graph = file_in(bundle, variant.graph);
-  for (const std::string& name : variant.weights) file_in(bundle, name);
-  guarded("ONNX Runtime cannot run " + variant.graph + " (pattern " + variant.info.pattern + ", " + variant.info.dtype + ")",
-          [&] {
-            Ort::SessionOptions session;
-            session.SetIntraOpNumThreads(state->threads);
-            session.SetInterOpNumThreads(1);
-            session.SetGraphOptimizationLevel(ORT_ENABLE_ALL);
-            if (!variant.in_place) session.DisableMemPattern();  // concat has new shapes each step, and each would be planned
-            if (variant.info.pattern == "fused") use_own_operators(session, bundle, *state);
-            state->runtime = Ort::Session(environment(), graph.c_str(), session);
-            check_graph(*state);
-          });
-  return Model(std::move(state));
+  const std::string& backend = options.backend;
+  const bool tensorrt = backend == "tensorrt" || backend == "tensorrt-rtx";
+  if (!tensorrt && !backend.empty() && backend != "onnxruntime")
+    throw ArgumentError(
+        detail::one_line("backend " + backend + " is unknown; choose from onnxruntime, tensorrt, tensorrt-rtx"));
+  Variant variant = choose(detail::read_manifest(bundle), options.variant);
+  return Model(tensorrt ? detail::open_tensorrt(bundle, std::move(variant), backend)
+                        : detail::open_onnxruntime(bundle, std::move(variant), options.threads));
 }
 
 const ModelInfo& Model::info() const noexcept { return state_->variant.info; }

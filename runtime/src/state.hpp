@@ -1,33 +1,33 @@
-// What a model holds.
+// What a model holds, whatever runs it.
 #pragma once
 
 #include <headpool/model.hpp>
-#include <map>
 
 #include "manifest.hpp"
-#include "memory.hpp"
-#include "onnxruntime.hpp"
+#include "runner.hpp"
 
 namespace headpool {
 
 struct Model::State {
-  detail::Variant variant;
-  int threads;
-  // In pattern fused, what `runtime` reads and what therefore outlives it: the weights' files by name, and tensors in them.
-  std::map<std::string, std::shared_ptr<const detail::Memory>> weights;
-  std::vector<Ort::Value> values;
-  mutable Ort::Session runtime{nullptr};  // Run may be called from several threads
+  State(detail::Variant v, int t) : variant(std::move(v)), threads(t) {}
+  virtual ~State() = default;
 
-  ONNXTensorElementDataType element() const {
-    switch (variant.dtype) {
-      case detail::DataType::fp16:
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-      case detail::DataType::bf16:
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
-      default:
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-    }
-  }
+  // The most tokens that each of `batch` sequences can hold. Throws ArgumentError where there can be no such session.
+  virtual std::int64_t most_tokens(std::int64_t batch) const = 0;
+
+  // What a session of these sizes (session.hpp's SessionOptions) runs on. The model outlives it.
+  virtual std::unique_ptr<detail::Runner> runner(std::int64_t batch, std::int64_t capacity, std::int64_t chunk) const = 0;
+
+  const detail::Variant variant;
+  const int threads;
 };
 
+namespace detail {
+
+// Loads `variant`. They throw BundleError, BackendError, MemoryError.
+std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path& bundle, Variant variant, int threads);
+std::shared_ptr<const Model::State> open_tensorrt(const std::filesystem::path& bundle, Variant variant,
+                                                  const std::string& backend);
+
+}  // namespace detail
 }  // namespace headpool

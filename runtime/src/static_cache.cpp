@@ -25,7 +25,7 @@ namespace {
 
 class StaticCache final : public Cache {
  public:
-  StaticCache(const Model::State& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk)
+  StaticCache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk)
       : model_(model), layout_(model.variant, batch), capacity_(capacity), chunk_(chunk), memory_(layout_.reserve(capacity)) {}
 
   std::vector<Feed> plan(Prompts prompts, std::span<const std::int64_t> lengths) override {
@@ -95,7 +95,7 @@ class StaticCache final : public Cache {
     written_ = true;
   }
 
-  const Model::State& model_;
+  const OrtModel& model_;
   Layout layout_;
   std::int64_t capacity_, chunk_;
   Memory memory_;
@@ -106,7 +106,7 @@ class StaticCache final : public Cache {
 
 }  // namespace
 
-std::unique_ptr<Cache> static_cache(const Model::State& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk) {
+std::unique_ptr<Cache> static_cache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk) {
   return std::make_unique<StaticCache>(model, batch, capacity, chunk);
 }
 

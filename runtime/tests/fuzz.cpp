@@ -1,4 +1,4 @@
-// What a bundle's files can say, mutated: headpool.json and the graph must be read or refused, never crash.
+// What a bundle's files can say, mutated: headpool.json, engine.json and the graph must be read or refused, never crash.
 //
 // Built with clang's -fsanitize=fuzzer (cmake -DHEADPOOL_FUZZER=ON) libFuzzer drives it: fuzz CORPUS. Otherwise its own main
 // does, by blind mutations from a fixed seed: fuzz ROUNDS FILE…
@@ -10,8 +10,10 @@
 #include <random>
 #include <string>
 
+#include "../src/fields.hpp"
 #include "../src/initializers.hpp"
 #include "../src/manifest.hpp"
+#include "../src/tensorrt/record.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   try {
@@ -21,6 +23,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   try {
     headpool::detail::external_initializers({reinterpret_cast<const std::byte*>(data), size});
   } catch (const headpool::BundleError&) {
+  }
+  try {
+    headpool::detail::parse_engines({reinterpret_cast<const char*>(data), size});
+  } catch (const headpool::detail::Flaw&) {
   }
   return 0;
 }

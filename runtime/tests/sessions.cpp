@@ -1,4 +1,5 @@
-// Sessions as an application uses them, over every variant of a bundle of a tiny model: sessions BUNDLE
+// Sessions as an application uses them, over every variant of a bundle of a tiny model: sessions BUNDLE. With a backend of
+// TensorRT's, over those that have engines, of batch 1, 2 and 3 and 120 tokens: sessions_fake BUNDLE tensorrt
 //
 // Made for the sanitizers: many sessions made and ended, two threads at once, errors on the way. What the logits are worth is
 // held against other implementations in tests/runtime.
@@ -112,16 +113,19 @@ void together(const headpool::Model& model) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CHECK(argc == 2);
+  CHECK(argc == 2 || argc == 3);
+  const std::string backend = argc == 3 ? argv[2] : "";
   for (const headpool::ModelInfo& info : headpool::variants(argv[1])) {
+    if (!backend.empty() && info.pattern != "attention" && info.pattern != "grouped") continue;
     // One thread: those of ONNX Runtime, which is not built for it, ThreadSanitizer cannot follow.
-    const headpool::Model model = headpool::Model::open(argv[1], {info.variant, 1});
+    const headpool::ModelOptions how{info.variant, 1, backend};
+    const headpool::Model model = headpool::Model::open(argv[1], how);
     CHECK(model.info().variant == info.variant && model.info().kv_bytes_per_token == info.kv_bytes_per_token);
     same_again(model);
     mistakes(model);
     many(model);
     together(model);
-    for (int i = 0; i < MODELS; ++i) headpool::Session(headpool::Model::open(argv[1], {info.variant, 1})).prefill(Row{1});
+    for (int i = 0; i < MODELS; ++i) headpool::Session(headpool::Model::open(argv[1], how)).prefill(Row{1});
     std::printf("%s is sound\n", info.variant.c_str());
   }
   fails<headpool::ArgumentError>([&] { headpool::Model::open(argv[1], {"another", 1}); });

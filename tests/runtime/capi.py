@@ -31,7 +31,7 @@ class Sized(c.Structure):
 
 
 class ModelOptions(Sized):
-    _fields_ = (("size", c.c_size_t), ("variant", c.c_char_p), ("threads", c.c_int32))
+    _fields_ = (("size", c.c_size_t), ("variant", c.c_char_p), ("threads", c.c_int32), ("backend", c.c_char_p))
 
 
 class SessionOptions(Sized):
@@ -78,9 +78,9 @@ class Api:
         if status:
             raise RuntimeFailure(status, self.c.hp_last_error().decode())
 
-    def open(self, bundle: Path, variant: str = "", threads: int = 1) -> Model:
+    def open(self, bundle: Path, variant: str = "", threads: int = 1, backend: str = "") -> Model:
         handle = c.c_void_p()
-        options = ModelOptions(variant=variant.encode(), threads=threads)
+        options = ModelOptions(variant=variant.encode(), threads=threads, backend=backend.encode())
         self.check(self.c.hp_model_open(str(bundle).encode(), c.byref(options), c.byref(handle)))
         return Model(self, handle)
 

@@ -58,3 +58,9 @@ def built(build: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def api(built: Path) -> Api:
     return Api(built / "src/libheadpool.so")
+
+
+@pytest.fixture(scope="session")
+def fake(built: Path) -> Api:
+    """The same with TensorRT's backends computed by ONNX Runtime (runtime/tests/fake_tensorrt.cpp)."""
+    return Api(built / "tests/libheadpool_fake.so")

@@ -8,6 +8,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import fake_engines
 import hf
 import numpy as np
 import pytest
@@ -56,8 +57,21 @@ def test_a_step_allocates_only_what_onnx_runtime_does(variant: str, built: Path,
     assert cost["step_allocations"] == cost["run_allocations"] > 0
 
 
-def test_mutated_files_are_read_or_refused(built: Path, bundle: Bundle) -> None:
-    files = [bundle.path / "headpool.json", bundle.path / "model.g2.fused.onnx"]
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_sessions_on_a_fake_tensorrt(backend: str, built: Path, bundle: Bundle, tmp_path: Path) -> None:
+    with_engines = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    variants = [variant for variant in with_engines.variants if variant.pattern in ("grouped", "attention")]
+    for variant in variants:
+        for batch in (1, 2, 3):
+            fake_engines.add(with_engines, variant, backend, batch=batch)
+    output = run(built / "tests/sessions_fake", with_engines.path, backend)
+    assert output.splitlines() == [f"{variant.name} is sound" for variant in variants]
+
+
+def test_mutated_files_are_read_or_refused(built: Path, bundle: Bundle, tmp_path: Path) -> None:
+    with_engines = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    engines = fake_engines.add(with_engines, with_engines.variants[0], "tensorrt") / "engine.json"
+    files = [bundle.path / "headpool.json", bundle.path / "model.g2.fused.onnx", engines]
     assert "3000 mutations" in run(built / "tests/fuzz", 3000, *files)
 
 

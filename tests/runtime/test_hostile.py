@@ -156,9 +156,9 @@ def test_random_changes_of_a_manifest(bundle: Path, api: Api) -> None:
     statuses = []
     for _ in range(300):
         data = copy.deepcopy(original)
-        places = list(_places(data["variants"][0]))
+        found = list(places(data["variants"][0]))
         for _ in range(generator.choice((1, 1, 2))):
-            holder, key = generator.choice(places)
+            holder, key = generator.choice(found)
             holder[key] = generator.choice(values)
         file.write_text(json.dumps(data))
         statuses.append(_status(api, bundle))
@@ -178,11 +178,11 @@ def _status(api: Api, bundle: Path) -> int:
     return 0
 
 
-def _places(value: Any) -> Any:
+def places(value: Any) -> Any:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield value, key
-        yield from _places(inner)
+        yield from places(inner)
 
 
 def test_pointers_that_are_null(api: Api) -> None:

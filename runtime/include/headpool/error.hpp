@@ -13,7 +13,7 @@ enum class ErrorCode {
   argument = 1,  // the caller's: a token outside the vocabulary, a wrong number of prompts, a temperature below 0
   bundle = 2,    // the bundle is missing, damaged, of another schema, or points outside its folder
   capacity = 3,  // the cache is full, or would be
-  backend = 4,   // ONNX Runtime cannot load the graph, or failed in a step
+  backend = 4,   // it is not in this library, has no GPU, cannot load the graph or the engine, or failed in a step
   memory = 5,    // not enough of it
   internal = 6,  // anything else
 };

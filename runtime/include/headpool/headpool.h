@@ -38,7 +38,7 @@ enum {
   HP_ARGUMENT = 1, /* the caller's: a token outside the vocabulary, a wrong number of prompts, NULL where something is due */
   HP_BUNDLE = 2,   /* the bundle is missing, damaged, of another schema, or points outside its folder */
   HP_CAPACITY = 3, /* the cache is full, or would be */
-  HP_BACKEND = 4,  /* ONNX Runtime cannot load the graph, or failed in a step */
+  HP_BACKEND = 4,  /* it is not in this library, has no GPU, cannot load the graph or the engine, or failed in a step */
   HP_MEMORY = 5,   /* not enough of it */
   HP_INTERNAL = 6  /* anything else */
 };
@@ -56,6 +56,7 @@ typedef struct {
   size_t size;
   const char* variant; /* NULL or "": the bundle's first */
   int32_t threads;     /* of one operator; 0: the physical cores that this process may use */
+  const char* backend; /* NULL or "": "onnxruntime"; "tensorrt" or "tensorrt-rtx" where the library was built with that SDK */
 } hp_model_options;
 
 HEADPOOL_API hp_status hp_model_open(const char* bundle, const hp_model_options* options, hp_model** out);
@@ -78,8 +79,8 @@ HEADPOOL_API hp_status hp_model_get_info(const hp_model* model, hp_model_info* i
 
 typedef struct {
   size_t size;
-  int64_t batch;    /* sequences, at most 65536; 0: 1 */
-  int64_t capacity; /* tokens of a sequence; 0, or more than the model's max_positions: those */
+  int64_t batch;    /* sequences, at most 65536; 0: 1; of TensorRT an engine's */
+  int64_t capacity; /* tokens of a sequence; 0, or more than the model's max_positions: those; of TensorRT an engine's */
   int64_t chunk;    /* most tokens of a sequence in one call of the graph; 0: 512 */
 } hp_session_options;
 

@@ -1,4 +1,4 @@
-// A variant of a bundle, loaded: its graph in ONNX Runtime and its weights. Sessions of one model share them.
+// A variant of a bundle, loaded: its graph in ONNX Runtime or its engines in TensorRT. Sessions of one model share the weights.
 #pragma once
 
 #include <headpool/api.h>
@@ -32,6 +32,9 @@ struct ModelInfo {
 struct ModelOptions {
   std::string variant;  // empty: the bundle's first
   int threads = 0;      // of one operator; 0: the physical cores that this process may use
+  // onnxruntime (so does empty), or where the library was built with that SDK tensorrt or tensorrt-rtx, which run the bundle's
+  // engines (headpool build) on the calling thread's GPU.
+  std::string backend = {};
 };
 
 // The variants that the bundle in folder `bundle` holds. Throws BundleError.

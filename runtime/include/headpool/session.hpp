@@ -15,8 +15,8 @@
 namespace headpool {
 
 struct SessionOptions {
-  std::int64_t batch = 1;     // at most 65536
-  std::int64_t capacity = 0;  // tokens of a sequence; 0, or more than the model's max_positions: those
+  std::int64_t batch = 1;     // at most 65536; of TensorRT that of an engine
+  std::int64_t capacity = 0;  // tokens of a sequence; 0, or more than the model's max_positions: those; of TensorRT an engine's
   std::int64_t chunk = 512;   // most tokens of a sequence in one call of the graph, which bounds the memory of a long prefill
 };
 
@@ -25,13 +25,15 @@ using Prompts = std::span<const std::span<const Token>>;
 // B sequences in step, each with a length of its own, over one cache in memory that is reserved once and used as it fills.
 //
 // A static cache is written in place; decoding allocates nothing but where the cache grows, by a sixteenth at a time. A concat
-// cache is written anew by each step, which is how graphs of that form work.
+// cache is written anew by each step, which is how graphs of that form work. On TensorRT the cache lies on the GPU, all of it
+// from the start, and decoding replays one CUDA graph.
 //
 // Threads: a session may be moved to another thread, but is used by one at a time. Different sessions, of one model too, may
 // run at the same time.
 class HEADPOOL_API Session {
  public:
-  // Throws ArgumentError, MemoryError.
+  // Throws ArgumentError, MemoryError. A TensorRT engine is loaded by the first session that needs it: BundleError,
+  // BackendError.
   explicit Session(Model model, const SessionOptions& options = {});
   Session(Session&&) noexcept;
   Session& operator=(Session&&) noexcept;

@@ -1,0 +1,123 @@
+#include "ort_model.hpp"
+
+#include <algorithm>
+#include <mutex>
+
+#include "cores.hpp"
+#include "guard.hpp"
+#include "initializers.hpp"
+
+// headpool's operators (ops/library.cpp), compiled into this library; CMakeLists.txt gives the function a name of its own.
+extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base);
+
+namespace headpool::detail {
+
+void start_onnxruntime() {
+  static const OrtApi* const api = OrtGetApiBase()->GetApi(ORT_API_VERSION);
+  if (!api)
+    throw BackendError(std::string("ONNX Runtime ") + OrtGetApiBase()->GetVersionString() + " is older than 1." +
+                       std::to_string(ORT_API_VERSION) + ", which this library was built for");
+  static std::once_flag once;
+  std::call_once(once, [] { Ort::InitApi(api); });
+}
+
+namespace {
+
+// One for the process, never ended: models may be held until its very end.
+Ort::Env& environment() {
+  static Ort::Env* const env = new Ort::Env(ORT_LOGGING_LEVEL_FATAL, "headpool");  // errors come as exceptions
+  return *env;
+}
+
+// headpool's operators, and the weights that they read where they lie, in memory of ours. (Other patterns' weights the runtime
+// copies into layouts of its own. So it does with AddExternalInitializersFromFilesInMemory, which would be simpler.)
+void use_own_operators(Ort::SessionOptions& options, const std::filesystem::path& bundle, OrtModel& state) {
+  Ort::ThrowOnError(RegisterCustomOps(options, OrtGetApiBase()));
+  const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+  const auto graph = shared_file(file_in(bundle, state.variant.graph));
+  for (const Initializer& weight : external_initializers({graph->data(), graph->size()})) {
+    const auto file = state.weights.try_emplace(weight.file).first;
+    if (!file->second) file->second = shared_file(file_in(bundle, weight.file));
+    const Memory& bytes = *file->second;
+    if (weight.offset > bytes.size() || weight.length > bytes.size() - weight.offset)
+      throw BundleError(one_line(weight.file) + " is cut short, it has " + std::to_string(bytes.size()) +
+                        " bytes; export the bundle again");
+    state.values.push_back(Ort::Value::CreateTensor(memory, bytes.data() + weight.offset, weight.length, weight.shape.data(),
+                                                    weight.shape.size(), static_cast<ONNXTensorElementDataType>(weight.type)));
+    options.AddInitializer(weight.name.c_str(), state.values.back());
+  }
+}
+
+using Shape = std::vector<std::int64_t>;  // −1: any
+
+void expect_value(const std::string& name, ONNXTensorElementDataType type, const Shape& shape, const Ort::TypeInfo& info) {
+  if (info.GetONNXType() == ONNX_TYPE_TENSOR) {
+    const auto tensor = info.GetTensorTypeAndShapeInfo();
+    if (tensor.GetElementType() == type && tensor.GetShape() == shape) return;
+  }
+  throw BundleError("the graph's " + one_line(name) + " is not what headpool.json says; export the bundle again");
+}
+
+// The graph has the inputs and outputs that the manifest names, with those types and sizes, and no others.
+void check_graph(const OrtModel& state) {
+  const Variant& v = state.variant;
+  constexpr auto INT = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+  struct Value {
+    ONNXTensorElementDataType type;
+    Shape shape;
+  };
+  std::vector<std::pair<std::string, Value>> inputs{{v.tokens, {INT, {-1, -1}}}, {v.positions, {INT, {-1, -1}}}};
+  std::vector<std::pair<std::string, Value>> outputs{
+      {v.logits, {state.element(), {-1, v.all_logits ? -1 : 1, v.info.vocab_size}}}};
+  if (!v.in_place) inputs.push_back({v.mask, {INT, {-1, -1}}});
+  for (const CacheBinding& cache : v.caches) {
+    const Value value{state.element(), {-1, cache.heads, -1, cache.size}};
+    inputs.push_back({cache.past, value});
+    outputs.push_back({cache.present, value});
+  }
+  Ort::AllocatorWithDefaultOptions allocator;
+  const auto check = [&](const auto& expected, std::size_t count, const auto& name_of, const auto& type_of) {
+    if (count != expected.size())
+      throw BundleError("the graph has " + std::to_string(count) + " inputs or outputs, headpool.json names " +
+                        std::to_string(expected.size()) + "; export the bundle again");
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::string name = name_of(i);
+      const auto found = std::find_if(expected.begin(), expected.end(), [&](const auto& e) { return e.first == name; });
+      if (found == expected.end()) throw BundleError("headpool.json does not name the graph's " + one_line(name).substr(0, 60));
+      expect_value(name, found->second.type, found->second.shape, type_of(i));
+    }
+  };
+  const Ort::Session& runtime = state.runtime;
+  check(
+      inputs, runtime.GetInputCount(),
+      [&](std::size_t i) { return std::string(runtime.GetInputNameAllocated(i, allocator).get()); },
+      [&](std::size_t i) { return runtime.GetInputTypeInfo(i); });
+  check(
+      outputs, runtime.GetOutputCount(),
+      [&](std::size_t i) { return std::string(runtime.GetOutputNameAllocated(i, allocator).get()); },
+      [&](std::size_t i) { return runtime.GetOutputTypeInfo(i); });
+}
+
+}  // namespace
+
+std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path& bundle, Variant chosen, int threads) {
+  start_onnxruntime();
+  auto state = std::make_shared<OrtModel>(std::move(chosen), threads ? threads : physical_cores());
+  const Variant& variant = state->variant;
+  const std::filesystem::path graph = file_in(bundle, variant.graph);
+  for (const std::string& name : variant.weights) file_in(bundle, name);
+  guarded("ONNX Runtime cannot run " + variant.graph + " (pattern " + variant.info.pattern + ", " + variant.info.dtype + ")",
+          [&] {
+            Ort::SessionOptions session;
+            session.SetIntraOpNumThreads(state->threads);
+            session.SetInterOpNumThreads(1);
+            session.SetGraphOptimizationLevel(ORT_ENABLE_ALL);
+            if (!variant.in_place) session.DisableMemPattern();  // concat has new shapes each step, and each would be planned
+            if (variant.info.pattern == "fused") use_own_operators(session, bundle, *state);
+            state->runtime = Ort::Session(environment(), graph.c_str(), session);
+            check_graph(*state);
+          });
+  return state;
+}
+
+}  // namespace headpool::detail

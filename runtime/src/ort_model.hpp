@@ -1,0 +1,35 @@
+// A variant's graph in ONNX Runtime.
+#pragma once
+
+#include <map>
+
+#include "memory.hpp"
+#include "onnxruntime.hpp"
+#include "state.hpp"
+
+namespace headpool::detail {
+
+struct OrtModel final : Model::State {
+  using State::State;
+
+  std::int64_t most_tokens(std::int64_t) const override { return variant.info.max_positions; }
+  std::unique_ptr<Runner> runner(std::int64_t batch, std::int64_t capacity, std::int64_t chunk) const override;
+
+  ONNXTensorElementDataType element() const {
+    switch (variant.dtype) {
+      case DataType::fp16:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+      case DataType::bf16:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+      default:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    }
+  }
+
+  // In pattern fused, what `runtime` reads and what therefore outlives it: the weights' files by name, and tensors in them.
+  std::map<std::string, std::shared_ptr<const Memory>> weights;
+  std::vector<Ort::Value> values;
+  mutable Ort::Session runtime{nullptr};  // Run may be called from several threads
+};
+
+}  // namespace headpool::detail
