@@ -4,7 +4,8 @@ d 1024, d_ff 2816, six layers with weights of their own so that they come from m
 [W_gate; W_up] is one matrix whose product is split; apart, they are two, as headpool exports them. (The pattern `fused` reads
 both in one operator.)
 
-Claim that decides how FFNs are exported: packed is not faster, neither in a decode step (1 token) nor in prefill (256).
+Claim that decides how FFNs are exported: packed is not measurably faster (the 95 % interval of the ratio reaches 1), neither in
+a decode step (1 token) nor in prefill (256).
 
     python -m profiles.benchmarks.packed OUT.json
 """
@@ -29,8 +30,7 @@ from profiles.machine import physical_cores
 HIDDEN, WIDTH, LAYERS = 1024, 2816, 6
 TOKENS = (1, 256)
 ROUNDS, BURST = 24, 4
-FASTER = 0.98  # packed / apart, below which it would be worth a graph of its own
-PROMISE = f"one product for gate and value takes no less than {FASTER} × the time of two"
+PROMISE = "one product for gate and value is not measurably faster than two"
 
 
 class Apart(nn.Module):
@@ -107,7 +107,7 @@ def main() -> None:
             f"{row['tokens']:>3} tokens: apart {row['apart_ms']:.2f} ms, packed {row['packed_ms']:.2f} ms, "
             f"{row['ratio']:.3f} × ({row['low']:.3f} … {row['high']:.3f})"
         )
-    kept = all(row["ratio"] >= FASTER for row in rows)
+    kept = all(row["high"] >= 1 for row in rows)
     print(f"kept: {kept} ({PROMISE})")
     save(out, "packed", PROMISE, rows, kept, hidden=HIDDEN, d_ff=WIDTH, layers=LAYERS, threads=physical_cores())
 
