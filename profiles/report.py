@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from exporter.errors import UserError
@@ -27,8 +26,6 @@ def render(results: Sequence[Results]) -> str:
     rows = rows_of(results)
     if not rows:
         raise UserError("the results hold no cells; measure with 'headpool profile' first")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    table = environment.from_string(report_page.TABLE).module.table  # type: ignore[attr-defined]
     styles = report_figures.Styles(rows)
     figures = [
         report_figures.latency_by_groups(rows, styles, "decode"),
@@ -41,18 +38,22 @@ def render(results: Sequence[Results]) -> str:
         report_figures.latency_by_groups(rows, styles, "prefill"),
     ]
     models = list(dict.fromkeys(row.subject.model for row in rows))
-    return environment.from_string(report_page.TEMPLATE).render(
-        title=", ".join(models),
-        subtitle=_subtitle(results),
-        warnings=busy_runs(results),
-        tiles=report_words.tiles(rows),
-        sentences=report_words.sentences(rows),
-        figures=[figure for figure in figures if figure],
-        css=Markup(report_page.css(len(styles.groups))),
-        method=report_runs.method(results),
-        runs=[report_runs.describe(number, result) for number, result in enumerate(results, 1)],
-        subjects=_subjects(rows),
-        table=table,
+    return (
+        report_page.environment()
+        .get_template("report")
+        .render(
+            kind="headpool report",
+            title=", ".join(models),
+            subtitle=_subtitle(results),
+            warnings=busy_runs(results),
+            tiles=report_words.tiles(rows),
+            sentences=report_words.sentences(rows),
+            figures=[figure for figure in figures if figure],
+            css=Markup(report_page.css(len(styles.groups))),
+            method=report_runs.method(results),
+            runs=[report_runs.describe(number, result) for number, result in enumerate(results, 1)],
+            subjects=_subjects(rows),
+        )
     )
 
 

@@ -1,13 +1,15 @@
-"""The report's page: one Jinja template with everything inline, autoescaped. No script and nothing fetched."""
+"""The report's page in Jinja: a frame with everything inline, autoescaped; no script and nothing fetched. And its parts."""
 
-TEMPLATE = """<!DOCTYPE html>
+import jinja2
+
+FRAME = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ title }} · headpool report</title>
+<title>{{ title }} · {{ kind }}</title>
 <style>{{ css }}</style>
 </head>
 <body>
@@ -16,22 +18,11 @@ TEMPLATE = """<!DOCTYPE html>
 <p class="warning" role="note"><strong>Warning.</strong> {{ warning }}</p>
 {%- endfor %}
 <header>
-<p class="eyebrow">headpool report</p>
+<p class="eyebrow">{{ kind }}</p>
 <h1>{{ title }}</h1>
 <p class="sub">{{ subtitle }}</p>
 </header>
-<section class="tiles" aria-label="Headline figures">
-{%- for tile in tiles %}
-<div class="tile"><p class="value">{{ tile.value }}</p><p class="what">{{ tile.what }}</p></div>
-{%- endfor %}
-</section>
-<section class="summary" aria-label="Summary">
-<ul>
-{%- for sentence in sentences %}
-<li>{{ sentence }}</li>
-{%- endfor %}
-</ul>
-</section>
+{%- block top %}{% endblock %}
 {%- for figure in figures %}
 <section id="{{ figure.anchor }}">
 <h2>{{ figure.title }}</h2>
@@ -44,9 +35,31 @@ TEMPLATE = """<!DOCTYPE html>
 <figure><figcaption>{{ heading }}</figcaption>{{ chart }}</figure>
 {%- endfor %}
 </div>
-{{ table(figure.table) }}
+{{ parts.table(figure.table) }}
 </section>
 {%- endfor %}
+{%- block bottom %}{% endblock %}
+</main>
+</body>
+</html>
+"""
+
+REPORT = """{% extends "frame" %}
+{% block top %}
+<section class="tiles" aria-label="Headline figures">
+{%- for tile in tiles %}
+<div class="tile"><p class="value">{{ tile.value }}</p><p class="what">{{ tile.what }}</p></div>
+{%- endfor %}
+</section>
+<section class="summary" aria-label="Summary">
+<ul>
+{%- for sentence in sentences %}
+<li>{{ sentence }}</li>
+{%- endfor %}
+</ul>
+</section>
+{%- endblock %}
+{% block bottom %}
 <section id="runs">
 <h2>How it was measured</h2>
 <p class="words">{{ method }}</p>
@@ -64,15 +77,11 @@ TEMPLATE = """<!DOCTYPE html>
 </div>
 {%- endfor %}
 <h3>The graphs that were measured</h3>
-{{ table(subjects) }}
+{{ parts.table(subjects) }}
 </section>
-</main>
-</body>
-</html>
-"""
+{% endblock %}"""
 
-# The one macro, kept apart so that the page above reads as the page.
-TABLE = """{% macro table(data) %}
+PARTS = """{% macro table(data) %}
 <details><summary>Table, {{ data.rows | length }} row{{ "s" if data.rows | length > 1 }}</summary>
 <div class="scroll"><table>
 <thead><tr>
@@ -177,3 +186,11 @@ def _mix(stops: tuple[str, ...], at: float) -> str:
     part = at * (len(stops) - 1) - index
     pairs = [(int(stops[index][i : i + 2], 16), int(stops[index + 1][i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in pairs)
+
+
+def environment() -> jinja2.Environment:
+    """Its templates: `frame`, whose figures are report_figures.Figure, and `report`, the latency report in that frame."""
+    loader = jinja2.DictLoader({"frame": FRAME, "report": REPORT, "parts": PARTS})
+    made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    made.globals["parts"] = made.get_template("parts").module
+    return made

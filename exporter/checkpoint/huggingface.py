@@ -47,10 +47,7 @@ def open_folder(folder: Path) -> Checkpoint:
     """Read config.json, the small files and the headers of the weight files. Raises CheckpointError."""
     config_file = folder / "config.json"
     if not config_file.is_file():
-        inside = f"; the bundle in it is {folder / 'bundle'}" if (folder / "bundle").is_dir() else ""
-        raise CheckpointError(
-            f"{folder} has no config.json; give a Hugging Face folder, or a .gguf file by its own name{inside}"
-        )
+        raise CheckpointError(f"{folder} has no config.json; give a Hugging Face folder, or a .gguf file by its own name")
     hf_config = read_json(config_file)
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else None
     config = parse_config(hf_config, generation, config_file)

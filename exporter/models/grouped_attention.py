@@ -9,13 +9,12 @@ from typing import Any
 
 import onnxscript
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from graphs import canonical
 
 
-@custom_op("headpool::grouped_attention", mutates_args=())
+@library.custom_op("headpool::grouped_attention", mutates_args=())
 def grouped_attention(
     query: Tensor,
     key: Tensor,
@@ -53,7 +52,7 @@ def grouped_attention(
     return output, present_key, present_value
 
 
-@custom_op("headpool::read_attention", mutates_args=())
+@library.custom_op("headpool::read_attention", mutates_args=())
 def read_attention(
     query: Tensor,
     key: Tensor,

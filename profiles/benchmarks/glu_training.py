@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from exporter.checkpoint.own_config import own_config
 from exporter.config import FFN_KINDS, GATED_FFN_KINDS, ModelConfig
 from exporter.uptrain.metrics import read_metrics
 from profiles.benchmarks.record import Rows, save
@@ -64,8 +65,6 @@ def models() -> Iterator[tuple[dict[str, Any], ModelConfig]]:
 
 def train(config: ModelConfig, folder: Path, data: tuple[str, ...], steps: int, seed: int) -> dict[str, Any]:
     """One model from random weights."""
-    from exporter.checkpoint.own_config import own_config
-
     (folder / "config.json").write_text(json.dumps(own_config(config, torch.float32)))
     out = folder / "trained"
     done = trained(folder / "config.json", out, data, steps, lr=RATE, seed=seed, save_every=CURVE)

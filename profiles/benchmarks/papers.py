@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from exporter.files import write_text
@@ -26,55 +25,25 @@ from profiles.report_svg import Axis, Point, Series, line_chart, nice_axis, ordi
 T5, GLU = "t5-decoding.json", "glu-training.json"
 Row = dict[str, Any]
 
-TEMPLATE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>The papers' experiments · headpool</title>
-<style>{{ css }}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="eyebrow">headpool</p>
-<h1>The papers' experiments, at the scale of two CPU cores</h1>
-<p class="sub">{{ machine }}</p>
-</header>
-{%- for figure in figures %}
-<section id="{{ figure.anchor }}">
-<h2>{{ figure.title }}</h2>
-<p class="words">{{ figure.words }}</p>
-<p class="legend">{% for mark, name in figure.legend %}<span>{{ mark }}{{ name }}</span>{% endfor %}</p>
-<div class="panels of{{ figure.panels | length }}">
-{%- for heading, chart in figure.panels %}
-<figure><figcaption>{{ heading }}</figcaption>{{ chart }}</figure>
-{%- endfor %}
-</div>
-{{ table(figure.table) }}
-</section>
-{%- endfor %}
-</main>
-</body>
-</html>
-"""
-
 
 def render(t5: Row, glu: Row) -> str:
     """The page as text, from the two records."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     steps = f"{glu['settings']['steps']} steps"
-    return environment.from_string(TEMPLATE).render(
-        css=Markup(report_page.css(2)),
-        machine=f"{t5['machine']['cpu']}, {t5['machine']['cores']} cores · {t5['created'][:10]}",
-        figures=[
-            decoding(t5["rows"]),
-            variants([row for row in glu["settings"]["summary"] if row["paper"] is not None], steps),
-            attention(glu["rows"], steps),
-        ],
-        table=environment.from_string(report_page.TABLE).module.table,  # type: ignore[attr-defined]
+    return (
+        report_page.environment()
+        .get_template("frame")
+        .render(
+            kind="headpool",
+            title="The papers' experiments, at the scale of two CPU cores",
+            warnings=(),
+            css=Markup(report_page.css(2)),
+            subtitle=f"{t5['machine']['cpu']}, {t5['machine']['cores']} cores · {t5['created'][:10]}",
+            figures=[
+                decoding(t5["rows"]),
+                variants([row for row in glu["settings"]["summary"] if row["paper"] is not None], steps),
+                attention(glu["rows"], steps),
+            ],
+        )
     )
 
 
@@ -151,7 +120,7 @@ def attention(rows: Sequence[Row], steps: str) -> Figure:
     """Held-out loss by step of plain and of GLU attention, the mean of the seeds."""
     rows = [row for row in rows if row["ffn"] == "swiglu"]
     kinds = {"plain": ("plain attention", "s0", 0), "glu": ("GLU attention", "s1", 1)}
-    lines, table = [], []
+    lines = []
     curves = {kind: [row["curve"] for row in rows if row["attention"] == kind] for kind in kinds}
     for kind, (label, style, shape) in kinds.items():
         points = []

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes as c
 import json
-import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import damage
 import fake_engines
 import numpy as np
 import pytest
 import tiny
 from capi import ARGUMENT, BACKEND, BUNDLE, MEMORY, Api, ModelOptions, RuntimeFailure
-from test_hostile import places
 from test_ort_session import Mirror
 from test_session import whole
 
@@ -273,33 +271,10 @@ def test_sizes_without_an_address(bundle: Bundle, fake: Api) -> None:
 
 def test_random_changes_of_an_engine_json(bundle: Bundle, fake: Api) -> None:
     """Any value for any other: what opens must also run."""
-    generator = random.Random(3)
     file = fake_engines.add(bundle, bundle.variants[0], "tensorrt") / record.MANIFEST
-    original = json.loads(file.read_text())
-    values = [None, -1, 0, 1, 2, 64, 2**31, 2**63, 1.5, "", "tensorrt", "sm89", "input_ids", [], {}, True]
-    statuses = []
-    for _ in range(300):
-        data = copy.deepcopy(original)
-        found = list(places(data))
-        for _ in range(generator.choice((1, 1, 2))):
-            holder, key = generator.choice(found)
-            holder[key] = generator.choice(values)
-        file.write_text(json.dumps(data))
-        statuses.append(_status(fake, bundle.path))
+    statuses = damage.statuses(fake, bundle.path, file, [64, "tensorrt", "sm89", "input_ids"], backend="tensorrt")
     assert set(statuses) <= {0, ARGUMENT, BUNDLE, BACKEND, MEMORY}
     assert 0 < statuses.count(0) < 250  # some values mean nothing to the runtime
-
-
-def _status(api: Api, bundle: Path) -> int:
-    try:
-        model = api.open(bundle, backend="tensorrt")
-        session = model.session()
-        session.prefill([np.array([1, 2])])
-    except RuntimeFailure as failure:
-        return failure.status
-    session.close()
-    model.close()
-    return 0
 
 
 def test_on_the_sdk_of_this_machine(model: Decoder, api: Api, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ EARLY: list[tuple[list[str], str]] = [
     ),
     (["select", MODEL, "--kv-budget", "0.5", "--out", MODEL + "/x.json"], "{made}/model/x.json is inside {made}/model, which"),
     (["report", BUNDLE], "{made}/bundle is a folder; give the results file in it, {made}/bundle/results.json after a sweep"),
-    (["inspect", "{made}"], "or a .gguf file by its own name; the bundle in it is {made}/bundle"),
+    (["inspect", "{made}"], "{made} is no bundle, but holds {made}/bundle; inspect that"),
     (["inspect", "/dev/null"], "/dev/null is neither a file nor a folder; give a Hugging Face folder"),
     (["export", MODEL, MODEL + "/out"], "{made}/model/out is inside {made}/model, which is only read; choose a place outside"),
     (["convert", MODEL, MODEL + "/out", "--groups", "1"], "model/out is inside {made}/model, which is only read"),

@@ -109,7 +109,7 @@ def test_a_missing_wheel_is_one_line(attention):
 
 
 @pytest.mark.skipif(
-    torch.cuda.is_available(), reason="with a CUDA driver TensorRT loads the plan, so there is no reason for it to give"
+    torch.cuda.is_available(), reason="with a CUDA driver TensorRT loads the plan, so there is no refusal to look at"
 )
 def test_the_runtime_gives_its_reason_without_a_driver(built, api):
     """What our own check spares the user: the plan is whole, the module loads nothing."""
