@@ -35,6 +35,7 @@ class Variant:
     weights: tuple[str, ...]  # safetensors files its graph reads
     weight_bytes: int  # bytes of weights one decode step reads (a tied embedding once, untied embedding rows not at all)
     conversion: dict[str, Any] | None = None  # method, seed and KV heads before, where KV heads were changed
+    quantize: str | None = None  # int8, int4: how its matrices are stored, see graphs/quantise.py
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -46,6 +47,11 @@ class Variant:
         """KV heads: one number where all layers agree."""
         kv_heads = self.config.kv_heads
         return kv_heads[0] if len(set(kv_heads)) == 1 else kv_heads
+
+    @property
+    def precision(self) -> str:
+        """What figures of it are to say: its dtype, and how its matrices are stored where that is not in it."""
+        return self.dtype if self.quantize is None else f"{self.dtype}, {self.quantize} weights"
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -69,6 +75,7 @@ class Variant:
             "weight_bytes": self.weight_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "conversion": self.conversion,
+            "quantize": self.quantize,
             "config": self.config.to_json(),
             "inputs": [binding.to_json() for binding in self.inputs()],
             "outputs": [binding.to_json() for binding in self.outputs()],

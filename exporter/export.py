@@ -11,6 +11,7 @@ import contextlib
 import importlib.metadata
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import onnx_ir as ir
 from exporter import contract
 from exporter.background import Background
 from exporter.bundle import MANIFEST, Bundle, Seq2SeqVariant, Variant
-from exporter.checkpoint import Checkpoint, check_finite, hf_config_for, scan
+from exporter.checkpoint import Checkpoint, check_finite, hf_config_for, scan, stored_dtype
 from exporter.checkpoint.expected import EMBEDDING, HEAD, POSITIONS
 from exporter.checkpoint.t5_names import unread_in_decoding
 from exporter.config import CACHE_FORMS, DTYPES, CacheForm, ModelConfig, check_groups
@@ -30,6 +31,7 @@ from exporter.errors import UserError, one_of
 from exporter.files import new_folder, refuse_existing
 from exporter.genai import genai_config
 from exporter.layout import STORAGES, Layout, Storage
+from exporter.quantise import QUANTIZE, Quantiser, check_quantise, replaced
 from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.tokenizer import check_tokenizer
 from exporter.trace import IR_DTYPES, canonical_graph
@@ -38,6 +40,7 @@ from exporter.weights import TORCH_DTYPES, Weights
 from graphs.canonical import GroupedAttention, standalone
 from graphs.lower import lower
 from graphs.patterns import PATTERNS
+from graphs.quantise import parts, stored_as
 from graphs.verify import check_model
 
 # The cache form a pattern is normally used with: `repeat` is what others export, the rest run in place.
@@ -65,6 +68,7 @@ class ExportOptions:
     dtype: str = "fp32"
     logits: contract.Logits = "last"
     storage: Storage = "copy"
+    quantize: str | None = None  # int8, int4: the matrices; all else stays in `dtype`
 
     def __post_init__(self) -> None:
         choices: list[tuple[str, Any, Any]] = [("pattern", pattern, PATTERNS) for pattern in self.patterns]
@@ -72,6 +76,7 @@ class ExportOptions:
         choices += [("method", self.method, METHODS), ("grouping", self.grouping, GROUPINGS)]
         choices += [("weights", self.storage, STORAGES)]
         choices += [("cache", self.cache, CACHE_FORMS)] if self.cache is not None else []
+        choices += [("quantize", self.quantize, QUANTIZE)] if self.quantize is not None else []
         for what, value, allowed in choices:
             if value not in allowed:
                 raise UserError(one_of(what, value, allowed))
@@ -100,9 +105,10 @@ def export(
     with new_folder(out) as folder:
         hashing = Background(scan, checkpoint.files)  # the files are read while the graphs are traced
         models: dict[str, tuple[ModelConfig, Weights]] = {}
+        store = Quantiser(options.quantize) if options.quantize is not None else lambda weights: weights
         for kv_heads in options.groups or (config.kv_heads,):
-            converted = convert(kv_heads)
-            models[_label(converted[0])] = converted
+            model, weights = convert(kv_heads)
+            models[_label(model)] = model, store(weights)
         layout = _lay_out(folder, models, options, report)
         checking = Background(_check_linked, layout)
         variants = _write_graphs(folder, config, models, layout, options, report)
@@ -128,6 +134,8 @@ def check_options(config: ModelConfig, options: ExportOptions) -> None:
             check_groups(config.num_heads, count)
     if isinstance(config, Seq2SeqConfig) and options.dtype == "fp16":
         raise UserError("fp16 is too narrow for the feed-forward layers of a T5, which overflow in it; choose fp32 or bf16")
+    if options.quantize is not None:
+        check_quantise(config)
     models = [config.with_kv_heads(count) for count in options.groups or (config.kv_heads,)]
     counts = sorted({count for model in models for count in model.kv_heads})
     for pattern, count in itertools.product(options.patterns, counts):
@@ -149,7 +157,7 @@ def _label(config: ModelConfig) -> str:
 def _lay_out(folder: Path, models: dict[str, tuple[ModelConfig, Weights]], options: ExportOptions, report: Progress) -> Layout:
     dtype = TORCH_DTYPES[options.dtype]
     distinct = {id(tensor): tensor for _, weights in models.values() for tensor in weights.values()}
-    total = sum(tensor.nbytes // tensor.dtype.itemsize * dtype.itemsize for tensor in distinct.values())
+    total = sum(math.prod(tensor.shape) * stored_dtype(tensor, dtype).itemsize for tensor in distinct.values())
     done = 0
 
     def wrote(count: int) -> None:
@@ -188,13 +196,13 @@ def _write_graphs(
             name = label if len(options.patterns) == 1 else f"{label}.{pattern}"
             graphs = [f"{stem}.onnx" if total == 1 else f"{stem}.{name}.onnx" for stem in canonical[cache]]
             for graph, whole in zip(graphs, canonical[cache].values(), strict=True):
-                model = lower(whole, pattern)
+                model = lower(whole, pattern, options.quantize, replaced(weights, options.quantize))
                 _attach(model, weights, layout, folder)
                 ir.save(model, folder / graph)
                 check_model(folder / graph)
             files = tuple(sorted({layout.place(tensor).file for tensor in weights.values()}))
             record = conversion_record(original, config, options.method, options.seed, options.grouping, options.calibration)
-            size = _weight_bytes(config, weights, layout)
+            size = _weight_bytes(config, weights, layout, options.quantize)
             variants.append(
                 _variant(
                     graphs,
@@ -203,6 +211,7 @@ def _write_graphs(
                     pattern=pattern,
                     cache=cache,
                     dtype=options.dtype,
+                    quantize=options.quantize,
                     logits=options.logits,
                     weights=files,
                     weight_bytes=size,
@@ -231,22 +240,23 @@ def _variant(graphs: list[str], **given: Any) -> Variant:
 def _attach(model: ir.Model, weights: Weights, layout: Layout, folder: Path) -> None:
     """Point every weight of the graph at its bytes."""
     named = {name: value for name, value in model.graph.initializers.items() if value.const_value is None}
-    assert set(named) <= set(weights), sorted(set(named) - set(weights))
     for name, value in named.items():
-        place = layout.place(weights[name])
+        tensor = weights[stored_as(name)]
+        place = layout.place(tensor)
         assert value.dtype is not None
         assert value.shape is not None
-        assert tuple(value.shape.numpy()) == weights[name].shape, (name, value.shape, weights[name].shape)
+        assert math.prod(value.shape.numpy()) == math.prod(tensor.shape), (name, value.shape, tensor.shape)
         value.const_value = ir.ExternalTensor(
             place.file, place.offset, place.nbytes, value.dtype, shape=value.shape, name=name, base_dir=folder
         )
 
 
-def _weight_bytes(config: ModelConfig, weights: Weights, layout: Layout) -> int:
+def _weight_bytes(config: ModelConfig, weights: Weights, layout: Layout, quantize: str | None) -> int:
     """What one decode step reads: everything, but of an embedding (the head apart) only one row a sequence."""
     if isinstance(config, Seq2SeqConfig):
         return sum(layout.place(t).nbytes for name, t in weights.items() if not unread_in_decoding(config, name))
     unread = {POSITIONS, HEAD if config.tied else EMBEDDING}
+    unread |= {part for name in unread if quantize is not None for part in parts(name, quantize)}
     return sum(layout.place(tensor).nbytes for name, tensor in weights.items() if name not in unread)
 
 

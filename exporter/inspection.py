@@ -30,7 +30,9 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def bundle_report(bundle: Bundle) -> dict[str, Any]:
     """What `inspect` says of an opened bundle."""
-    variants = [{**variant.to_json(), "model": describe(variant.config)} for variant in bundle.variants]
+    variants = [
+        {**variant.to_json(), "precision": variant.precision, "model": describe(variant.config)} for variant in bundle.variants
+    ]
     for variant in variants:
         del variant["config"]
     report = {"kind": "bundle", "path": str(bundle.path), "source": bundle.source, "tools": bundle.tools, "variants": variants}
@@ -103,7 +105,7 @@ def variant_lines(variant: dict[str, Any]) -> list[str]:
     """One graph of a bundle's report: what it is, and its sizes."""
     heads = kv_heads_text(variant["model"]["kv_heads"])
     return [
-        f"  {variant['graph']}: {heads}, {variant['pattern']}, {variant['cache']} cache, {variant['dtype']}",
+        f"  {variant['graph']}: {heads}, {variant['pattern']}, {variant['cache']} cache, {variant['precision']}",
         f"    {variant['model']['parameters']:,} parameters; a token reads {size(variant['weight_bytes'])} of weights "
         f"and takes {size(variant['kv_bytes_per_token'])} of KV cache",
     ]

@@ -3,10 +3,10 @@
 Its values are numbered: the inputs of the node first, then what each stage gives, in order. Inputs: x and residuals [M,·], and
 the weights of all stages, which are constant. Attributes:
 
-stages    a stage after the other, each as x, residual, norm, activation, the number of its layers, then w and bias of every
-          layer: values, or −1 for none. `activation` is a number in ACTIVATIONS: of two layers it makes the first the gate of
-          the second, and the stage gives one value; of a single layer it is applied to what that gives. Other stages give as
-          many values as they have layers.
+stages    FORMAT, then a stage after the other, each as x, residual, norm, activation, bits, the number of its layers, then w,
+          scales and bias of every layer: values, or −1 for none. `activation` is a number in ACTIVATIONS: of two layers it
+          makes the first the gate of the second, and the stage gives one value; of a single layer it is applied to what that
+          gives. Other stages give as many values as they have layers. `bits` above 0: w is quantised (graphs/quantise.py).
 epsilons  of the norms, one a stage.
 offsets   one a stage: x is multiplied by offset + weight of the norm.
 outputs   the values that are outputs of the node.
@@ -22,6 +22,7 @@ from graphs.linear import insert, stage_of, take_over
 
 ACTIVATIONS = ("identity", "relu", "silu", "sigmoid", "gelu", "gelu_tanh")
 NONE = -1
+FORMAT = -2  # no value has that number, so that a graph of another format is known
 
 
 @dataclass
@@ -69,13 +70,13 @@ def _write(graph: ir.Graph, chain: _Chain) -> None:
     numbers = {value: number for number, value in enumerate([*inputs, *gives])}
     outputs = [value for value in gives if any(use.node not in chain.nodes for use in value.uses())]
     stages = [stage for node in chain.nodes if (stage := stage_of(node))]
-    records: list[int] = []
+    records = [FORMAT]
     for stage in stages:
         activation = NONE if stage.activation is None else ACTIVATIONS.index(stage.activation)
         data = [NONE if value is None else numbers[value] for value in (stage.x, stage.residual, stage.norm)]
-        records += [*data, activation, len(stage.w)]
-        for w, bias in zip(stage.w, stage.bias, strict=True):
-            records += [numbers[w], NONE if bias is None else numbers[bias]]
+        records += [*data, activation, stage.bits, len(stage.w)]
+        for w, scales, bias in zip(stage.w, stage.scales, stage.bias, strict=True):
+            records += [numbers[w], *(NONE if value is None else numbers[value] for value in (scales, bias))]
     first = next(iter(chain.nodes))
     new = insert(
         graph,

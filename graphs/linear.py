@@ -7,7 +7,8 @@ GatedLinear  x [M,K], gate [N,K], up [N,K], gate_bias [N], up_bias [N], norm [K]
              act(x · gateᵀ) ⊙ (x · upᵀ), `activation` one of identity, relu, silu, sigmoid, gelu, gelu_tanh.
 
 Where there is a norm, x is first RMS-normalised with the attribute `epsilon` and norm + the attribute `offset`. All weights are
-the graph's own.
+the graph's own. With the attribute `bits` above 0 they are quantised (graphs/quantise.py): q stands for w, and the scales of
+all layers follow after all the w of a Linear and at the end of a GatedLinear.
 
 graphs/chain.py makes of these nodes the operator that runs.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from graphs import quantise
 from graphs.canonical import DOMAIN
 from graphs.stamp import tidy
 
@@ -28,12 +30,17 @@ ACTIVATIONS = {"Sigmoid": "sigmoid", "Relu": "relu", "Gelu": "gelu"}
 
 @dataclass(frozen=True)
 class _Layer:
-    """Gemm(x, w, bias) with w [N,K] and bias [N] weights of the graph, whose output is not the graph's."""
+    """Gemm(x, w, bias) with w [N,K] and bias [N] weights of the graph, whose output is not the graph's.
+
+    Or MatMulNBits(x, w, scales, bias): then w is q, and `bits` above 0.
+    """
 
     node: ir.Node
     x: ir.Value
     w: ir.Value
     bias: ir.Value | None
+    scales: ir.Value | None = None
+    bits: int = 0
 
     @property
     def y(self) -> ir.Value:
@@ -47,10 +54,10 @@ def fuse_linears(model: ir.Model) -> None:
         for node in list(graph):
             fuse(graph, node)
         tidy(model)  # the layers that were taken over are gone now
-    by_input: dict[tuple[ir.Value, bool], list[ir.Node]] = {}
+    by_input: dict[tuple[ir.Value, bool, int], list[ir.Node]] = {}
     for node in graph:
         if (layer := _layer(node.outputs[0])) is not None:
-            by_input.setdefault((layer.x, layer.bias is None), []).append(node)
+            by_input.setdefault((layer.x, layer.bias is None, layer.bits), []).append(node)
     for nodes in by_input.values():  # looked at anew: what gave x may have been replaced
         _merge(graph, [layer for node in nodes if (layer := _layer(node.outputs[0]))])
     tidy(model)
@@ -58,6 +65,8 @@ def fuse_linears(model: ir.Model) -> None:
 
 def _layer(value: ir.Value | None) -> _Layer | None:
     node = value.producer() if value is not None else None
+    if node is not None and (node.domain, node.op_type) == (quantise.DOMAIN, "MatMulNBits"):
+        return _quantised_layer(node)
     if node is None or (node.domain, node.op_type) != ("", "Gemm"):
         return None
     numbers = {name: attribute.value for name, attribute in node.attributes.items()}
@@ -71,6 +80,16 @@ def _layer(value: ir.Value | None) -> _Layer | None:
     return None if node.outputs[0].is_graph_output() else _Layer(node, x, w, bias)
 
 
+def _quantised_layer(node: ir.Node) -> _Layer | None:
+    x, w, scales, zero_points, order, bias = (*node.inputs, None, None, None)[:6]
+    bits, block = (node.attributes[name].as_int() for name in ("bits", "block_size"))
+    if x is None or x.dtype not in (None, ir.DataType.FLOAT) or zero_points is not None or order is not None:
+        return None
+    if w is None or scales is None or scales.dtype != ir.DataType.FLOAT or block != quantise.BLOCK:
+        return None
+    return None if node.outputs[0].is_graph_output() else _Layer(node, x, w, bias, scales, bits)
+
+
 def _gate(graph: ir.Graph, node: ir.Node) -> None:
     """Mul(act(gate), up) → GatedLinear."""
     if (node.domain, node.op_type) != ("", "Mul") or node.outputs[0].is_graph_output():
@@ -80,11 +99,12 @@ def _gate(graph: ir.Graph, node: ir.Node) -> None:
         gate = _layer(source)
         if gate is None or up is None or gate.x is not up.x or gate.node is up.node or len(up.y.uses()) > 1:
             continue
-        if gate.w.shape != up.w.shape:  # Mul would broadcast
+        if gate.w.shape != up.w.shape or gate.bits != up.bits:  # Mul would broadcast
             continue
         norm = _normed(gate.x)
-        inputs = [norm.x, gate.w, up.w, gate.bias, up.bias, norm.weight]
-        (y,) = insert(graph, node, node.name, "GatedLinear", inputs, activation=activation, **norm.attributes)
+        inputs = [norm.x, gate.w, up.w, gate.bias, up.bias, norm.weight, *([gate.scales, up.scales] if gate.bits else [])]
+        attributes = {"activation": activation, "bits": gate.bits, **norm.attributes}
+        (y,) = insert(graph, node, node.name, "GatedLinear", inputs, **attributes)
         take_over(node.outputs[0], y)
         graph.remove(node, safe=True)
         return
@@ -100,8 +120,9 @@ def _activate(graph: ir.Graph, node: ir.Node) -> None:
     if activation == "identity" or layer is None or any(use.node not in own for use in layer.y.uses()):
         return
     norm = _normed(layer.x)
-    inputs = [norm.x, None, norm.weight, layer.w, *([layer.bias] if layer.bias is not None else [])]
-    (y,) = insert(graph, node, layer.node.name, "Linear", inputs, activation=activation, **norm.attributes)
+    inputs = [norm.x, None, norm.weight, layer.w, *(v for v in (layer.scales, layer.bias) if v is not None)]
+    attributes = {"activation": activation, "bits": layer.bits, **norm.attributes}
+    (y,) = insert(graph, node, layer.node.name, "Linear", inputs, **attributes)
     take_over(node.outputs[0], y)
     graph.remove(node, safe=True)
 
@@ -130,13 +151,15 @@ def _activation(value: ir.Value | None) -> tuple[ir.Value | None, str]:
 
 
 def _merge(graph: ir.Graph, layers: Sequence[_Layer]) -> None:
-    """Layers of one input, all with or all without bias → one Linear; a single one takes the residual added to it along."""
+    """Layers of one input and number of bits, all with or all without bias → one Linear; a single one takes the residual
+    that is added to it along."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
     residual, add = _residual(layers[0]) if len(layers) == 1 else (None, None)
     anchor = add or layers[0].node
     norm, name = _normed(layers[0].x), layers[0].node.name
-    inputs = [norm.x, residual, norm.weight, *(layer.w for layer in layers), *biases]
-    outputs = insert(graph, anchor, name, "Linear", inputs, len(layers), **norm.attributes)
+    scales = [layer.scales for layer in layers if layer.scales is not None]
+    inputs = [norm.x, residual, norm.weight, *(layer.w for layer in layers), *scales, *biases]
+    outputs = insert(graph, anchor, name, "Linear", inputs, len(layers), bits=layers[0].bits, **norm.attributes)
     for old, new in zip([add] if add else [layer.node for layer in layers], outputs, strict=True):
         take_over(old.outputs[0], new)
         graph.remove(old, safe=True)
@@ -200,7 +223,7 @@ def _residual(layer: _Layer) -> tuple[ir.Value | None, ir.Node | None]:
     if node is None or (node.domain, node.op_type) != ("", "Add") or node.outputs[0].is_graph_output():
         return None, None
     other = node.inputs[1] if node.inputs[0] is layer.y else node.inputs[0]
-    assert layer.w.shape is not None
+    assert layer.w.shape is not None  # [N,…], quantised or not
     if other is None or other.const_value is not None or other.is_initializer() or other.shape is None:
         return None, None
     rows = {shape[0] for shape in (other.shape, layer.y.shape or [None])}
@@ -219,7 +242,9 @@ class Stage:
     epsilon: float
     offset: float
     activation: str | None
+    bits: int
     w: tuple[ir.Value, ...]
+    scales: tuple[ir.Value | None, ...]
     bias: tuple[ir.Value | None, ...]
 
 
@@ -229,17 +254,20 @@ def stage_of(node: ir.Node) -> Stage | None:
         return None
     inputs = list(node.inputs)
     epsilon, offset = (node.attributes[name].as_float() for name in ("epsilon", "offset"))
+    bits = node.attributes["bits"].as_int()
     if node.op_type == "GatedLinear":
-        gate_bias, up_bias, norm = (*inputs[3:], None, None, None)[:3]
+        gate_bias, up_bias, norm, *rest = (*inputs[3:], *[None] * 5)[:5]
         x, gate, up = (value for value in inputs[:3] if value is not None)
         gated = node.attributes["activation"].as_string()
-        return Stage(x, None, norm, epsilon, offset, gated, (gate, up), (gate_bias, up_bias))
+        return Stage(x, None, norm, epsilon, offset, gated, bits, (gate, up), tuple(rest), (gate_bias, up_bias))
     first, residual, norm, *weights = inputs
     count = len(node.outputs)
-    w, biases = [value for value in weights[:count] if value is not None], weights[count:]
+    w, rest = [value for value in weights[:count] if value is not None], weights[count:]
+    scales, biases = (rest[:count], rest[count:]) if bits else ([None] * count, rest)
     assert first is not None
     activation = node.attributes["activation"].as_string() if "activation" in node.attributes else None
-    return Stage(first, residual, norm, epsilon, offset, activation, tuple(w), tuple(biases or [None] * count))
+    bias = tuple(biases or [None] * count)
+    return Stage(first, residual, norm, epsilon, offset, activation, bits, tuple(w), tuple(scales), bias)
 
 
 def insert(

@@ -6,17 +6,23 @@ Postconditions: no canonical node is left; inputs, outputs and weights have the 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx_ir as ir
 
 from graphs.canonical import GroupedAttention, is_canonical
 from graphs.emit import Emitter
 from graphs.errors import GraphError, one_of
 from graphs.patterns import PATTERNS
+from graphs.quantise import quantise
 from graphs.stamp import tidy
 
 
-def lower(canonical: ir.Model, pattern: str) -> ir.Model:
-    """A lowered copy; `canonical` stays as it is. Raises GraphError naming the node and the reason."""
+def lower(canonical: ir.Model, pattern: str, kind: str | None = None, weights: Collection[str] = ()) -> ir.Model:
+    """A lowered copy; `canonical` stays as it is. Raises GraphError naming the node and the reason.
+
+    With a `kind` of graphs/quantise.py, the weights called so are read in that form.
+    """
     if pattern not in PATTERNS:
         raise GraphError(one_of("pattern", pattern, PATTERNS))
     rules = PATTERNS[pattern]
@@ -33,6 +39,8 @@ def lower(canonical: ir.Model, pattern: str) -> ir.Model:
         emit.at(node.node)
         _replace(model.graph, node.node, rules.rewrite(node, emit))
     tidy(model)
+    if kind is not None:
+        quantise(model, kind, weights)
     if finish := getattr(rules, "finish", None):
         finish(model)
     assert not any(is_canonical(node) for node in model.graph)

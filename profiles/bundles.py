@@ -92,7 +92,7 @@ def subject_of(bundle: Bundle, variant: Variant) -> Subject:
         heads=variant.config.num_heads,
         pattern=variant.pattern,
         cache=variant.cache,
-        dtype=variant.dtype,
+        dtype=variant.precision,
         weight_bytes=variant.weight_bytes,
         kv_bytes_per_token=variant.kv_bytes_per_token,
         conversion=variant.conversion,

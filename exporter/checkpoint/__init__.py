@@ -4,7 +4,7 @@ from exporter.checkpoint.checkpoint import Checkpoint
 from exporter.checkpoint.expected import expected_shapes
 from exporter.checkpoint.hf_config import hf_config_for
 from exporter.checkpoint.open import open_checkpoint, open_source
-from exporter.checkpoint.safetensors_io import check_finite, scan, write_safetensors
+from exporter.checkpoint.safetensors_io import check_finite, scan, stored_dtype, write_safetensors
 from exporter.checkpoint.writer import write_checkpoint
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "open_checkpoint",
     "open_source",
     "scan",
+    "stored_dtype",
     "write_checkpoint",
     "write_safetensors",
 ]

@@ -23,7 +23,7 @@ from exporter.files import new_file
 from exporter.weights import LazyTensor
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+NAMES = {**{dtype: name for name, dtype in TORCH_DTYPES.items()}, torch.uint8: "U8"}
 DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
@@ -115,19 +115,20 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> dict[str, tuple[int, int]]:
-    """Stream `tensors` to a new file, cast to `dtype` where one is given; gives each one's (offset, bytes) in the file.
+    """Stream `tensors` to a new file, cast to `dtype` where one is given (but uint8); gives each one's
+    (offset, bytes) in the file.
 
     Widest dtypes come first, so every tensor is aligned to its own element. A NaN or infinite value, also one that the cast
     makes, raises CheckpointError with the tensor's name, and no file is left. `on_bytes` hears of every block written.
     """
     for name, tensor in tensors.items():
-        if (dtype or tensor.dtype) not in NAMES:
+        if stored_dtype(tensor, dtype) not in NAMES:
             raise CheckpointError(f"tensor {name!r} of {dtype or tensor.dtype} cannot be written; choose F32, F16 or BF16")
-    names = sorted(tensors, key=lambda name: -(dtype or tensors[name].dtype).itemsize)
+    names = sorted(tensors, key=lambda name: -stored_dtype(tensors[name], dtype).itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     places, end = {}, 0
     for name in names:
-        kind, count = dtype or tensors[name].dtype, math.prod(tensors[name].shape)
+        kind, count = stored_dtype(tensors[name], dtype), math.prod(tensors[name].shape)
         places[name] = (end, count * kind.itemsize)
         end += places[name][1]
         header[name] = {"dtype": NAMES[kind], "shape": list(tensors[name].shape), "data_offsets": [places[name][0], end]}
@@ -136,15 +137,20 @@ def write_safetensors(
     with new_file(Path(path)) as temporary, open(temporary, "xb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for name in names:
-            _stream(file, name, tensors[name], dtype, on_bytes)
+            _stream(file, name, tensors[name], stored_dtype(tensors[name], dtype), on_bytes)
         assert file.tell() == 8 + len(raw) + end, "a tensor gave another number of values than its shape says"
     return {name: (8 + len(raw) + offset, nbytes) for name, (offset, nbytes) in places.items()}
 
 
-def _stream(file: BinaryIO, name: str, tensor: LazyTensor, dtype: torch.dtype | None, on_bytes: Callable[[int], None]) -> None:
+def stored_dtype(tensor: LazyTensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What `tensor` is written as where floating-point numbers become `dtype`."""
+    return tensor.dtype if dtype is None or tensor.dtype == torch.uint8 else dtype
+
+
+def _stream(file: BinaryIO, name: str, tensor: LazyTensor, dtype: torch.dtype, on_bytes: Callable[[int], None]) -> None:
     for block in tensor.blocks():
         _refuse_non_finite(name, block)
-        if dtype is not None and block.dtype != dtype:
+        if block.dtype != dtype:
             block = block.to(dtype)
             if not _finite(block):
                 raise CheckpointError(f"tensor {name!r} has values beyond the range of {dtype}; choose bf16 or fp32")

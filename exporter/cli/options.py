@@ -16,6 +16,7 @@ GROUPINGS = ("contiguous", "best")
 PATTERNS = ("repeat", "grouped", "attention", "gqa", "fused")
 CACHES = ("concat", "static")
 DTYPES = ("fp32", "fp16", "bf16")
+QUANTIZE = ("int8", "int4")
 FFN_KINDS = ("relu", "gelu", "swish", "glu", "bilinear", "reglu", "geglu", "swiglu")
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
@@ -122,6 +123,11 @@ backend: Option = click.option(
 threads: Option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="Threads of one operator.  [default: one a physical core]"
 )
+quantize: Option = click.option(
+    "--quantize",
+    type=OneOf(QUANTIZE),
+    help="Store the matrices so, in blocks of 32 that share a scale, for ONNX Runtime.",
+)
 storage: Option = click.option(
     "--weights",
     "storage",
@@ -138,7 +144,7 @@ def all_of(*options: Option) -> Option:
 
 
 converting = all_of(method, grouping, calibration)
-making = all_of(groups, plan, converting, patterns, cache, dtype, storage)
+making = all_of(groups, plan, converting, patterns, cache, dtype, quantize, storage)
 running = all_of(backend, threads)
 
 T = TypeVar("T")

@@ -117,7 +117,7 @@ def _load(
     except Exception as error:  # the runtime raises classes of its own that have no public base
         reason = " ".join(str(error).split())
         raise EngineError(
-            f"onnxruntime {onnxruntime.__version__} cannot run {graph.name} (pattern {variant.pattern}, {variant.dtype}) "
+            f"onnxruntime {onnxruntime.__version__} cannot run {graph.name} (pattern {variant.pattern}, {variant.precision}) "
             f"on {provider}: {reason[:400]}; where a file of the bundle is damaged, export it again"
         ) from None
     if (running := runtime.get_providers()[0]) != provider:

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <iterator>
+#include <memory>
 #include <string>
 #include <thread>
+#include <tuple>
 
 #include "kernels.hpp"
 #include "ort.hpp"
@@ -17,7 +19,7 @@ constexpr size_t UNIT_BYTES = 64 << 10;    // of weights, the least that a threa
 constexpr size_t AHEAD_BYTES = 256 << 10;  // of weights that a thread asks for while it waits
 constexpr size_t PIECE = 64 << 10;         // elements that a thread takes on where there are many rows
 constexpr size_t LINE = 64;
-constexpr int64_t NONE = -1;
+constexpr int64_t NONE = -1, FORMAT = -2;
 
 // ONNX Runtime's own Gemm(transB=1): for many rows of x, where arithmetic bounds and not memory.
 class Gemm {
@@ -44,28 +46,56 @@ class Gemm {
   Ort::Op op_{nullptr};
 };
 
+// ONNX Runtime's own product with quantised weights, for many rows too. Gemm has no form of that.
+class QuantisedProduct {
+ public:
+  QuantisedProduct(const OrtKernelInfo* info, size_t N, size_t K, size_t bits) {
+    const int64_t numbers[] = {static_cast<int64_t>(N), static_cast<int64_t>(K), static_cast<int64_t>(bits), BLOCK, 4};
+    const char* attributes_named[] = {"N", "K", "bits", "block_size", "accuracy_level"};
+    std::vector<Ort::OpAttr> attributes;
+    for (size_t i = 0; i < std::size(numbers); ++i) attributes.emplace_back(attributes_named[i], &numbers[i], 1, ORT_OP_ATTR_INT);
+    const char* names[] = {"T1", "T2", "T3", "T4"};
+    const ONNXTensorElementDataType types[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
+                                               ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32};
+    op_ = Ort::Op::Create(info, "MatMulNBits", "com.microsoft", 1, names, types, std::size(types), attributes.data(),
+                          attributes.size(), 3, 1);
+  }
+
+  void operator()(const OrtKernelContext* context, const OrtValue* x, const OrtValue* w, const OrtValue* scales, OrtValue* y) {
+    const OrtValue* inputs[] = {x, w, scales};
+    OrtValue* outputs[] = {y};
+    op_.Invoke(context, inputs, 3, outputs, 1);
+  }
+
+ private:
+  Ort::Op op_{nullptr};
+};
+
 // Values are numbered: the node's inputs first, then what the stages give, in order.
 struct Layer {
   size_t w;
-  int64_t bias;
-  const float *weights, *biases;  // of those two
-  size_t N, y;                    // outputs, and their value; of a gated stage both layers have the same one
+  int64_t scales, bias;
+  Matrix weights;
+  const float* biases;
+  size_t N, y;  // outputs, and their value; of a gated stage both layers have the same one
+  std::shared_ptr<QuantisedProduct> product;
 };
 
 struct Stage {
   size_t x;
   int64_t residual, activation;  // activation: of the first of two layers, which gates the second, or of the only one
   Norm norm;                     // its weight is null where there is none
-  size_t K;
+  size_t K, bits;
   std::vector<Layer> layers;
   std::vector<size_t> ends;  // of the units of its layers
 
   bool gated() const { return activation != NONE && layers.size() == 2; }
   bool activated() const { return activation != NONE && layers.size() == 1; }
-  size_t rows_per_unit() const { return std::max<size_t>(4, UNIT_BYTES / (K * sizeof(float)) / (gated() ? 2 : 1) / 4 * 4); }
+  size_t rows_per_unit() const { return std::max<size_t>(4, UNIT_BYTES / row_bytes(K, bits) / (gated() ? 2 : 1) / 4 * 4); }
 };
 
-float* buffer(std::vector<float>& memory, size_t count) {  // kept from step to step
+template <class T>
+T* buffer(std::vector<T>& memory, size_t count) {  // kept from step to step
   if (memory.size() < count) memory.resize(count);
   return memory.data();
 }
@@ -87,16 +117,26 @@ struct Step {
   const std::vector<float*>& values;
   size_t M;
 
-  using State = const float*;  // the input of the stage, normalised
+  using State = Rows;  // the input of the stage, normalised and quantised as its weights are
 
-  State enter(size_t index) {
+  State enter(size_t index) {  // every thread for itself: cheaper than to wait for one
     const Stage& stage = stages[index];
     const float* x = values[stage.x];
-    if (!stage.norm.weight) return x;
-    thread_local std::vector<float> memory;
-    float* normed = buffer(memory, M * stage.K);  // every thread for itself: cheaper than to wait for one
-    for (size_t m = 0; m < M; ++m) kernels().normalise(stage.norm, x + m * stage.K, normed + m * stage.K);
-    return normed;
+    if (stage.norm.weight) {
+      thread_local std::vector<float> memory;
+      float* normed = buffer(memory, M * stage.K);
+      for (size_t m = 0; m < M; ++m) kernels().normalise(stage.norm, x + m * stage.K, normed + m * stage.K);
+      x = normed;
+    }
+    if (!stage.bits) return {x, nullptr};
+    struct alignas(LINE) Line {
+      char bytes[LINE];
+    };
+    thread_local std::vector<Line> memory;
+    const size_t lines = quantised_bytes(stage.K, stage.bits) / LINE;
+    Line* quantised = buffer(memory, M * lines);
+    for (size_t m = 0; m < M; ++m) kernels().quantise(x + m * stage.K, stage.K, stage.bits, quantised + m * lines);
+    return {x, quantised};
   }
 
   void run(size_t index, size_t first, size_t end, State x) {
@@ -126,8 +166,9 @@ struct Step {
     const size_t i = std::upper_bound(stage.ends.begin(), stage.ends.end(), first) - stage.ends.begin();
     const Layer& layer = stage.layers[i];
     const size_t n = (first - (i ? stage.ends[i - 1] : 0)) * stage.rows_per_unit(), start = turn * TOGETHER * LINE;
-    if (start >= std::min(AHEAD_BYTES, (layer.N - n) * stage.K * sizeof(float))) return false;
-    const char* from = reinterpret_cast<const char*>(layer.weights + n * stage.K) + start;
+    const size_t bytes = row_bytes(stage.K, stage.bits);
+    if (start >= std::min(AHEAD_BYTES, (layer.N - n) * bytes)) return false;
+    const char* from = static_cast<const char*>(layer.weights.data) + n * bytes + start;
     for (size_t line = 0; line < TOGETHER; ++line) __builtin_prefetch(from + line * LINE, 0, 2);
     return true;
   }
@@ -138,7 +179,7 @@ class ChainKernel : public Kernel<ChainKernel> {
   explicit ChainKernel(const OrtKernelInfo* raw) : plain_(raw, false), with_bias_(raw, true) {
     const Ort::ConstKernelInfo info(raw);
     inputs_ = info.GetInputCount();
-    read_stages(info);
+    read_stages(raw, info);
     for (const int64_t value : info.GetAttributes<int64_t>("outputs")) {
       expect(value >= static_cast<int64_t>(inputs_) && value < static_cast<int64_t>(widths_.size()),
              "headpool::LinearChain: an output is none of the stages'");
@@ -159,6 +200,8 @@ class ChainKernel : public Kernel<ChainKernel> {
     for (size_t i = 0; i < inputs_; ++i) {
       if (!widths_[i]) continue;
       const auto value = context.GetInput(i);
+      expect(value.GetTensorTypeAndShapeInfo().GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+             "headpool::LinearChain: an input is not of floats");
       expect(shape(value) == std::vector<int64_t>{first[0], static_cast<int64_t>(widths_[i])},
              "headpool::LinearChain: an input does not fit the weights");
       values[i] = const_cast<float*>(floats(value));
@@ -173,11 +216,13 @@ class ChainKernel : public Kernel<ChainKernel> {
   }
 
  private:
-  void read_stages(const Ort::ConstKernelInfo& info) {
+  void read_stages(const OrtKernelInfo* raw, const Ort::ConstKernelInfo& info) {
     const auto numbers = info.GetAttributes<int64_t>("stages");
     const auto epsilons = info.GetAttributes<float>("epsilons"), offsets = info.GetAttributes<float>("offsets");
     widths_.assign(inputs_, 0);
-    size_t at = 0;
+    expect(!numbers.empty() && numbers[0] == FORMAT,
+           "headpool::LinearChain: the graph was exported by another version of headpool; export it again");
+    size_t at = 1;
     const auto next = [&](int64_t least, size_t end) {
       expect(at < numbers.size() && numbers[at] >= least && numbers[at] < static_cast<int64_t>(end),
              "headpool::LinearChain: `stages` is cut short or holds a number out of range");
@@ -190,17 +235,20 @@ class ChainKernel : public Kernel<ChainKernel> {
       stage.residual = next(NONE, known);
       const int64_t norm_index = next(NONE, inputs_);
       stage.activation = next(NONE, ACTIVATIONS);
+      stage.bits = next(0, 9);
+      expect(stage.bits == 0 || stage.bits == 4 || stage.bits == 8, "headpool::LinearChain: `bits` is none of 0, 4, 8");
       const size_t count = next(1, inputs_ + 1);
       const auto [norm, norm_shape] = constant(info, norm_index);
       for (size_t i = 0; i < count; ++i) {
-        const auto w = next(0, inputs_), b = next(NONE, inputs_);
-        const auto [weights, w_shape] = constant(info, w);
+        const auto w = next(0, inputs_), s = next(NONE, inputs_), b = next(NONE, inputs_);
         const auto [biases, b_shape] = constant(info, b);
-        expect(w_shape.size() == 2 && w_shape[1] > 0 && (!biases || b_shape == std::vector<int64_t>{w_shape[0]}) &&
-                   (!i || w_shape[1] == static_cast<int64_t>(stage.K)),
+        const auto [matrix, N, K] = read_matrix(info, w, s, stage.bits);
+        expect(K > 0 && (!biases || b_shape == std::vector<int64_t>{N}) && (!i || K == static_cast<int64_t>(stage.K)),
                "headpool::LinearChain: the weights of a stage contradict each other");
-        stage.K = w_shape[1];
-        stage.layers.push_back({static_cast<size_t>(w), b, weights, biases, static_cast<size_t>(w_shape[0]), 0});
+        stage.K = K;
+        Layer layer{static_cast<size_t>(w), s, b, matrix, biases, static_cast<size_t>(N), 0, {}};
+        if (stage.bits) layer.product = std::make_shared<QuantisedProduct>(raw, N, K, stage.bits);
+        stage.layers.push_back(std::move(layer));
       }
       expect(!norm || norm_shape == std::vector<int64_t>{static_cast<int64_t>(stage.K)},
              "headpool::LinearChain: the weight of a norm does not fit x");
@@ -224,13 +272,37 @@ class ChainKernel : public Kernel<ChainKernel> {
     expect(!stages_.empty() && stages_.front().x < inputs_, "headpool::LinearChain: `stages` is empty");
   }
 
-  // The data and shape of a weight; null for NONE. The weights are the graph's own, so that they can be looked up once.
-  static std::pair<const float*, std::vector<int64_t>> constant(const Ort::ConstKernelInfo& info, int64_t index) {
-    if (index == NONE) return {};
+  // The graph's own weights, so that they can be looked up once.
+  static Ort::ConstValue weight(const Ort::ConstKernelInfo& info, int64_t index, ONNXTensorElementDataType type) {
     int is_constant = 0;
     const Ort::ConstValue value = info.GetTensorConstantInput(index, &is_constant);
     expect(is_constant, "headpool::LinearChain: a weight is not constant");
+    expect(value.GetTensorTypeAndShapeInfo().GetElementType() == type, "headpool::LinearChain: a weight has another type");
+    return value;
+  }
+
+  // The data and shape of a weight of floats; null for NONE.
+  static std::pair<const float*, std::vector<int64_t>> constant(const Ort::ConstKernelInfo& info, int64_t index) {
+    if (index == NONE) return {};
+    const Ort::ConstValue value = weight(info, index, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
     return {floats(value), shape(value)};
+  }
+
+  // The weights of a layer, and N and K.
+  static std::tuple<Matrix, int64_t, int64_t> read_matrix(const Ort::ConstKernelInfo& info, int64_t w, int64_t s, size_t bits) {
+    expect(!bits == (s == NONE), "headpool::LinearChain: scales are of quantised weights");
+    const auto [scales, s_shape] = constant(info, s);
+    if (!bits) {
+      const auto [data, found] = constant(info, w);
+      expect(found.size() == 2, "headpool::LinearChain: the weights of a layer are no matrix");
+      return {{data, nullptr, 0}, found[0], found[1]};
+    }
+    const Ort::ConstValue q = weight(info, w, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
+    const auto found = shape(q);
+    expect(found.size() == 3 && found[2] == static_cast<int64_t>(row_bytes(BLOCK, bits)) &&
+               s_shape == std::vector<int64_t>{found[0], found[1]},
+           "headpool::LinearChain: quantised weights contradict their scales");
+    return {{q.GetTensorData<uint8_t>(), scales, bits}, found[0], found[1] * static_cast<int64_t>(BLOCK)};
   }
 
   // Rows of x or of a residual, whose width the weights say.
@@ -288,7 +360,14 @@ class ChainKernel : public Kernel<ChainKernel> {
         const bool is_gate = stage.gated() && !gate;
         if (!is_gate && !values[layer.y]) values[layer.y] = create(layer.N);
         OrtValue* y = is_gate ? create(layer.N) : const_cast<OrtValue*>(values[layer.y]);
-        (bias ? with_bias_ : plain_)(raw, x, values[layer.w], bias, y);
+        if (layer.product) {
+          (*layer.product)(raw, x, values[layer.w], values[layer.scales], y);
+          float* to = data(y);
+          for (size_t m = 0; layer.biases && m < M; ++m)
+            for (size_t n = 0; n < layer.N; ++n) to[m * layer.N + n] += layer.biases[n];
+        } else {
+          (bias ? with_bias_ : plain_)(raw, x, values[layer.w], bias, y);
+        }
         if (is_gate) gate = y;
       }
       const Layer& last = stage.layers.back();
@@ -322,7 +401,8 @@ class ChainKernel : public Kernel<ChainKernel> {
 struct ChainOp : Operator<ChainOp, ChainKernel> {
   const char* GetName() const { return "LinearChain"; }
   size_t GetInputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
+  bool GetVariadicInputHomogeneity() const { return false; }  // bytes of quantised weights are among them
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t) const { return INPUT_OUTPUT_VARIADIC; }
   size_t GetOutputTypeCount() const { return 1; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }

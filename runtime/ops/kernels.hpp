@@ -14,10 +14,44 @@ enum class Activation { identity, relu, silu, sigmoid, gelu, gelu_tanh };
 constexpr int ACTIVATIONS = 6;
 constexpr size_t FEW_ROWS = 24;  // rows of x up to which a linear layer is bound by reading its weights
 
+// The weights of a linear layer, [N,K]: floats, or q in blocks of BLOCK inputs, w = (q − 2^(bits−1)) · scale
+// (graphs/quantise.py).
+constexpr size_t BLOCK = 32;
+
+struct Matrix {
+  const void* data;
+  const float* scales;  // [N,K/BLOCK]
+  size_t bits;          // 4, 8, or 0 of floats
+};
+
+static constexpr size_t row_bytes(size_t K, size_t bits) { return bits ? K * bits / 8 : K * sizeof(float); }
+
+// What a row of x is made for such weights: int8 in blocks of BLOCK that share a scale, too. What meets GROUP_BYTES of q lies
+// together.
+constexpr size_t GROUP_BYTES = 64;
+
+template <size_t BITS>
+struct Group {
+  float scales[GROUP_BYTES / 4];      // of the block that 4 bytes of q belong to
+  int32_t start[GROUP_BYTES / 4];     // −2^(BITS−1) · Σ of the values that meet those
+  int8_t values[8 / BITS][GROUP_BYTES];  // of 4 bits: those that meet the low halves, then the high ones
+};
+
+static constexpr size_t groups(size_t K, size_t bits) { return (K * bits / 8 + GROUP_BYTES - 1) / GROUP_BYTES; }
+static constexpr size_t quantised_bytes(size_t K, size_t bits) {
+  return groups(K, bits) * (bits == 4 ? sizeof(Group<4>) : sizeof(Group<8>));
+}
+
+// Rows of x, [M,K].
+struct Rows {
+  const float* floats;
+  const void* quantised;  // a row each quantised_bytes(K, bits), where the weights are quantised
+};
+
 // y[M,N] = x[M,K] · wᵀ (+ bias[N]) (+ residual[M,N]), w [N,K]; all row-major and dense.
 struct Linear {
-  const float* x;
-  const float* w;
+  Rows x;
+  Matrix w;
   const float* bias;      // or null
   const float* residual;  // or null
   float* y;
@@ -26,8 +60,8 @@ struct Linear {
 
 // M ≤ FEW_ROWS: y[M,N] = act(x · gateᵀ + gate_bias) ⊙ (x · upᵀ + up_bias)
 struct Gated {
-  const float* x;
-  const float *gate, *up;
+  Rows x;
+  Matrix gate, up;
   const float *gate_bias, *up_bias;  // or null
   float* y;
   size_t M, K, N;
@@ -65,6 +99,7 @@ struct Kernels {
   void (*gated)(const Gated&, size_t n0, size_t n1);
   void (*activate)(const float* gate, float* up, size_t count, Activation);  // up = act(gate) ⊙ up
   void (*normalise)(const Norm&, const float* from, float* to);              // of one row
+  void (*quantise)(const float* from, size_t K, size_t bits, void* to);      // of one row, K a multiple of BLOCK
   void (*rotate)(float* to, const float* from, const float* cos, const float* sin, size_t D, size_t rotary);  // one head
   void (*attend)(const Attention&, const Tile&, float* scratch);
   size_t (*scratch_floats)(const Attention&, const Tile&);

@@ -18,6 +18,18 @@ constexpr size_t LANES = 4;
 using Vec = float __attribute__((vector_size(LANES * sizeof(float))));
 using Int = int32_t __attribute__((vector_size(LANES * sizeof(int32_t))));
 
+using Bytes = uint8_t __attribute__((vector_size(LANES * 4)));
+using Signed = int8_t __attribute__((vector_size(LANES * 4)));
+using Short = int16_t __attribute__((vector_size(LANES * 4)));
+using Unsigned = uint16_t __attribute__((vector_size(LANES * 4)));
+
+template <class V, class T>
+inline V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
 inline Vec load(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof v);
@@ -35,6 +47,14 @@ inline Vec load_part(const float* p, size_t count) {
 inline void store_part(float* p, Vec v, size_t count) { std::memcpy(p, &v, count * sizeof(float)); }
 
 inline Vec splat(float x) { return x - Vec{}; }
+
+// Each of the first LANES / TIMES floats TIMES times.
+template <size_t TIMES>
+inline Vec spread(const float* p) {
+  float all[LANES];
+  for (size_t i = 0; i < LANES; ++i) all[i] = p[i / TIMES];
+  return load(all);
+}
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 

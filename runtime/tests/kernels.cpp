@@ -22,6 +22,9 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace avx512vnni {
+extern const Kernels table;
+}
 #endif
 }  // namespace headpool
 
@@ -85,7 +88,7 @@ void test_linear(const Kernels& kernels) {
                      residual = normal(with_residual * M * N);
         const size_t n0 = pick(0, N - 1), n1 = pick(n0, N);
         Floats y(M * N, 77);
-        const Linear task{x.data(), w.data(), data(bias), data(residual), y.data(), M, K, N};
+        const Linear task{{x.data(), nullptr}, {w.data(), nullptr, 0}, data(bias), data(residual), y.data(), M, K, N};
         kernels.linear(task, n0, n1);
         const std::string what = named("linear M, K, N", {M, K, N});
         for (size_t m = 0; m < M; ++m)
@@ -97,6 +100,75 @@ void test_linear(const Kernels& kernels) {
             else
               close(y[m * N + n], dot.value + added, 1e-6 * (1 + dot.size), what);
           }
+      }
+}
+
+// Weights in blocks, as graphs/quantise.py has them, and the floats that they stand for.
+struct Quantised {
+  std::vector<uint8_t> q;
+  Floats scales, floats;
+
+  Quantised(size_t N, size_t K, size_t bits) : q(N * K * bits / 8), scales(normal(N * K / BLOCK)), floats(N * K) {
+    for (uint8_t& byte : q) byte = static_cast<uint8_t>(pick(0, 255));
+    for (size_t i = 0; i < N * K; ++i) {
+      const int value = bits == 8 ? q[i] - 128 : (q[i / 2] >> i % 2 * 4 & 15) - 8;
+      floats[i] = static_cast<float>(value) * scales[i / BLOCK];
+    }
+  }
+};
+
+// Rows of x as the kernels quantise them, and the floats that those stand for: each at most half a step from its own.
+struct QuantisedRows {
+  std::vector<char> bytes;
+  Floats floats;
+
+  QuantisedRows(const Kernels& kernels, const Floats& x, size_t K, size_t bits) : floats(x.size()) {
+    const size_t size = quantised_bytes(K, bits);
+    bytes.resize(x.size() / K * size);
+    for (size_t m = 0; m < x.size() / K; ++m) kernels.quantise(&x[m * K], K, bits, &bytes[m * size]);
+    for (size_t block = 0; block < x.size() / BLOCK; ++block) {
+      float most = 0;
+      for (size_t k = 0; k < BLOCK; ++k) most = std::max(most, std::abs(x[block * BLOCK + k]));
+      const float scale = most / 127, inverse = most > 0 ? 1 / scale : 0;
+      for (size_t i = block * BLOCK; i < (block + 1) * BLOCK; ++i) floats[i] = std::nearbyint(x[i] * inverse) * scale;
+    }
+  }
+};
+
+void test_quantised(const Kernels& kernels) {
+  for (const size_t bits : {4, 8})
+    for (size_t M = 1; M <= 25; ++M)
+      for (size_t K : {32, 64, 96, 128, 160, 576})
+        for (size_t N : {1, 5, 18}) {
+          const Quantised w(N, K, bits);
+          Floats x = normal(M * K);
+          std::fill_n(x.begin() + static_cast<long>(pick(0, M * K / BLOCK - 1) * BLOCK), BLOCK, 0.0f);
+          const QuantisedRows rows(kernels, x, K, bits);
+          Floats y(M * N, 77);
+          kernels.linear({{x.data(), rows.bytes.data()}, {w.q.data(), w.scales.data(), bits}, nullptr, nullptr, y.data(), M, K, N},
+                         0, N);
+          const std::string what = named("quantised linear bits, M, K, N", {bits, M, K, N});
+          for (size_t m = 0; m < M; ++m)
+            for (size_t n = 0; n < N; ++n) {
+              const Dot dot(&rows.floats[m * K], &w.floats[n * K], K);
+              close(y[m * N + n], dot.value, 1e-6 * (1 + dot.size), what);
+            }
+        }
+}
+
+// What is not a number stays so: a model that has gone wrong is to be seen.
+void test_quantised_nan(const Kernels& kernels) {
+  for (const size_t bits : {4, 8})
+    for (const float odd : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()})
+      for (size_t at = 0; at < 96; ++at) {
+        const Quantised w(1, 96, bits);
+        Floats x = normal(96);
+        x[at] = odd;
+        std::vector<char> bytes(quantised_bytes(96, bits));
+        kernels.quantise(x.data(), 96, bits, bytes.data());
+        float y = 0;
+        kernels.linear({{x.data(), bytes.data()}, {w.q.data(), w.scales.data(), bits}, nullptr, nullptr, &y, 1, 96, 1}, 0, 1);
+        expect(std::isnan(y), named("quantised NaN at", {at}));
       }
 }
 
@@ -130,7 +202,8 @@ void test_gated(const Kernels& kernels) {
         const Floats x = normal(M * K, deviation), gate = normal(N * K), up = normal(N * K);
         const Floats gate_bias = normal(pick(0, 1) * N), up_bias = normal(pick(0, 1) * N);
         Floats y(M * N, 77);
-        const Gated task{x.data(), gate.data(), up.data(), data(gate_bias), data(up_bias), y.data(), M, K, N, kind};
+        const Gated task{{x.data(), nullptr}, {gate.data(), nullptr, 0}, {up.data(), nullptr, 0}, data(gate_bias),
+                         data(up_bias), y.data(), M, K, N, kind};
         kernels.gated(task, n0, n1);
         const std::string what = named("gated M, K, N, activation", {M, K, N, size_t(kind)});
         for (size_t m = 0; m < M; ++m)
@@ -374,6 +447,8 @@ void test(const Kernels& kernels, const char* name, bool runs) {
   checks = 0;
   expect(kernels.name == std::string(name), "its name");
   test_linear(kernels);
+  test_quantised(kernels);
+  test_quantised_nan(kernels);
   test_gated(kernels);
   test_activate(kernels);
   test_normalise(kernels);
@@ -392,7 +467,9 @@ int main() {
   test(headpool::plain::table, "plain", true);
 #if defined(__x86_64__)
   test(headpool::avx2::table, "avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
-  test(headpool::avx512::table, "avx512", __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"));
+  const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  test(headpool::avx512::table, "avx512", avx512);
+  test(headpool::avx512vnni::table, "avx512vnni", avx512 && __builtin_cpu_supports("avx512vnni"));
 #endif
   return failures ? 1 : 0;
 }

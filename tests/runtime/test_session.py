@@ -163,3 +163,16 @@ def test_greedy_tokens_of_a_real_model(smollm2: Path, api: Api, tmp_path: Path) 
     for variant in bundle.variants:
         session = api.open(bundle.path, variant.name).session(batch=2, capacity=64)
         assert session.generate(prompts, 16) == greedy(bundle, variant.name, prompts, 16)
+
+
+@pytest.mark.parametrize("pattern", ["fused", "gqa"])
+def test_quantised_weights(pattern: str, api: Api, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    hf.build("llama", sizes).save_pretrained(tmp_path / "model")
+    options = ExportOptions(patterns=(pattern,), quantize="int4")
+    bundle = export(open_checkpoint(tmp_path / "model"), tmp_path / "bundle", options)
+    theirs, ours = open_session(bundle, capacity=60), api.open(bundle.path).session(capacity=60)
+    prompt = [np.arange(3, 43)]  # many rows, then one at a time
+    np.testing.assert_allclose(ours.prefill(prompt), theirs.prefill(prompt), atol=1e-5)
+    for token in np.arange(50, 60):
+        np.testing.assert_allclose(ours.decode(np.array([token])), theirs.decode(np.array([token])), atol=1e-5)
