@@ -50,8 +50,11 @@ class Sampler:
         return np.array([self._draw(self.warp(row), stream) for row, stream in zip(logits, streams, strict=True)])
 
     def warp(self, logits: np.ndarray) -> np.ndarray:
-        """float64 [V]: one sequence's logits after temperature, top-k and top-p; dropped tokens are −inf."""
-        scores = logits.astype(np.float64) / self.temperature
+        """float64 [V]: one sequence's logits, less the largest, after temperature, top-k and top-p; dropped tokens are −inf."""
+        scores = logits.astype(np.float64)
+        scores -= scores.max()  # so that a small temperature makes large numbers of none but the unlikely
+        with np.errstate(over="ignore"):
+            scores /= self.temperature
         if 0 < self.top_k < len(scores):
             scores[scores < np.partition(scores, -self.top_k)[-self.top_k]] = -np.inf
         if self.top_p < 1:

@@ -37,13 +37,14 @@ class OpenSession(Protocol):
 class Plan:
     """How to measure.
 
-    samples          of decode, a cell (as many whole bursts as a 99th percentile needs), taken in bursts of `burst`, each
+    samples          of decode, a cell (as many whole bursts as a 99th percentile needs), taken in bursts of `burst`, or of a
+                     quarter of them where they are few, as an interval needs four. Each burst comes
                      after `settle` untimed steps that bring back to the caches what the others pushed out, as in real
                      decoding, where steps follow one another. (Measured: a model of 42 MB under a cache of 480 MB is 1.9
                      times slower in the first step of its turn, and as fast as alone from the sixth on.)
     warmup           untimed decode steps after opening; for prefill it is one untimed prefill.
     prefill_samples  of prefill and ttft, a cell; both come from the same runs.
-    seconds          bound on each cell's share of the sampling time; it stops between rounds, after two of them at the least.
+    seconds          bound on each cell's share of the sampling time; it stops between rounds, after four of them at the least.
     capacity         cache rows of every session; None: just what the context needs.
     memory           bytes that live sessions may take together; None: 60 % of the memory now available.
     """
@@ -60,6 +61,11 @@ class Plan:
     capacity: int | None = None
     memory: int | None = None
     seed: int = 0
+
+    @property
+    def turn(self) -> int:
+        """Decode samples of a burst."""
+        return max(1, min(self.burst, self.samples // stats.BURSTS))
 
     def __post_init__(self) -> None:
         for name in ("contexts", "batches", "kinds"):
@@ -126,22 +132,25 @@ def measure(
 def cohorts(subjects: Sequence[Subject], batch: int, capacity: int, memory: int) -> list[list[int]]:
     """Indices of `subjects` split so that each part fits into `memory` bytes, a part being at least one subject.
 
-    What differs in nothing but its KV heads stays together where it can: those ratios are what a run is made for.
+    What differs in nothing but its KV heads stays together where it fits: those ratios are what a run is made for.
 
     A session is taken to need its weights twice (a runtime may hold a copy in a layout of its own) and its caches twice (a
     concat cache is written anew at every step).
     """
-    kinds = [(subject.pattern, subject.cache, subject.dtype) for subject in subjects]
+    families: dict[tuple[str, ...], list[int]] = {}
+    for index, subject in enumerate(subjects):
+        families.setdefault((subject.pattern, subject.cache, subject.dtype), []).append(index)
+    needs = [2 * subject.weight_bytes + 2 * batch * capacity * subject.kv_bytes_per_token for subject in subjects]
     parts: list[list[int]] = []
-    used = 0
-    for index in sorted(range(len(subjects)), key=lambda index: kinds.index(kinds[index])):
-        subject = subjects[index]
-        need = 2 * subject.weight_bytes + 2 * batch * capacity * subject.kv_bytes_per_token
-        if not parts or used + need > memory:
-            parts.append([])
-            used = 0
-        parts[-1].append(index)
-        used += need
+    free = 0
+    for family in families.values():
+        whole = sum(needs[index] for index in family)
+        for index in family:
+            if not parts or needs[index] > free or (index == family[0] and free < whole <= memory):
+                parts.append([])
+                free = memory
+            parts[-1].append(index)
+            free -= needs[index]
     return [sorted(part) for part in parts]
 
 
@@ -222,7 +231,7 @@ def _sample_decode(
         bench.fill()
         for _ in range(plan.warmup):
             bench.step()
-    rounds = -(-plan.samples // plan.burst)
+    rounds = -(-plan.samples // plan.turn)
     probe()
     for number, turns in enumerate(_rounds(benches, rounds, plan, clock)):
         if number and number == rounds // 2:
@@ -230,7 +239,7 @@ def _sample_decode(
         for bench in turns:
             for _ in range(plan.settle):
                 bench.step()
-            count = min(plan.burst, plan.samples - number * plan.burst)
+            count = min(plan.turn, plan.samples - number * plan.turn)
             for _ in range(count):
                 bench.decode(clock)
             advance(bench, count)
@@ -241,7 +250,7 @@ def _rounds(benches: list[_Bench], rounds: int, plan: Plan, clock: Clock) -> Ite
     """The benches once a round, forwards and backwards by turns, until the time is up."""
     start = clock()
     for number in range(rounds):
-        if plan.seconds is not None and number >= 2 and clock() - start > plan.seconds * len(benches):
+        if plan.seconds is not None and number >= stats.BURSTS and clock() - start > plan.seconds * len(benches):
             return
         yield benches if number % 2 == 0 else benches[::-1]
 
@@ -266,7 +275,7 @@ def _cell(bench: _Bench, kind: str, plan: Plan, cohort: int) -> Cell:
         versions=dict(info.versions),
         options=json.loads(json.dumps(info.options, default=str)),
         samples=tuple(bench.samples[kind]),
-        burst=plan.burst if kind == "decode" else 1,
+        burst=plan.turn if kind == "decode" else 1,
         cohort=cohort,
     )
 

@@ -52,11 +52,12 @@ class Family:
 
 
 _COMMON: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 
 LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
-    defaults={**_COMMON, "max_position_embeddings": 2048},
+    defaults={**_COMMON, **_ENDS, "max_position_embeddings": 2048},
     qkv_bias="attention_bias",
     o_bias="attention_bias",
     ffn_bias="mlp_bias",
@@ -64,7 +65,7 @@ LLAMA = Family(
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
-    defaults={**_COMMON, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    defaults={**_COMMON, **_ENDS, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     window="all",
 )
 QWEN2 = Family(
@@ -87,6 +88,8 @@ GEMMA = Family(
     "gemma",
     "GemmaForCausalLM",
     defaults={
+        "bos_token_id": 2,
+        "eos_token_id": 1,
         "hidden_act": "gelu_pytorch_tanh",
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
@@ -106,7 +109,7 @@ PHI3 = Family(
         "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     },
-    defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    defaults={**_COMMON, "bos_token_id": 1, "eos_token_id": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     window="all",
     rope_kinds=("default",),  # transformers reads Phi-3's "yarn" and "su" as longrope
     partial_rotary=True,

@@ -32,6 +32,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (0.0,),
     "attn_logit_softcapping": (0.0,),
     "rope.scale_linear": (0.0, 1.0),
+    "rope.scaling.attn_factor": (0.0, 1.0),
 }
 # Llama 3.1's frequency factors are a tensor in GGUF; these are the numbers its makers used (the factor differs).
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -53,6 +54,11 @@ def hf_config_from(file: GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:
     hf: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     for name, key in SIZES.items():
         hf[name] = _one(file, f"{architecture}.{key}", get(key))
+    for key in ("feed_forward_length", "attention.head_count", "attention.head_count_kv"):
+        if isinstance(given := get(key), list) and len(given) != hf["num_hidden_layers"]:
+            raise CheckpointError(
+                f"{file.path}: {architecture}.{key} has {len(given)} numbers for {hf['num_hidden_layers']} layers"
+            )
     heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
     hf["num_key_value_heads"] = _one(file, f"{architecture}.attention.head_count_kv", get("attention.head_count_kv", heads))
     head_dim = _one(file, f"{architecture}.attention.key_length", get("attention.key_length", hidden // heads))
@@ -106,14 +112,15 @@ def _token_ids(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any] | None:
     prefix = f"{file.metadata['general.architecture']}.rope.scaling."
-    kind = file.metadata.get(prefix + "type", "none")
+    factor = _single(file.metadata.get(prefix + "factor"))
+    kind = file.metadata.get(prefix + "type", "none" if factor in (None, 0, 1) else "linear")  # as llama.cpp has it
     factors = file.tensors.get("rope_freqs.weight")
     if kind not in ("none", "linear") or (factors and kind != "none"):
         raise CheckpointError(f"{file.path}: {one_of(prefix + 'type', kind, ('none', 'linear'))}")
     if factors:
         return _llama3_scaling(file, head_dim, theta)
     if kind == "linear":
-        return {"rope_type": "linear", "factor": _single(file.metadata.get(prefix + "factor"))}
+        return {"rope_type": "linear", "factor": factor}
     return None
 
 

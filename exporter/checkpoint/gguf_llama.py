@@ -110,6 +110,8 @@ def _tensor(file: GgufFile, config: ModelConfig, name: str, entry: GgufEntry) ->
     if entry.kind in NATIVE and not heads:
         return FileTensor(name, NATIVE[entry.kind], entry.shape, file.path, entry.offset)
     if entry.kind not in NATIVE:
+        if len(entry.shape) < 2:
+            raise CheckpointError(f"{file.path}: tensor {gguf_name(name)!r} is {entry.kind.name}, in which only matrices come")
         _refuse_unreadable(file, name, entry.kind)
     return GgufTensor(name, NATIVE.get(entry.kind, torch.float32), entry.shape, file.path, entry, heads)
 

@@ -17,6 +17,7 @@ from exporter.checkpoint.rope_config import finite, parse_rope, rope_keys
 from exporter.checkpoint.t5_config import read_t5, t5_keys
 from exporter.config import ModelConfig
 from exporter.errors import CheckpointError, UserError, one_of
+from exporter.models.rope import frequencies
 from exporter.seq2seq_config import Seq2SeqConfig
 
 # As DeciLM names them (Deci AI, huggingface.co/Deci/DeciLM-7B); transformers' own families have no such key.
@@ -56,9 +57,16 @@ def parse_config(
             own = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
             bos, eos = (_first_token_ids(key, own, generation or {}) for key in own)
             return replace(config, bos_token_id=bos[0] if bos else None, eos_token_ids=eos)
-        return Reader(hf).config(generation or {})
+        return _finite(Reader(hf).config(generation or {}))
     except UserError as error:
         raise CheckpointError(f"{where}: {error}") from None
+
+
+def _finite(config: ModelConfig) -> ModelConfig:
+    """No head has as many channels as a damaged file may say; such a config is refused by the shapes of its weights."""
+    if config.rope.kind != "none" and config.rotary_dim < 1 << 16 and not frequencies(config)[0].isfinite().all():
+        raise UserError(f"the numbers of RoPE scaling {config.rope.kind} give frequencies that are not finite")
+    return config
 
 
 class Reader:

@@ -91,6 +91,9 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         raise CheckpointError(f"{folder / INDEX} names {listing(outside)}, which is not a file name in its own folder")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} shards: {listing(missing)}; download them again")
+    held = {name: read_header(folder / name) for name in names}
+    if absent := sorted(tensor for tensor, name in weight_map.items() if tensor not in held[name]):
+        raise CheckpointError(f"{folder / INDEX} names tensors that its shards do not hold: {listing(absent)}")
     return tuple(folder / name for name in names)
 
 

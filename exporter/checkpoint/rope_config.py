@@ -46,6 +46,10 @@ def parse_rope(hf: Mapping[str, Any], family: Family, max_positions: int) -> Rop
             raise UserError(f"high_freq_factor {high} is not above low_freq_factor {low}")
         return RopeConfig(kind, theta, fraction, _number(values, "factor"), low, high, original)
     factor = _number(values, "factor", max_positions / original)
+    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    truncate = given.get("truncate", True)  # null is false
+    if truncate not in (True, False, None) or type(truncate) in (int, float):
+        raise UserError(f"RoPE truncate {truncate!r} is not true or false")
     return RopeConfig(
         kind,
         theta,
@@ -54,7 +58,7 @@ def parse_rope(hf: Mapping[str, Any], family: Family, max_positions: int) -> Rop
         original_max_positions=original,
         beta_fast=_number(values, "beta_fast", 32.0) or 32.0,
         beta_slow=_number(values, "beta_slow", 1.0) or 1.0,
-        truncate=bool(values.get("truncate", True)),
+        truncate=bool(truncate),
         attention_factor=_attention_factor(values, factor),
     )
 

@@ -77,7 +77,9 @@ Token Sampler::State::greedy(std::span<const float> logits) const {
 
 Token Sampler::State::draw(std::span<const float> logits, std::mt19937_64& stream) {
   choices.resize(logits.size());
-  for (std::size_t i = 0; i < logits.size(); ++i) choices[i] = {logits[i] / sampling.temperature, static_cast<Token>(i)};
+  const double best = logits[static_cast<std::size_t>(greedy(logits))];  // less that, no score is too large a number
+  for (std::size_t i = 0; i < logits.size(); ++i)
+    choices[i] = {(logits[i] - best) / sampling.temperature, static_cast<Token>(i)};
   if (sampling.top_k > 0 && sampling.top_k < static_cast<std::int64_t>(choices.size())) drop_all_but_top_k();
   double most = choices.front().score;
   for (const Choice& choice : choices) most = std::max(most, choice.score);

@@ -23,26 +23,26 @@ def run(factory, fakes, plan, steps=(0.01, 0.02), growth=0.0, **options):
 
 
 def test_turns_are_bursts_whose_order_reverses_every_round(factory, fakes):
-    plan = Plan(contexts=(16,), kinds=("decode",), samples=6, burst=2, settle=1, warmup=3)
+    plan = Plan(contexts=(16,), kinds=("decode",), samples=8, burst=2, settle=1, warmup=3)
     cells, log = run(factory, fakes, plan)
     steps = [name for name, what in log if isinstance(what, int)]
     warmup = ["s0"] * 3 + ["s1"] * 3
     a, b = ["s0"] * 3, ["s1"] * 3  # one untimed step and two samples
-    assert steps == warmup + a + b + b + a + a + b
-    assert [len(cell.samples) for cell in cells] == [6, 6]
+    assert steps == warmup + a + b + b + a + a + b + b + a
+    assert [len(cell.samples) for cell in cells] == [8, 8]
     assert {what for _, what in log if isinstance(what, int)} == {16}  # every step sees exactly the context
     assert [what for _, what in log if what in ("open", "close")] == ["open", "open", "close", "close"]
 
 
 def test_samples_hold_the_step_and_nothing_else(factory, fakes):
-    plan = Plan(contexts=(16, 32), batches=(1, 2), samples=5, burst=4, prefill_samples=3)
+    plan = Plan(contexts=(16, 32), batches=(1, 2), samples=9, burst=4, prefill_samples=3)
     cells, _ = run(factory, fakes, plan)
     assert len(cells) == 2 * 2 * 2 * 3
     for cell in cells:
         step = {"s0": 0.01, "s1": 0.02}[cell.subject.variant]
         wanted = {"decode": step, "prefill": step * cell.context, "ttft": step * cell.context + fakes.PICK}[cell.kind]
-        assert cell.samples == pytest.approx([wanted] * (5 if cell.kind == "decode" else 3))
-        assert cell.burst == (4 if cell.kind == "decode" else 1)
+        assert cell.samples == pytest.approx([wanted] * (9 if cell.kind == "decode" else 3))
+        assert cell.burst == (2 if cell.kind == "decode" else 1)  # a quarter of the samples at the most
         assert 1 <= cell.capacity - cell.context <= 8
     assert gc.isenabled()
 
@@ -108,6 +108,8 @@ def test_cohorts_keep_a_pattern_together(factory):
     kinds = [(g, pattern) for g in (8, 4) for pattern in ("grouped", "gqa")]
     subjects = [factory.subject(*kind, weight_bytes=100, kv_bytes_per_token=0) for kind in kinds]
     assert cohorts(subjects, 1, 10, 400) == [[0, 2], [1, 3]]
+    assert cohorts(subjects, 1, 10, 600) == [[0, 2], [1, 3]]  # one of the second would fit, not both
+    assert cohorts(subjects, 1, 10, 200) == [[0], [2], [1], [3]]
 
 
 def test_cells_name_their_cohort(factory, fakes):

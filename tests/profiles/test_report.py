@@ -104,6 +104,10 @@ def test_the_headline_is_computed(results, page):
     ratio = found.many.times.p50 / found.few.times.p50
     text = " ".join(Page(page).text)
     assert f"{ratio:.2f} times as fast" in text
+    assert (tiles(rows_of([results]))[1].value, ratio > 1.5) == (f"{ratio:.2f}×", True)
+    floors = [row.ratio for row in found.fastest]
+    assert f"takes {min(floors):.2f} to {max(floors):.2f} times what reading its weights" in text
+    assert min(floors) < max(floors)
     assert f"{milliseconds(found.few.times.p50)} ms" in text
     assert "15.4 kB a token rather than 138 kB" in text
     assert "loss goes from 2.59 to 4.61" in text

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.stats as scipy_stats
@@ -48,13 +50,30 @@ def test_blocks_widen_the_interval_of_bursts():
     assert together[1] - together[0] > 1.5 * (alone[1] - alone[0])
 
 
-def test_a_block_is_a_run_of_neighbours():
-    """Resamples of 0, 1, …, 23 in blocks of 6: four runs each, so a median is what one of few combinations gives."""
+def test_a_block_is_a_whole_burst():
+    """Resamples of 0, 1, …, 23 in bursts of 6: four of them each, and the widening by hand."""
     values, block = tuple(float(value) for value in range(24)), 6
-    rng = np.random.default_rng(2)
-    starts = rng.integers(0, 24 - block + 1, size=(50, 4))
-    by_hand = [np.median(np.concatenate([values[start : start + block] for start in row])) for row in starts]
-    assert stats.medians(values, 50, np.random.default_rng(2), block) == pytest.approx(by_hand, abs=0)
+    bursts = np.random.default_rng(2).integers(0, 4, size=(50, 4))
+    by_hand = [np.median(np.concatenate([values[6 * burst : 6 * burst + 6] for burst in row])) for row in bursts]
+    wider = math.sqrt(4 / 3) * scipy_stats.t.ppf(0.975, 3) / scipy_stats.norm.ppf(0.975)
+    wanted = 11.5 + wider * (np.array(by_hand) - 11.5)
+    assert stats.medians(values, 50, np.random.default_rng(2), block) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("count", "shared"), [(32, 0.0), (32, 0.5), (32, 0.8), (104, 0.0), (104, 0.8)])
+def test_how_often_two_equal_distributions_differ(count, shared):
+    """Bursts of 8; `shared` of the variance is a burst's own. 5 % of 400 are 20, with a standard deviation of 4.4."""
+
+    def samples(rng):
+        bursts = rng.normal(size=-(-count // 8)).repeat(8)[:count]
+        return 10 + 0.3 * (math.sqrt(shared) * bursts + math.sqrt(1 - shared) * rng.normal(size=count))
+
+    differ = 0
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        low, high = stats.ratio_interval(samples(rng), samples(rng), resamples=400, block=8)
+        differ += not low <= 1 <= high
+    assert differ <= 31
 
 
 def test_a_block_is_at_most_a_quarter_of_the_samples():

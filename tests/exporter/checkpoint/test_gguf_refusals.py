@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ REFUSED = [
     ({"rope__scaling__type": "yarn"}, "llama.rope.scaling.type 'yarn' is not one of none, linear"),
     ({"rope__dimension_count": 8}, "RoPE on 8 of 16 channels is not part of llama"),
     ({"attention__value_length": 8}, "heads of K and V differ in size (16 and 8)"),
+    ({"rope__scaling__attn_factor": 2.0}, "llama.rope.scaling.attn_factor 2.0 is not supported"),
+    ({"attention__head_count_kv": [2]}, "llama.attention.head_count_kv has 1 numbers for 2 layers"),
     ({"attention__head_count_kv": [2, 1]}, "llama.attention.head_count_kv [2, 1] is not one whole number ≥ 1"),
     ({"attention__head_count_kv": 3}, "layer 0: 3 KV heads do not divide 4 query heads; choose from 4, 2, 1"),
     ({"block_count": "2"}, "llama.block_count '2' is not one whole number ≥ 1"),
@@ -53,6 +56,23 @@ def test_refused_by_name(changes, text, tmp_path):
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(write(path, **changes))
     assert str(error.value) == f"{path}: {text}"
+
+
+def test_a_vector_of_quantised_numbers(tmp_path, monkeypatch):
+    path = write(tmp_path / "tiny.gguf")
+    file = read_gguf(path)
+    name = "blk.0.attn_norm.weight"
+    file.tensors[name] = replace(file.tensors[name], kind=Kind.Q8_0)
+    monkeypatch.setattr("exporter.checkpoint.gguf_llama.read_gguf", lambda _: file)
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(path)
+    assert str(error.value) == f"{path}: tensor '{name}' is Q8_0, in which only matrices come"
+
+
+def test_a_factor_without_a_type_is_linear(tmp_path):
+    """As llama.cpp reads it."""
+    config = open_checkpoint(write(tmp_path / "tiny.gguf", rope__scaling__factor=4.0)).config
+    assert (config.rope.kind, config.rope.factor) == ("linear", 4.0)
 
 
 def test_a_kind_that_cannot_be_dequantised(tmp_path):

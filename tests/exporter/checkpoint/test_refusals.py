@@ -61,10 +61,17 @@ REFUSED = [
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "RoPE scaling llama3 needs low_freq_factor"),
     ({"rope_scaling": {"mrope_section": [1]}}, "RoPE parameters mrope_section are not supported"),
     ({"rope_scaling": "yarn"}, "RoPE parameters 'yarn' are not a JSON object"),
+    (
+        {"rope_scaling": {"rope_type": "linear", "factor": 1e-45}},
+        "the numbers of RoPE scaling linear give frequencies that are not finite",
+    ),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": "false"}}, "RoPE truncate 'false' is not true or false"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "RoPE truncate 1 is not true or false"),
     ({"rope_theta": "many"}, "RoPE rope_theta 'many' is not a finite number"),
     ({"rope_theta": -1.0}, "rope theta -1.0 is not positive"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not part of llama"),
     ({"model_type": "mistral", "sliding_window": 64}, WINDOW),
+    ({"model_type": "mistral", "sliding_window": 127}, WINDOW.replace("64", "127")),
     ({"model_type": "phi3", "sliding_window": 64}, WINDOW),
     ({"model_type": "starcoder2", "sliding_window": 64}, WINDOW),
     ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, WINDOW),
@@ -121,6 +128,40 @@ def test_refused_by_name(changes, text):
 @pytest.mark.parametrize("changes", ACCEPTED, ids=str)
 def test_harmless_settings_are_accepted(changes):
     parse_config({**LLAMA, "num_key_value_heads": 2, "head_dim": 8, **changes})
+
+
+@pytest.mark.parametrize("given", [{"truncate": None}, {"truncate": True}, {"original_max_position_embeddings": 64}])
+def test_yarn_is_read_as_transformers_reads_it(given):
+    """A null `truncate` is false there; an original length beside the parameters comes before the one among them."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0, **given}
+    top = {"original_max_position_embeddings": 32} if "original_max_position_embeddings" in given else {}
+    hf = {**LLAMA, "head_dim": 64, "rope_theta": 10000.0, "rope_scaling": scaling, **top}
+    theirs, _ = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(**hf), "cpu")
+    torch.testing.assert_close(frequencies(parse_config(hf))[0], theirs)
+
+
+def test_token_ids_that_a_config_leaves_out():
+    """Those of transformers' config class."""
+    from transformers import AutoConfig
+
+    for model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"):
+        theirs = AutoConfig.for_model(model_type)
+        heads = {"num_key_value_heads": 2, "head_dim": 8}
+        ours = parse_config({**LLAMA, **heads, "model_type": model_type, "vocab_size": 40000})
+        ends = () if theirs.eos_token_id is None else (theirs.eos_token_id,)
+        assert (ours.bos_token_id, ours.eos_token_ids) == (theirs.bos_token_id, ends), model_type
+
+
+def test_an_index_of_tensors_that_no_shard_holds(saved):
+    folder = saved("llama", max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"]["nonsense.weight"] = next(iter(data["weight_map"].values()))
+    index.write_text(json.dumps(data))
+    assert refusal(folder) == f"{index} names tensors that its shards do not hold: nonsense.weight"
 
 
 def test_old_gemma_activation_is_the_tanh_one():
