@@ -102,7 +102,8 @@ def _encoder(variant: Seq2SeqVariant) -> Part:
     attention = [
         Attention(
             f"encoder layer {layer}",
-            *(f"encoder.layers.{layer}.self_attn.{x}_proj.weight" for x in "kv"),
+            f"encoder.layers.{layer}.self_attn.k_proj.weight",
+            f"encoder.layers.{layer}.self_attn.v_proj.weight",
             config.num_heads,
             ("attention_mask", "encoder.bias.weight"),
             1.0,

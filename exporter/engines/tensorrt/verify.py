@@ -69,8 +69,8 @@ def check_bindings(network: Network, part: Part, sizes: Mapping[str, int]) -> It
 
 
 def _same_shape(found: tuple[int, ...], planned: tuple[int, ...], role: contract.Role) -> bool:
-    """The logits of all positions come out of a Reshape that leaves V open; the builder finds it."""
-    same = [f == p or (f == -1 and role == "logits") for f, p in zip(found, planned, strict=False)]
+    """What comes out of a Reshape may leave V or d open, which the builder finds: logits and hidden states."""
+    same = [f == p or (f == -1 and role in ("logits", "hidden")) for f, p in zip(found, planned, strict=False)]
     return len(found) == len(planned) and all(same)
 
 

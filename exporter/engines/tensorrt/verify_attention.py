@@ -44,8 +44,8 @@ def _fused(network: Network, attention: Layer, plan: Attention, heads: int) -> I
     if details["norm"] != "SOFTMAX":
         yield f"its attention normalises by {details['norm']}, planned SOFTMAX"
     if details["decomposable"] != plan.decomposable:
-        may, planned = ("may", "fused") if details["decomposable"] else ("may not", "that it may")
-        yield f"its attention {may} be decomposed, planned {planned}"
+        told = "may be decomposed, planned fused" if details["decomposable"] else "may not be decomposed, planned that it may"
+        yield f"its attention {told}"
     scale = _factor(network, query) * _factor(network, key)
     if not math.isclose(scale, plan.scale, rel_tol=1e-4):
         yield f"its scores are scaled by {scale:.6g}, planned {plan.scale:.6g}"
