@@ -88,20 +88,22 @@ class Network:
     def of(self, kind: str) -> list[Layer]:
         return [layer for layer in self.layers if layer.kind == kind]
 
-    def before(self, name: str) -> Iterator[str]:
-        """`name` and every tensor that it is made from."""
+    def before(self, name: str, shapes: bool = True) -> Iterator[str]:
+        """`name` and every tensor that it is made from; without `shapes`, not those of which only the shape is read."""
         seen, open_names = {name}, [name]
         while open_names:
             yield (current := open_names.pop())
             layer = self.producer.get(current)
-            for given in layer.inputs if layer is not None else ():
+            if layer is None or (layer.kind == "SHAPE" and not shapes):
+                continue
+            for given in layer.inputs:
                 if given is not None and given.name not in seen:
                     seen.add(given.name)
                     open_names.append(given.name)
 
-    def behind(self, name: str) -> set[str]:
+    def behind(self, name: str, shapes: bool = True) -> set[str]:
         """`before` and the names of the layers that make those: a weight's layer has the weight's name."""
-        tensors = set(self.before(name))
+        tensors = set(self.before(name, shapes))
         return tensors | {self.producer[tensor].name for tensor in tensors if tensor in self.producer}
 
     def scalar(self, name: str) -> float | None:

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from exporter import contract
-from exporter.engines.tensorrt.network import Network, Tensor
+from exporter.engines.tensorrt.network import Layer, Network, Tensor
 from exporter.engines.tensorrt.parts import Part, shape
-from exporter.engines.tensorrt.verify_attention import check_fused, check_grouped, source_of
+from exporter.engines.tensorrt.verify_attention import check_fused, check_grouped, maker, weight_of
 from exporter.errors import GraphError
 
 
@@ -103,12 +103,19 @@ def check_caches(network: Network, part: Part) -> Iterator[str]:
 
 
 def check_made(network: Network, part: Part) -> Iterator[str]:
-    """What cross-attention reads is made by each layer's own weights from the encoder's last hidden state."""
+    """What cross-attention reads is made by each layer's own weights from what the encoder's last norm gives."""
     for name, weight in part.made:
-        if (source := source_of(network, network.outputs.get(name))) != weight:
-            yield f"{name} is made by {source}, planned {weight}"
-        elif "last_hidden_state" not in set(network.before(name)):
-            yield f"{name} does not come from last_hidden_state"
+        product = maker(network, network.outputs.get(name))
+        if product is None or (source := weight_of(network, product)) != weight:
+            yield f"{name} is made by {source if product is not None else 'nothing'}, planned {weight}"
+        elif not _normed_last(network, product):
+            yield f"{name} does not come from the encoder's last norm"
+
+
+def _normed_last(network: Network, product: Layer) -> bool:
+    """apart.py gives some products a norm of their own, whose weight has another ending."""
+    x = product.inputs[0]
+    return x is not None and any(name.startswith("encoder.norm.weight") for name in network.behind(x.name, shapes=False))
 
 
 def check_casts(network: Network, part: Part) -> Iterator[str]:

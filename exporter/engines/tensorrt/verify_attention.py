@@ -70,8 +70,8 @@ def source_of(network: Network, given: Tensor | None) -> str:
         return source_of(network, source) if wider else given.name
     if layer is not None and (scaled := _scaled(network, layer)) is not None:
         return source_of(network, scaled[0])
-    maker = _maker(network, given)
-    weight = _weight(network, maker) if maker is not None else None
+    made_by = maker(network, given)
+    weight = weight_of(network, made_by) if made_by is not None else None
     return given.name if weight is None else weight
 
 
@@ -95,18 +95,18 @@ def _factor(network: Network, given: Tensor) -> float:
     return math.nan if value is None else value
 
 
-def _weight(network: Network, layer: Layer) -> str | None:
+def weight_of(network: Network, layer: Layer) -> str | None:
     """The weight that a linear layer multiplies by, dequantised or as it is."""
     other = layer.inputs[1] if layer.kind == "MATRIX_MULTIPLY" else None
-    maker = network.producer.get(other.name) if other is not None else None
-    return maker.name.removesuffix(DEQUANTISED) if maker is not None and maker.kind in ("CONSTANT", "DEQUANTIZE") else None
+    held = network.producer.get(other.name) if other is not None else None
+    return held.name.removesuffix(DEQUANTISED) if held is not None and held.kind in ("CONSTANT", "DEQUANTIZE") else None
 
 
 def check_grouped(network: Network, part: Part) -> Iterator[str]:
     """Two products a layer over the G heads of what it reads, which are not repeated, a softmax of masked scores between."""
     if fused := network.of("ATTENTION_INPUT"):
         yield f"there are {len(fused)} fused attention layers, planned none in pattern grouped"
-    made = {_weight(network, layer): layer.outputs[0].name for layer in network.of("MATRIX_MULTIPLY")}
+    made = {weight_of(network, layer): layer.outputs[0].name for layer in reversed(network.of("MATRIX_MULTIPLY"))}
     for plan in part.attention:
         scores, output = (_product(network, made.get(source, source)) for source in (plan.key, plan.value))
         if scores is None or output is None:
@@ -119,11 +119,11 @@ def check_grouped(network: Network, part: Part) -> Iterator[str]:
         apart = [taker.outputs[0].shape for taker in network.takers.get(output.outputs[0].name, [])]
         if not any(len(shape) == 4 and shape[1] == heads for shape in apart):
             yield f"{plan.name}: its output is not taken apart into {heads} query heads"
-        softmax = _maker(network, output.inputs[0])
+        softmax = maker(network, output.inputs[0])
         if softmax is None or softmax.kind != "SOFTMAX":
             yield f"{plan.name}: its values are not weighted by a softmax"
         else:
-            added = _added(network, _maker(network, softmax.inputs[0]), scores.outputs[0].name)
+            added = _added(network, maker(network, softmax.inputs[0]), scores.outputs[0].name)
             yield from (f"{plan.name} has no mask from {source} on its scores" for source in plan.mask if source not in added)
 
 
@@ -138,10 +138,10 @@ def _product(network: Network, name: str) -> Layer | None:
     return None
 
 
-def _maker(network: Network, given: Tensor | None) -> Layer | None:
+def maker(network: Network, given: Tensor | None) -> Layer | None:
     """The layer that makes `given`, whatever reshaped it on the way."""
     layer = network.producer.get(given.name) if given is not None else None
-    return _maker(network, layer.inputs[0]) if layer is not None and layer.kind == "SHUFFLE" else layer
+    return maker(network, layer.inputs[0]) if layer is not None and layer.kind == "SHUFFLE" else layer
 
 
 def _added(network: Network, layer: Layer | None, scores: str) -> set[str]:
