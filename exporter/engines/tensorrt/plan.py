@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from exporter.bundle import Bundle, Variant
+from exporter.bundle import Bundle, Seq2SeqVariant, Variant
 from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.api import HERE, Api
 from exporter.engines.tensorrt.parts import Part
@@ -89,7 +89,8 @@ def recipe_of(bundle: Bundle, part: Part, api: Api, targets: tuple[str, ...], op
     if options.compatible and api.rtx:
         raise EngineError("--compatible is of backend tensorrt; a tensorrt-rtx engine runs on the chips that --target names")
     if variant.dtype == "bf16" and "sm75" in targets:
-        raise EngineError(f"variant {variant.name} is bf16, which sm75 lacks; leave sm75 out, or export it in fp16")
+        other = "" if isinstance(variant, Seq2SeqVariant) else ", or export it in fp16"  # which T5 overflows
+        raise EngineError(f"variant {variant.name} is bf16, which sm75 lacks; leave sm75 out{other}")
     size = max(variant.config.head_dim, variant.config.value_dim)
     if variant.pattern == "attention" and (size % 8 or not 16 <= size <= 256):
         raise EngineError(

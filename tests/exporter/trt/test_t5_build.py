@@ -137,6 +137,11 @@ def test_what_cannot_be_is_refused_before_anything_is_built(pair, changes, words
     assert not (pair.path / "engines").exists()
 
 
+def test_bf16_is_refused_for_a_chip_without_it(half):
+    with pytest.raises(EngineError, match=r"variant g2 is bf16, which sm75 lacks; leave sm75 out$"):
+        build(Bundle.open(half), BuildOptions(targets=("sm75", "sm89"), capacity=32))
+
+
 def test_heads_that_no_kernel_takes_are_refused(half):
     bundle = Bundle.open(half)
     (variant,) = bundle.variants
