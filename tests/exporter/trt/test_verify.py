@@ -58,6 +58,14 @@ def test_a_mask_that_ignores_the_positions_is_refused(api, attention):
         check(api, graph)
 
 
+def test_scores_of_another_scale_are_refused(api, attention):
+    graph = Graph(attention)
+    (scale,) = (attribute for attribute in graph.nodes("Attention")[0].attribute if attribute.name == "scale")
+    scale.f = 1.0
+    with pytest.raises(GraphError, match=r"layer 0: its scores are scaled by 1, planned 0.25"):
+        check(api, graph)
+
+
 def test_nonpad_kv_seqlen_is_refused(api, attention):
     """The parser takes the input and leaves it out of the network."""
     graph = Graph(attention)
