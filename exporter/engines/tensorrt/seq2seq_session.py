@@ -35,7 +35,7 @@ class TensorRTSeq2SeqSession(Seq2SeqSession):
     ) -> None:
         recipe = decoder.record.recipe
         super().__init__(variant.config, recipe.batch, capacity, info)
-        self.variant, self.longest, self.runtime = variant, recipe.prefill, encoder
+        self.variant, self.longest, self.messages = variant, recipe.prefill, encoder.messages
         self.stream = torch.cuda.Stream()
         self.profile: Path | None = None  # where the decoder's layer times were written, after close()
         self._profile_to = profile_to
@@ -94,7 +94,7 @@ class TensorRTSeq2SeqSession(Seq2SeqSession):
                 host[: given.size].copy_(torch.from_numpy(given.reshape(-1)))
                 device[: given.size].copy_(host[: given.size], non_blocking=True)
             if not self._encoder.execute_async_v3(self.stream.cuda_stream):
-                raise EngineError(f"TensorRT failed in the encoder: {self.runtime.messages.reason()}")
+                raise EngineError(f"TensorRT failed in the encoder: {self.messages.reason()}")
 
     def _reshape(self, tokens: int) -> None:
         """Both contexts for inputs of `tokens` tokens."""
@@ -102,7 +102,7 @@ class TensorRTSeq2SeqSession(Seq2SeqSession):
         for context, bindings in ((self._encoder, self.variant.encoder_inputs()), (self._decoder, self.variant.inputs())):
             for binding in bindings:
                 if "encoder" in binding.shape and not context.set_input_shape(binding.name, shape(binding, sizes)):
-                    raise EngineError(f"TensorRT takes no inputs of {tokens} tokens: {self.runtime.messages.reason()}")
+                    raise EngineError(f"TensorRT takes no inputs of {tokens} tokens: {self.messages.reason()}")
         self._step_call.forget()
         self._tokens = tokens
 
