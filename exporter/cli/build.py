@@ -42,7 +42,9 @@ class Words(click.ParamType):
 @click.option("--variant", "variants", type=Words(), help="Which graphs.  [default: all of pattern attention or grouped]")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences an engine runs at once.")
 @click.option("--capacity", type=click.IntRange(min=1), help="KV cache rows a sequence.  [default: the context, at most 4096]")
-@click.option("--prefill", type=click.IntRange(min=1), help="Most tokens of one prefill call.  [default: 512]")
+@click.option(
+    "--prefill", type=click.IntRange(min=1), help="Most tokens of one prefill call, or of an encoder's input.  [default: 512]"
+)
 @click.option("--quantize", type=options.OneOf(("int8", "int4", "fp8")), help="Weights of the linear layers.")
 @click.option("--optimisation", type=click.IntRange(0, 5), help="How hard the builder tries.  [default: the builder's own]")
 @click.option("--workspace", type=click.IntRange(min=1), help="Most scratch memory of a kernel, MiB.")
@@ -57,7 +59,8 @@ class Words(click.ParamType):
 def build_command(bundle: Path, as_json: bool, **given: Any) -> None:
     """Compile TensorRT engines from the graphs of BUNDLE that keep a static cache, verified, into BUNDLE/engines.
 
-    tensorrt-rtx needs no GPU for it. What is there already and unchanged is kept.
+    tensorrt-rtx needs no GPU for it. What is there already and unchanged is kept. An encoder-decoder gets two
+    engines a variant.
 
     \b
     Examples:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle import Bundle, Seq2SeqVariant, Variant
+from exporter.bundle import Bundle, Variant
 from exporter.engines.base import Session
 from exporter.errors import EngineError, one_of
 
@@ -75,8 +75,6 @@ def open_session(
     entry = BACKENDS[backend]
     if not isinstance(variant, Variant):
         variant = bundle.variant(variant)
-    if isinstance(variant, Seq2SeqVariant) and not backend.startswith("onnxruntime"):
-        raise EngineError(f"backend {backend} runs decoder-only models, {bundle.path} is an encoder-decoder; take onnxruntime")
     limit = variant.config.max_positions  # past it are positions the model was not made for, or a sliding window we lack
     capacity = limit if capacity is None else min(capacity, limit)
     for name, value in (("batch", batch), ("capacity", capacity), ("threads", 1 if threads is None else threads)):

@@ -144,8 +144,6 @@ def test_what_a_session_refuses(bundles: dict[str, Bundle]) -> None:
             session.decode(np.array([3]))
         with pytest.raises(EngineError, match="the cache is full: 20 tokens a sequence"):
             session.decode(np.array([3]))
-    with pytest.raises(EngineError, match="backend tensorrt-rtx runs decoder-only models"):
-        open_session(bundles["static"], backend="tensorrt-rtx")
 
 
 def test_what_export_refuses(tmp_path: Path) -> None:

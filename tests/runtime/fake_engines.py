@@ -14,6 +14,7 @@ from typing import Any
 from exporter.bundle import Bundle, Variant
 from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.build import _bindings
+from exporter.engines.tensorrt.parts import parts_of
 from exporter.engines.tensorrt.record import EngineRecord, Profile, Recipe
 
 VERSION, CHIP = "1.2.3.4", "sm89"  # what the fake says it is
@@ -47,9 +48,8 @@ def add(
     there = record.read(folder)
     name = f"model.{variant.name}.{len(there)}"
     profiles = (Profile("prefill", 1, prefill, prefill), Profile("decode", 1, 1, 1))
-    engine = EngineRecord(
-        variant.name, f"{name}.engine", f"{name}.log", 0, "", 0.0, made, profiles, _bindings(variant, made), {}
-    )
+    bindings = _bindings(parts_of(variant)[0], made)
+    engine = EngineRecord(variant.name, f"{name}.engine", f"{name}.log", 0, "", 0.0, made, profiles, bindings, {})
     plan = f"{batch} {capacity} {prefill} {bundle.graph_path(variant).resolve()}\n"
     record.write(folder, (*there, set_plan(folder, engine, plan)))
     return folder

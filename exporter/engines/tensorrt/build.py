@@ -1,4 +1,4 @@
-"""`headpool build`: each static-cache graph of a bundle → parsed, verified, compiled, recorded. What is unchanged is kept."""
+"""`headpool build`: the static-cache graphs of a bundle → parsed, verified, compiled, recorded. What is unchanged is kept."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle import Bundle, Variant
+from exporter.bundle import Bundle
 from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.apart import keep_apart
 from exporter.engines.tensorrt.api import Api, Messages, load
 from exporter.engines.tensorrt.compile import compile_plan, config_of, profiles_of
+from exporter.engines.tensorrt.decompose import allow_decomposing
 from exporter.engines.tensorrt.heads import one_head_size
 from exporter.engines.tensorrt.network import Network, Parsed, parse
+from exporter.engines.tensorrt.parts import Part, parts_of, shape
 from exporter.engines.tensorrt.plan import BuildOptions, recipe_of, targets_of, variants_of
 from exporter.engines.tensorrt.quantize import quantize_weights
 from exporter.engines.tensorrt.record import EngineBinding, EngineRecord, Recipe
-from exporter.engines.tensorrt.verify import Sizes, verify
+from exporter.engines.tensorrt.verify import verify
 from exporter.engines.tensorrt.weights import Source, open_source
 from exporter.errors import UserError
 from exporter.files import replacing
@@ -46,17 +48,18 @@ def build(bundle: Bundle, options: BuildOptions, progress: Progress | None = Non
     api = load(options.backend)
     variants = variants_of(bundle, options.variants)
     targets = targets_of(api, options)
-    plans = [(variant, recipe_of(bundle, variant, api, targets, options)) for variant in variants]
+    parts = [part for variant in variants for part in parts_of(variant)]
+    plans = [(part, recipe_of(bundle, part, api, targets, options)) for part in parts]
     folder = bundle.path / record.FOLDER / record.folder_name(options.backend, targets)
     built = []
-    for index, (variant, recipe) in enumerate(plans):
-        name = _stem(variant, recipe)
+    for index, (part, recipe) in enumerate(plans):
+        name = _stem(part, recipe)
         there = {item.file: item for item in record.read(folder)}
         old = there.get(f"{name}.engine")
         fresh = old is None or old.recipe != recipe or not old.intact(folder)
         if fresh:
             folder.mkdir(parents=True, exist_ok=True)
-            new = _build_one(bundle, variant, recipe, api, folder, partial(_share, report, f"building {variant.name}"))
+            new = _build_one(bundle, part, recipe, api, folder, partial(_share, report, f"building {part.label}"))
             there[new.file] = new
             record.write(folder, tuple(there[file] for file in sorted(there)))
         built.append(Built(folder, there[f"{name}.engine"], fresh))
@@ -68,21 +71,21 @@ def _share(report: Progress, what: str, thousandths: int) -> None:
     report(what, thousandths, 1000)
 
 
-def _stem(variant: Variant, recipe: Recipe) -> str:
+def _stem(part: Part, recipe: Recipe) -> str:
     """model.g3.onnx → model.g3, or model.g3.int4 with quantised weights."""
-    return variant.graph.removesuffix(".onnx") + (f".{recipe.quantize}" if recipe.quantize else "")
+    return part.graph.removesuffix(".onnx") + (f".{recipe.quantize}" if recipe.quantize else "")
 
 
 def _build_one(
-    bundle: Bundle, variant: Variant, recipe: Recipe, api: Api, folder: Path, on_progress: Callable[[int], None]
+    bundle: Bundle, part: Part, recipe: Recipe, api: Api, folder: Path, on_progress: Callable[[int], None]
 ) -> EngineRecord:
-    """Parse, verify and compile one variant; the log is kept whatever happens, the plan only when it is whole."""
-    name, messages, started = _stem(variant, recipe), Messages(), time.perf_counter()
+    """Parse, verify and compile one part; the log is kept whatever happens, the plan only when it is whole."""
+    name, messages, started = _stem(part, recipe), Messages(), time.perf_counter()
     plan = folder / f"{name}.engine"
     try:
-        source, parsed, network = prepare(bundle, variant, recipe, api, messages)
-        profiles = profiles_of(recipe)
-        config = config_of(parsed, variant, recipe, profiles)
+        source, parsed, network = prepare(bundle, part, recipe, api, messages)
+        profiles = profiles_of(part, recipe)
+        config = config_of(parsed, part, recipe, profiles)
         with replacing(plan) as temporary:
             size, digest = compile_plan(parsed, config, source, temporary, on_progress)
         on_progress(1000)
@@ -92,7 +95,7 @@ def _build_one(
         with replacing(folder / f"{name}.log") as temporary:
             temporary.write_text(messages.text(), "utf-8")
     return EngineRecord(
-        variant=variant.name,
+        variant=part.variant.name,
         file=plan.name,
         log=f"{name}.log",
         bytes=size,
@@ -100,33 +103,33 @@ def _build_one(
         seconds=round(time.perf_counter() - started, 2),
         recipe=recipe,
         profiles=profiles,
-        bindings=_bindings(variant, recipe),
+        bindings=_bindings(part, recipe),
         network=network,
+        part=part.name,
     )
 
 
-def prepare(
-    bundle: Bundle, variant: Variant, recipe: Recipe, api: Api, messages: Messages
-) -> tuple[Source, Parsed, dict[str, Any]]:
+def prepare(bundle: Bundle, part: Part, recipe: Recipe, api: Api, messages: Messages) -> tuple[Source, Parsed, dict[str, Any]]:
     """Read the graph and its weights, parse it, and verify the network. The source must live until the engine is built."""
-    source, quantised = source_of(bundle, variant, recipe)
+    source, quantised = source_of(bundle, part, recipe)
     parsed = parse(api, source, messages)
-    facts = verify(Network(api.trt, parsed.definition), variant, Sizes(recipe.batch, recipe.capacity), quantised)
+    facts = verify(Network(api.trt, parsed.definition), part, part.sizes(recipe.batch, recipe.capacity), quantised)
     return source, parsed, facts
 
 
-def source_of(bundle: Bundle, variant: Variant, recipe: Recipe) -> tuple[Source, int]:
+def source_of(bundle: Bundle, part: Part, recipe: Recipe) -> tuple[Source, int]:
     """The graph and its weights as an engine is built from them, and refitted with them; how many weights are quantised."""
-    source = open_source(bundle, variant, recipe.batch, recipe.capacity)
+    variant, source = part.variant, open_source(bundle, part, recipe.batch, recipe.capacity)
     if variant.pattern == "attention":
         one_head_size(source, variant.config)
+        allow_decomposing(source, part)
     keep_apart(source)
     quantised = quantize_weights(source, recipe.quantize, variant.dtype) if recipe.quantize is not None else []
     return source, len(quantised)
 
 
-def _bindings(variant: Variant, recipe: Recipe) -> tuple[EngineBinding, ...]:
+def _bindings(part: Part, recipe: Recipe) -> tuple[EngineBinding, ...]:
     """As verified: the network has exactly these."""
-    sizes = Sizes(recipe.batch, recipe.capacity)
-    given = [("input", binding) for binding in variant.inputs()] + [("output", binding) for binding in variant.outputs()]
-    return tuple(EngineBinding(b.name, mode, b.dtype, sizes.shape(b), b.alias) for mode, b in given)
+    sizes = part.sizes(recipe.batch, recipe.capacity)
+    given = [("input", binding) for binding in part.inputs] + [("output", binding) for binding in part.outputs]
+    return tuple(EngineBinding(b.name, mode, b.dtype, shape(b, sizes), b.alias) for mode, b in given)

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle import Variant
 from exporter.engines.tensorrt.callbacks import monitor, writer
 from exporter.engines.tensorrt.network import Parsed
+from exporter.engines.tensorrt.parts import Part, shape
 from exporter.engines.tensorrt.record import Profile, Recipe
 from exporter.engines.tensorrt.weights import Source
 from exporter.errors import EngineError
@@ -21,12 +21,15 @@ from exporter.files import replacing
 RELEASE_EVERY = 0.02  # seconds
 
 
-def profiles_of(recipe: Recipe) -> tuple[Profile, ...]:
-    """Prefill and decode, in the order sessions count them."""
-    return (Profile("prefill", 1, recipe.prefill, recipe.prefill), Profile("decode", 1, 1, 1))
+def profiles_of(part: Part, recipe: Recipe) -> tuple[Profile, ...]:
+    """In the order sessions count them: of a decoder's new tokens, or of the tokens of an encoder's input."""
+    longest = recipe.prefill
+    if part.grows == "encoder":
+        return (Profile("input", 1, longest, longest),)
+    return (Profile("prefill", 1, longest, longest), Profile("decode", 1, 1, 1))
 
 
-def config_of(parsed: Parsed, variant: Variant, recipe: Recipe, profiles: tuple[Profile, ...]) -> Any:
+def config_of(parsed: Parsed, part: Part, recipe: Recipe, profiles: tuple[Profile, ...]) -> Any:
     """The IBuilderConfig of a recipe. Raises EngineError where TensorRT refuses a profile."""
     trt, builder = parsed.api.trt, parsed.builder
     config = builder.create_builder_config()
@@ -35,7 +38,7 @@ def config_of(parsed: Parsed, variant: Variant, recipe: Recipe, profiles: tuple[
         for index, target in enumerate(recipe.targets):
             # A chip that has no name there was asked for as the one here: the builder may know it all the same.
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper(), trt.ComputeCapability.CURRENT), index)
-    if variant.dtype == "fp32":
+    if part.variant.dtype == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 products with fp32's 23 bits
     if recipe.optimisation is not None:
         config.builder_optimization_level = recipe.optimisation
@@ -49,10 +52,12 @@ def config_of(parsed: Parsed, variant: Variant, recipe: Recipe, profiles: tuple[
     if "hardware" in recipe.compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names in a session's own profile
+    sizes = part.sizes(recipe.batch, recipe.capacity)
     for profile in profiles:
         shapes = builder.create_optimization_profile()
-        for name in ("input_ids", "position_ids"):
-            shapes.set_shape(name, *((recipe.batch, tokens) for tokens in (profile.least, profile.best, profile.most)))
+        for binding in (binding for binding in part.inputs if part.grows in binding.shape):
+            tokens = (profile.least, profile.best, profile.most)
+            shapes.set_shape(binding.name, *(shape(binding, {**sizes, part.grows: count}) for count in tokens))
         if config.add_optimization_profile(shapes) < 0:
             raise EngineError(f"{trt.__name__} takes no profile {profile.name}: {parsed.messages.reason()}")
     return config

@@ -88,16 +88,29 @@ class Network:
     def of(self, kind: str) -> list[Layer]:
         return [layer for layer in self.layers if layer.kind == kind]
 
-    def before(self, name: str) -> Iterator[str]:
-        """`name` and every tensor that it is made from."""
+    def before(self, name: str, shapes: bool = True) -> Iterator[str]:
+        """`name` and every tensor that it is made from; without `shapes`, not those of which only the shape is read."""
         seen, open_names = {name}, [name]
         while open_names:
             yield (current := open_names.pop())
             layer = self.producer.get(current)
-            for given in layer.inputs if layer is not None else ():
+            if layer is None or (layer.kind == "SHAPE" and not shapes):
+                continue
+            for given in layer.inputs:
                 if given is not None and given.name not in seen:
                     seen.add(given.name)
                     open_names.append(given.name)
+
+    def behind(self, name: str, shapes: bool = True) -> set[str]:
+        """`before` and the names of the layers that make those: a weight's layer has the weight's name."""
+        tensors = set(self.before(name, shapes))
+        return tensors | {self.producer[tensor].name for tensor in tensors if tensor in self.producer}
+
+    def scalar(self, name: str) -> float | None:
+        """The one number that it is, whatever was cast or reshaped on the way; None where it is none."""
+        values = [layer.details.get("value") for made in self.before(name) if (layer := self.producer.get(made)) is not None]
+        numbers = [value for value in values if value is not None]
+        return numbers[0] if len(numbers) == 1 and self.is_scalar_constant(name) else None
 
     def is_scalar_constant(self, name: str) -> bool:
         """Whether it is one number, known at build time, whatever was cast or reshaped on the way."""
@@ -139,6 +152,9 @@ def _details(trt: Any, kind: str, layer: Any) -> dict[str, Any]:
     if kind == "ELEMENTWISE":
         layer.__class__ = trt.IElementWiseLayer
         return {"op": layer.op.name}
+    if kind == "CONSTANT" and math.prod(layer.get_output(0).shape) == 1 and layer.get_output(0).dtype == trt.float32:
+        layer.__class__ = trt.IConstantLayer
+        return {"value": float(layer.weights.reshape(-1)[0])}
     if kind == "SLICE":
         layer.__class__ = trt.ISliceLayer
         return {"mode": layer.mode.name}

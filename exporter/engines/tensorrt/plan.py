@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from exporter.bundle import Bundle, Variant
+from exporter.bundle import Bundle, Seq2SeqVariant, Variant
 from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.api import HERE, Api
+from exporter.engines.tensorrt.parts import Part
 from exporter.engines.tensorrt.quantize import check_quantize
 from exporter.engines.tensorrt.record import Recipe
 from exporter.errors import BundleError, EngineError, one_of
-from exporter.seq2seq_config import require_decoder
 
 PATTERNS = ("attention", "grouped")
 COMPATIBLE = ("version", "hardware")
@@ -26,7 +26,8 @@ class BuildOptions:
     """What to build.
 
     `targets` None: PORTABLE for tensorrt-rtx, the GPU here for tensorrt; `capacity` None: the context, at most CAPACITY;
-    `variants` None: every graph of pattern attention or grouped with a static cache.
+    `prefill` None: PREFILL, of an encoder-decoder the
+    longest input; `variants` None: every graph of pattern attention or grouped with a static cache.
     """
 
     backend: str = "tensorrt-rtx"
@@ -68,9 +69,9 @@ def targets_of(api: Api, options: BuildOptions) -> tuple[str, ...]:
     return tuple(sorted(asked, key=lambda name: int(name[2:])))
 
 
-def recipe_of(bundle: Bundle, variant: Variant, api: Api, targets: tuple[str, ...], options: BuildOptions) -> Recipe:
+def recipe_of(bundle: Bundle, part: Part, api: Api, targets: tuple[str, ...], options: BuildOptions) -> Recipe:
     """The engine's recipe. Raises EngineError for sizes and features that cannot be."""
-    require_decoder(variant.config, bundle.path, "build")
+    variant = part.variant
     limit = variant.config.max_positions
     capacity = min(limit, CAPACITY) if options.capacity is None else options.capacity
     prefill = min(capacity, PREFILL) if options.prefill is None else options.prefill
@@ -88,7 +89,8 @@ def recipe_of(bundle: Bundle, variant: Variant, api: Api, targets: tuple[str, ..
     if options.compatible and api.rtx:
         raise EngineError("--compatible is of backend tensorrt; a tensorrt-rtx engine runs on the chips that --target names")
     if variant.dtype == "bf16" and "sm75" in targets:
-        raise EngineError(f"variant {variant.name} is bf16, which sm75 lacks; leave sm75 out, or export it in fp16")
+        other = "" if isinstance(variant, Seq2SeqVariant) else ", or export it in fp16"  # which T5 overflows
+        raise EngineError(f"variant {variant.name} is bf16, which sm75 lacks; leave sm75 out{other}")
     size = max(variant.config.head_dim, variant.config.value_dim)
     if variant.pattern == "attention" and (size % 8 or not 16 <= size <= 256):
         raise EngineError(
@@ -97,7 +99,7 @@ def recipe_of(bundle: Bundle, variant: Variant, api: Api, targets: tuple[str, ..
         )
     check_quantize(options.quantize, variant, targets)
     return Recipe(
-        graph_sha256=_file_hash(bundle.graph_path(variant)),
+        graph_sha256=_file_hash(bundle.path / part.graph),
         weights_sha256={name: _file_hash(bundle.path / name) for name in variant.weights},
         backend=api.backend,
         module=api.trt.__name__,

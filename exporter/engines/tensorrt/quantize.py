@@ -23,7 +23,8 @@ ELEMENTS = {
     "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
     "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
 }
-KEPT = ("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")  # what every output depends on
+KEPT = ("embed_tokens.weight", "embed_positions.weight", "shared.weight", "lm_head.weight")  # what every output depends on
+DEQUANTISED = ".dequantised"  # after the weight's name: the node that stands for it
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _dequantize(source: Source, tensor: onnx.TensorProto, kind: str, dtype: str)
     quantised, scale = quantize(values.reshape(shape).astype(np.float32), kind, block, numpy_dtype)
     _add(source, f"{name}.{kind}", KINDS[kind].element, shape, quantised)
     _add(source, f"{name}.scale", element, scale.shape, scale)
-    inputs, output = [f"{name}.{kind}", f"{name}.scale"], f"{name}.dequantised"
+    inputs, output = [f"{name}.{kind}", f"{name}.scale"], name + DEQUANTISED
     return helper.make_node("DequantizeLinear", inputs, [output], name=output, axis=1, block_size=block)
 
 

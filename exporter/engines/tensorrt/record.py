@@ -1,7 +1,7 @@
 """engine.json: what lies in a folder of engines, how it came about, and which of them fits a session.
 
 BUNDLE/engines/<backend>-<targets>/engine.json
-                                   model[.gN…].engine    a plan
+                                   model[.gN…].engine    a plan; of an encoder-decoder encoder[.gN…] and decoder[.gN…]
                                    model[.gN…].log       what the builder said
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 from exporter.bundle import Bundle, Variant
 from exporter.decode import decode, parse
+from exporter.engines.tensorrt.parts import Name
 from exporter.errors import BundleError, EngineError, UserError
 from exporter.files import replacing
 from exporter.units import size
@@ -29,9 +30,9 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Profile:
-    """An optimisation profile: new tokens T a call, fewest, tuned for and most."""
+    """An optimisation profile: new tokens T a call, fewest, tuned for and most; of an encoder-decoder its input's tokens E."""
 
-    name: str  # prefill, decode
+    name: str  # prefill, decode; input
     least: int
     best: int
     most: int
@@ -39,7 +40,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class EngineBinding:
-    """An input or output of an engine. −1 in `shape` is T; `alias` names the input whose memory an output is."""
+    """An input or output of an engine. −1 in `shape` is T or E; `alias` names the input whose memory an output is."""
 
     name: str
     mode: str  # input, output
@@ -82,6 +83,7 @@ class EngineRecord:
     profiles: tuple[Profile, ...]
     bindings: tuple[EngineBinding, ...]
     network: dict[str, Any]
+    part: Name = "decoder"
 
     def intact(self, folder: Path) -> bool:
         """Whether the plan on disk is the one that was built."""
@@ -147,13 +149,14 @@ class Wanted:
 
 
 def choose(bundle: Bundle, variant: Variant, wanted: Wanted, device: str | None = None) -> tuple[Path, EngineRecord]:
-    """The engine of `variant` that a session can use on `device` ("sm89"; None where that is not known yet).
+    """The engine that decodes `variant` and that a session can use on `device` ("sm89"; None where that is not known yet).
 
     Of several, one with plain weights, and then the smallest capacity. Raises EngineError that says what is there instead.
     """
     name, w = variant.name, wanted
     command = f"headpool build {bundle.path} --backend {w.backend} --variant {name}"
-    fitting = [(f, r) for f, r in engines_of(bundle.path) if r.recipe.backend == w.backend and r.variant == name]
+    there = [(f, r) for f, r in engines_of(bundle.path) if r.recipe.backend == w.backend and r.variant == name]
+    fitting = [(f, r) for f, r in there if r.part == "decoder"]
     if not fitting:
         raise EngineError(f"{bundle.path} has no {w.backend} engine of variant {name}; make one: {command}")
 
@@ -182,6 +185,18 @@ def choose(bundle: Bundle, variant: Variant, wanted: Wanted, device: str | None 
     return min(fitting, key=lambda item: (item[1].recipe.quantize is not None, item[1].recipe.capacity))
 
 
+def encoder_of(bundle: Bundle, folder: Path, decoder: EngineRecord) -> EngineRecord:
+    """The encoder's engine that was built with `decoder`. Raises EngineError where there is none of the same recipe."""
+    for record in read(folder):
+        same = dataclasses.replace(record.recipe, graph_sha256=decoder.recipe.graph_sha256) == decoder.recipe
+        if same and record.variant == decoder.variant and record.part == "encoder":
+            return record
+    raise EngineError(
+        f"{folder} has no encoder's engine that was built as {decoder.file} was; make it again: headpool build {bundle.path} "
+        f"--backend {decoder.recipe.backend} --variant {decoder.variant}"
+    )
+
+
 def describe(bundle: Path) -> list[dict[str, Any]]:
     """What `headpool inspect` says of a bundle's engines."""
     return [{"folder": folder.name, **dataclasses.asdict(record)} for folder, record in engines_of(bundle)]
@@ -194,8 +209,16 @@ def render(engines: list[dict[str, Any]]) -> list[str]:
         recipe, network = engine["recipe"], engine["network"]
         weights = f", weights {recipe['quantize']}" if recipe["quantize"] else ""
         module = f"{recipe['module']} {recipe['version']}"
-        kind = f"{network['fused_attention']} fused attention layers" if network["fused_attention"] else "grouped products"
+        longest = "inputs" if engine["profiles"][0]["name"] == "input" else "prefill"
+        rows = "" if engine["part"] == "encoder" else f" {recipe['capacity']} tokens,"
+        caches = "" if engine["part"] == "encoder" else f" {network['cache_updates']} caches in place,"
         lines.append(f"  engines/{engine['folder']}/{engine['file']}: {size(engine['bytes'])}, {module}")
-        lines.append(f"    batch {recipe['batch']}, {recipe['capacity']} tokens, prefill to {recipe['prefill']}{weights}")
-        lines.append(f"    verified: {kind}, {network['cache_updates']} caches in place, heads {network['heads']}")
+        lines.append(f"    batch {recipe['batch']},{rows} {longest} to {recipe['prefill']}{weights}")
+        lines.append(f"    verified: {_attention(network)},{caches} heads {network['heads']}")
     return lines
+
+
+def _attention(network: dict[str, Any]) -> str:
+    if count := network.get("decomposable_attention"):
+        return f"{count} attention layers that TensorRT may take apart (no fused kernel in fp32)"
+    return f"{network['fused_attention']} fused attention layers" if network["fused_attention"] else "grouped products"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-from exporter.bundle import Bundle, Variant
+from exporter.bundle import Bundle
+from exporter.engines.tensorrt.parts import Part
 from exporter.errors import BundleError
 
 
@@ -35,24 +37,26 @@ class Source:
         self.places[name] = (int(data.ctypes.data), data.nbytes)
 
 
-def open_source(bundle: Bundle, variant: Variant, batch: int, capacity: int) -> Source:
-    """The variant's graph with B and S fixed, T left open; TensorRT's cache layer wants S as a number. Raises BundleError."""
-    path = bundle.graph_path(variant)
+def open_source(bundle: Bundle, part: Part, batch: int, capacity: int) -> Source:
+    """The part's graph with B and S fixed; TensorRT's cache layer wants S as a number. Raises BundleError."""
+    path = bundle.path / part.graph
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises classes of its own
         raise BundleError(
             f"{path} is not an ONNX graph: {' '.join(str(error).split())[:200]}; export the bundle again"
         ) from None
-    fix_shapes(model, {"batch": batch, "capacity": capacity})
+    fix_shapes(model, part.sizes(batch, capacity))
     source = Source(model, path)
     for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         place = {entry.key: entry.value for entry in tensor.external_data}
         name, offset, length = place["location"], int(place.get("offset", 0)), int(place["length"])
-        if name not in variant.weights:
-            raise BundleError(f"{path}: weight {tensor.name} lies in {name}, which is not a file of variant {variant.name}")
+        if name not in part.variant.weights:
+            raise BundleError(
+                f"{path}: weight {tensor.name} lies in {name}, which is not a file of variant {part.variant.name}"
+            )
         if name not in source.maps:
             with open(bundle.path / name, "rb") as file:
                 source.maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -62,7 +66,7 @@ def open_source(bundle: Bundle, variant: Variant, batch: int, capacity: int) -> 
     return source
 
 
-def fix_shapes(model: onnx.ModelProto, sizes: dict[str, int]) -> None:
+def fix_shapes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
     """Give the named dimensions of inputs and outputs their numbers."""
     for value in (*model.graph.input, *model.graph.output):
         for dim in value.type.tensor_type.shape.dim:

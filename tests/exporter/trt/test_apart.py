@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from exporter.engines.tensorrt.apart import NORMS, keep_apart
+from exporter.engines.tensorrt.parts import parts_of
 from exporter.engines.tensorrt.weights import open_source
 
 
@@ -24,7 +25,7 @@ def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray
 def test_no_two_products_share_a_norm_and_nothing_else_changes(decoder, tmp_path, pattern):
     bundle = tiny.bundle(tmp_path, decoder, pattern)
     variant = bundle.variants[0]
-    before, after = (open_source(bundle, variant, 1, 16) for _ in range(2))
+    before, after = (open_source(bundle, parts_of(variant)[0], 1, 16) for _ in range(2))
     assert keep_apart(after) == 2 * 3  # K and V beside Q, up beside gate, in each of 2 layers
     graph = after.model.graph
     norms = [node for node in graph.node if node.op_type in NORMS]
@@ -44,7 +45,7 @@ def test_no_two_products_share_a_norm_and_nothing_else_changes(decoder, tmp_path
 
 def test_the_weights_of_a_norm_are_not_copied(decoder, tmp_path):
     bundle = tiny.bundle(tmp_path, decoder, "attention")
-    source = open_source(bundle, bundle.variants[0], 1, 16)
+    source = open_source(bundle, parts_of(bundle.variants[0])[0], 1, 16)
     name = next(node.input[1] for node in source.model.graph.node if node.op_type in NORMS)
     data = np.frombuffer(bytes(48 * 4), np.uint8)
     source.place(name, data)

@@ -12,6 +12,7 @@ import tiny
 from exporter.bundle import Bundle
 from exporter.engines.tensorrt.build import build
 from exporter.engines.tensorrt.heads import one_head_size
+from exporter.engines.tensorrt.parts import parts_of
 from exporter.engines.tensorrt.plan import BuildOptions
 from exporter.engines.tensorrt.weights import open_source
 
@@ -42,7 +43,7 @@ def test_zeros_change_nothing(tmp_path, value_dim):
     """The graph that TensorRT is given, in ONNX Runtime, beside the bundle's own."""
     made = bundle(tmp_path, value_dim, "attention", "fp32")
     (variant,) = made.variants
-    padded, plain = (open_source(made, variant, 1, CAPACITY) for _ in range(2))
+    padded, plain = (open_source(made, parts_of(variant)[0], 1, CAPACITY) for _ in range(2))
     one_head_size(padded, variant.config)
     assert {node.op_type for node in padded.model.graph.node} - {node.op_type for node in plain.model.graph.node} >= {"Pad"}
     rng, config = np.random.default_rng(0), variant.config

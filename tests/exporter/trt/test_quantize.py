@@ -14,9 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from exporter.engines.tensorrt.api import Messages
 from exporter.engines.tensorrt.build import build
 from exporter.engines.tensorrt.network import Network, parse
+from exporter.engines.tensorrt.parts import parts_of
 from exporter.engines.tensorrt.plan import BuildOptions
 from exporter.engines.tensorrt.quantize import KINDS, quantize, quantize_weights
-from exporter.engines.tensorrt.verify import Sizes, verify
+from exporter.engines.tensorrt.verify import verify
 from exporter.engines.tensorrt.weights import open_source
 from exporter.errors import EngineError, GraphError
 
@@ -93,9 +94,9 @@ def test_columns_that_no_block_divides_are_refused(tmp_path):
 def test_a_weight_left_as_it_was_is_refused(api, decoder, tmp_path):
     """One dequantisation fewer than planned, as where a parser folds it."""
     bundle = tiny.bundle(tmp_path, decoder, "attention", dtype="fp16")
-    variant = bundle.variants[0]
-    source = open_source(bundle, variant, 1, 32)
+    (part,) = parts_of(bundle.variants[0])
+    source = open_source(bundle, part, 1, 32)
     count = len(quantize_weights(source, "int8", "fp16"))
     network = Network(api.trt, parse(api, source, Messages()).definition)
     with pytest.raises(GraphError, match=f"there are {count} dequantised weights, planned {count + 1}"):
-        verify(network, variant, Sizes(1, 32), count + 1)
+        verify(network, part, part.sizes(1, 32), count + 1)

@@ -14,9 +14,9 @@ from exporter.engines import open_session
 from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.api import Messages, logger
 from exporter.engines.tensorrt.build import build
+from exporter.engines.tensorrt.loaded import read_plan
 from exporter.engines.tensorrt.plan import BuildOptions
 from exporter.engines.tensorrt.record import EngineRecord, Wanted, choose
-from exporter.engines.tensorrt.session import read_plan
 from exporter.errors import EngineError
 
 OPTIONS = BuildOptions(targets=("sm86", "sm89"), batch=2, capacity=32, prefill=8)

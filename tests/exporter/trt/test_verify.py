@@ -3,54 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import tiny
+from changed import SIZES, Graph, check
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.bundle import Bundle
-from exporter.engines.tensorrt.api import Api, Messages
+from exporter.engines.tensorrt.api import Messages
 from exporter.engines.tensorrt.network import Network, parse
-from exporter.engines.tensorrt.verify import Sizes, check_casts, check_grouped, verify
-from exporter.engines.tensorrt.weights import Source, fix_shapes, open_source
+from exporter.engines.tensorrt.parts import parts_of
+from exporter.engines.tensorrt.verify import check_casts, verify
+from exporter.engines.tensorrt.verify_attention import check_grouped
+from exporter.engines.tensorrt.weights import Source, fix_shapes
 from exporter.errors import GraphError
 from graphs.canonical import standalone
 from graphs.lower import lower
-
-SIZES = Sizes(batch=2, capacity=32)
-
-
-class Graph:
-    """An ONNX graph to change."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self.variant = bundle.variants[0]
-        self.source = open_source(bundle, self.variant, SIZES.batch, SIZES.capacity)
-        self.graph = self.source.model.graph
-
-    def nodes(self, op_type: str) -> list[onnx.NodeProto]:
-        return [node for node in self.graph.node if node.op_type == op_type]
-
-    def before(self, node: onnx.NodeProto, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        index = list(self.graph.node).index(node)
-        self.graph.node.insert(index, helper.make_node(op_type, inputs, [output], name=output, **attributes))
-        return output
-
-    def constant(self, name: str, values: Any) -> str:
-        self.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
-        return name
-
-    def output(self, name: str) -> onnx.NodeProto:
-        return next(node for node in self.graph.node if name in node.output)
-
-
-def check(api: Api, graph: Graph) -> dict[str, Any]:
-    parsed = parse(api, graph.source, Messages())
-    return verify(Network(api.trt, parsed.definition), graph.variant, SIZES)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
@@ -85,6 +55,14 @@ def test_a_mask_that_ignores_the_positions_is_refused(api, attention):
     node = graph.nodes("Attention")[0]
     node.input[3] = graph.constant("all seen", np.zeros((2, 1, 1, 32), np.float16))
     with pytest.raises(GraphError, match="layer 0: its mask does not come from position_ids"):
+        check(api, graph)
+
+
+def test_scores_of_another_scale_are_refused(api, attention):
+    graph = Graph(attention)
+    (scale,) = (attribute for attribute in graph.nodes("Attention")[0].attribute if attribute.name == "scale")
+    scale.f = 1.0
+    with pytest.raises(GraphError, match=r"layer 0: its scores are scaled by 1, planned 0.25"):
         check(api, graph)
 
 
@@ -272,7 +250,7 @@ def test_a_cast_cache_is_refused(api, attention):
     with pytest.raises(GraphError, match=r"layer 0 has 0 fused .* \(and 2 more"):
         check(api, graph)
     network = Network(api.trt, parse(api, graph.source, Messages()).definition)
-    assert list(check_casts(network, graph.variant)) == ["cache present.0.key is cast to fp32"]
+    assert list(check_casts(network, graph.part)) == ["cache present.0.key is cast to fp32"]
 
 
 def test_a_cast_weight_is_refused(api, attention):
@@ -329,7 +307,7 @@ def test_what_only_other_operators_make_is_refused(api, attention, changes, word
     network = Network(api.trt, parsed.definition)
     network.of("ATTENTION_INPUT")[1].details.update(changes)
     with pytest.raises(GraphError, match=words):
-        verify(network, graph.variant, SIZES)
+        verify(network, graph.part, SIZES)
 
 
 def test_values_without_a_softmax_are_refused(api, grouped):
@@ -347,6 +325,6 @@ def test_grouped_heads_other_than_planned_are_refused(api, grouped):
     config = graph.variant.config
     more = dataclasses.replace(graph.variant, config=dataclasses.replace(config, num_heads=12))
     with pytest.raises(GraphError, match="layer 0: its output is not taken apart into 12 query heads"):
-        verify(network, more, SIZES)
+        verify(network, parts_of(more)[0], SIZES)
     fewer = dataclasses.replace(graph.variant, config=config.with_kv_heads((2, 2)))
-    assert list(check_grouped(network, fewer)) == ["layer 1 has products over 3 key and 3 value heads, planned 2"]
+    assert list(check_grouped(network, parts_of(fewer)[0])) == ["layer 1 has products over 3 key and 3 value heads, planned 2"]

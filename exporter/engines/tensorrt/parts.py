@@ -1,0 +1,120 @@
+"""The engines that a variant needs, and what each is planned to be: a decoder's one graph, an encoder-decoder's two.
+
+An encoder-decoder's encoder runs once an input and makes what cross-attention reads; its decoder takes one token a call. Both
+leave the length of the input open. A decoder leaves the number of new tokens open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from exporter import contract, contract_seq2seq
+from exporter.bundle import Seq2SeqVariant, Variant
+from exporter.contract import Binding
+
+Name = Literal["decoder", "encoder"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention layer. `key` and `value` are tensors that it reads as they are, or weights of the linear layers that make
+    them; `mask` are inputs and weights that its mask is made from. `decomposable`: TensorRT has no fused kernel for it."""
+
+    name: str  # as a deviation is told: "layer 3"
+    key: str
+    value: str
+    kv_heads: int
+    mask: tuple[str, ...]
+    scale: float
+    decomposable: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of a variant on its way to an engine.
+
+    `caches` are written in place: input, output. `made` are outputs that are made once an input, each by the linear layer of
+    the weight beside it. `grows` is the dimension that stays open; `known` are those that are the same number in every engine.
+    """
+
+    name: Name
+    variant: Variant
+    graph: str
+    inputs: tuple[Binding, ...]
+    outputs: tuple[Binding, ...]
+    attention: tuple[Attention, ...]
+    caches: tuple[tuple[str, str], ...] = ()
+    made: tuple[tuple[str, str], ...] = ()
+    grows: str = "encoder"
+    known: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """For a person: the variant, and which of its graphs where it has two."""
+        return f"{self.variant.name} {self.name}" if isinstance(self.variant, Seq2SeqVariant) else self.variant.name
+
+    def sizes(self, batch: int, capacity: int) -> dict[str, int]:
+        """Dimension → its number, for those that an engine fixes: B sequences, S cache rows each."""
+        return {"batch": batch, "capacity": capacity, **self.known}
+
+
+def shape(binding: Binding, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The binding's shape with the numbers in it; what stays open is −1."""
+    return tuple(sizes.get(dim, -1) if isinstance(dim, str) else dim for dim in binding.shape)
+
+
+def parts_of(variant: Variant) -> tuple[Part, ...]:
+    """In the order they run in; the one that decodes comes last."""
+    return (_encoder(variant), _step(variant)) if isinstance(variant, Seq2SeqVariant) else (_decoder(variant),)
+
+
+def _decoder(variant: Variant) -> Part:
+    config, layers = variant.config, range(variant.config.num_layers)
+    attention = [
+        Attention(f"layer {layer}", *contract.present_names(layer), kv_heads, ("position_ids",), config.head_dim**-0.5)
+        for layer, kv_heads in enumerate(config.kv_heads)
+    ]
+    caches = [pair for layer in layers for pair in zip(contract.past_names(layer), contract.present_names(layer), strict=True)]
+    given = (tuple(variant.inputs()), tuple(variant.outputs()))
+    return Part("decoder", variant, variant.graph, *given, tuple(attention), tuple(caches), grows="sequence")
+
+
+def _step(variant: Seq2SeqVariant) -> Part:
+    """A T5's decoder: T is 1, the scores are not scaled, the mask of self-attention holds the bias of relative positions."""
+    attention, caches = list[Attention](), list[tuple[str, str]]()
+    for layer, kv_heads in enumerate(variant.config.kv_heads):
+        past, present, read = (
+            contract_seq2seq.names(kind, layer, stack)
+            for kind, stack in (("past_key_values", "decoder"), ("present", "decoder"), ("past_key_values", "encoder"))
+        )
+        caches += zip(past, present, strict=True)
+        attention.append(Attention(f"layer {layer}", *present, kv_heads, ("position_ids", "decoder.bias.weight"), 1.0))
+        attention.append(Attention(f"layer {layer}'s cross-attention", *read, kv_heads, ("encoder_attention_mask",), 1.0))
+    given = (tuple(variant.inputs()), tuple(variant.outputs()))
+    return Part("decoder", variant, variant.graph, *given, tuple(attention), tuple(caches), known={"sequence": 1})
+
+
+def _encoder(variant: Seq2SeqVariant) -> Part:
+    """TensorRT's fused kernels of several queries are fp16 and bf16: in fp32 the encoder's attention may be taken apart."""
+    config = variant.config
+    attention = [
+        Attention(
+            f"encoder layer {layer}",
+            f"encoder.layers.{layer}.self_attn.k_proj.weight",
+            f"encoder.layers.{layer}.self_attn.v_proj.weight",
+            config.num_heads,
+            ("attention_mask", "encoder.bias.weight"),
+            1.0,
+            decomposable=variant.dtype == "fp32",
+        )
+        for layer in range(config.encoder_layers)
+    ]
+    made = [
+        (name, f"decoder.layers.{layer}.cross_attn.{x}_proj.weight")
+        for layer in range(config.num_layers)
+        for name, x in zip(contract_seq2seq.names("present", layer, "encoder"), "kv", strict=True)
+    ]
+    given = (tuple(variant.encoder_inputs()), tuple(variant.encoder_outputs()))
+    return Part("encoder", variant, variant.encoder, *given, tuple(attention), made=tuple(made))

@@ -1,0 +1,152 @@
+"""Is each attention of a parsed network what was planned: over its own keys and values, masked, scaled, with all its heads?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from exporter.engines.tensorrt.network import Layer, Network, Tensor
+from exporter.engines.tensorrt.parts import Attention, Part
+from exporter.engines.tensorrt.quantize import DEQUANTISED
+
+
+def check_fused(network: Network, part: Part) -> Iterator[str]:
+    """One attention layer for each that is planned, straight from what it reads: all heads, its mask, no causal kind."""
+    by_key: dict[str, list[Layer]] = {}
+    for layer in network.of("ATTENTION_INPUT"):
+        by_key.setdefault(source_of(network, layer.inputs[1]), []).append(layer)
+    for plan in part.attention:
+        here = by_key.pop(plan.key, [])
+        if len(here) != 1:
+            yield f"{plan.name} has {len(here)} fused attention layers over {plan.key}, planned 1"
+            continue
+        yield from (f"{plan.name}: {reason}" for reason in _fused(network, here[0], plan, part.variant.config.num_heads))
+    for source, others in by_key.items():
+        yield f"attention {others[0].details['name']} reads {source}, which is no planned key"
+
+
+def _fused(network: Network, attention: Layer, plan: Attention, heads: int) -> Iterator[str]:
+    details = attention.details
+    query, key, value = attention.inputs[:3]
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    if details["causal"] != "NONE":
+        yield f"its attention is causal {details['causal']}, planned NONE: wrong for decoding"
+    mask = details["mask"]
+    if mask is None:
+        yield "its attention has no mask"
+    else:
+        behind = network.behind(mask.name)
+        yield from (f"its mask does not come from {source}" for source in plan.mask if source not in behind)
+    if details["lengths"]:
+        yield f"its attention has {' and '.join(details['lengths'])}, planned none"
+    if details["norm"] != "SOFTMAX":
+        yield f"its attention normalises by {details['norm']}, planned SOFTMAX"
+    if details["decomposable"] != plan.decomposable:
+        told = "may be decomposed, planned fused" if details["decomposable"] else "may not be decomposed, planned that it may"
+        yield f"its attention {told}"
+    scale = _factor(network, query) * _factor(network, key)
+    if not math.isclose(scale, plan.scale, rel_tol=1e-4):
+        yield f"its scores are scaled by {scale:.6g}, planned {plan.scale:.6g}"
+    if (source := source_of(network, value)) != plan.value:
+        yield f"its attention reads the values {source}, planned {plan.value}"
+    found, planned = (query.shape[1], key.shape[1], value.shape[1]), (heads, plan.kv_heads, plan.kv_heads)
+    if found != planned:
+        yield f"its attention has {list(found)} query, key and value heads, planned {list(planned)}"
+
+
+def source_of(network: Network, given: Tensor | None) -> str:
+    """The tensor that `given` is, or the weight of the linear layer that it is the output of, but for its shape, a factor and
+    zeros: the parser puts the square root of the scale on Q and on K, and heads.py zeros beside the smaller heads of GLU
+    attention."""
+    if given is None:
+        return "nothing"
+    layer = network.producer.get(given.name)
+    if layer is not None and layer.kind == "SLICE" and layer.details["mode"] == "FILL":
+        source = layer.inputs[0]
+        assert source is not None
+        wider = source.shape[:3] == given.shape[:3] and source.shape[3] < given.shape[3]
+        return source_of(network, source) if wider else given.name
+    if layer is not None and (scaled := _scaled(network, layer)) is not None:
+        return source_of(network, scaled[0])
+    made_by = maker(network, given)
+    weight = weight_of(network, made_by) if made_by is not None else None
+    return given.name if weight is None else weight
+
+
+def _scaled(network: Network, layer: Layer) -> tuple[Tensor, Tensor] | None:
+    """What a layer multiplies by one number known at build time, and that number."""
+    if layer.kind != "ELEMENTWISE" or layer.details["op"] != "PROD":
+        return None
+    x, factor = layer.inputs[:2]
+    return (x, factor) if x is not None and factor is not None and network.is_scalar_constant(factor.name) else None
+
+
+def _factor(network: Network, given: Tensor) -> float:
+    """What the parser multiplied by on the way to `given`; NaN where that cannot be read."""
+    layer = network.producer.get(given.name)
+    if layer is not None and layer.kind == "SLICE" and layer.inputs[0] is not None:
+        return _factor(network, layer.inputs[0])  # heads.py's zeros
+    scaled = None if layer is None else _scaled(network, layer)
+    if scaled is None:
+        return 1.0
+    value = network.scalar(scaled[1].name)
+    return math.nan if value is None else value
+
+
+def weight_of(network: Network, layer: Layer) -> str | None:
+    """The weight that a linear layer multiplies by, dequantised or as it is."""
+    other = layer.inputs[1] if layer.kind == "MATRIX_MULTIPLY" else None
+    held = network.producer.get(other.name) if other is not None else None
+    return held.name.removesuffix(DEQUANTISED) if held is not None and held.kind in ("CONSTANT", "DEQUANTIZE") else None
+
+
+def check_grouped(network: Network, part: Part) -> Iterator[str]:
+    """Two products a layer over the G heads of what it reads, which are not repeated, a softmax of masked scores between."""
+    if fused := network.of("ATTENTION_INPUT"):
+        yield f"there are {len(fused)} fused attention layers, planned none in pattern grouped"
+    made = {weight_of(network, layer): layer.outputs[0].name for layer in reversed(network.of("MATRIX_MULTIPLY"))}
+    for plan in part.attention:
+        scores, output = (_product(network, made.get(source, source)) for source in (plan.key, plan.value))
+        if scores is None or output is None:
+            yield f"{plan.name}: {plan.key if scores is None else plan.value} does not go into a matrix product as it is"
+            continue
+        found = (scores.outputs[0].shape[1], output.outputs[0].shape[1])
+        if found != (plan.kv_heads, plan.kv_heads):
+            yield f"{plan.name} has products over {found[0]} key and {found[1]} value heads, planned {plan.kv_heads}"
+        heads = part.variant.config.num_heads
+        apart = [taker.outputs[0].shape for taker in network.takers.get(output.outputs[0].name, [])]
+        if not any(len(shape) == 4 and shape[1] == heads for shape in apart):
+            yield f"{plan.name}: its output is not taken apart into {heads} query heads"
+        softmax = maker(network, output.inputs[0])
+        if softmax is None or softmax.kind != "SOFTMAX":
+            yield f"{plan.name}: its values are not weighted by a softmax"
+        else:
+            added = _added(network, maker(network, softmax.inputs[0]), scores.outputs[0].name)
+            yield from (f"{plan.name} has no mask from {source} on its scores" for source in plan.mask if source not in added)
+
+
+def _product(network: Network, name: str) -> Layer | None:
+    """The matrix product of attention that reads `name`, itself or with its heads apart or transposed."""
+    for taker in network.takers.get(name, []):
+        if taker.kind == "SHUFFLE":
+            if (found := _product(network, taker.outputs[0].name)) is not None:
+                return found
+        elif taker.kind == "MATRIX_MULTIPLY":
+            return taker
+    return None
+
+
+def maker(network: Network, given: Tensor | None) -> Layer | None:
+    """The layer that makes `given`, whatever reshaped it on the way."""
+    layer = network.producer.get(given.name) if given is not None else None
+    return maker(network, layer.inputs[0]) if layer is not None and layer.kind == "SHUFFLE" else layer
+
+
+def _added(network: Network, layer: Layer | None, scores: str) -> set[str]:
+    """What is behind that which `layer` adds to `scores`."""
+    names = [given.name for given in layer.inputs if given is not None] if layer is not None else []
+    if layer is None or layer.kind != "ELEMENTWISE" or layer.details["op"] != "SUM" or scores not in names:
+        return set()
+    return set[str]().union(*(network.behind(name) for name in names if name != scores))
