@@ -41,6 +41,7 @@ Model Model::open(const std::filesystem::path& bundle, const ModelOptions& optio
 
 const ModelInfo& Model::info() const noexcept { return state_->variant.info; }
 int Model::threads() const noexcept { return state_->threads; }
+const BackendInfo& Model::backend() const noexcept { return state_->backend; }
 
 std::string onnxruntime_version() {
   detail::start_onnxruntime();

@@ -102,7 +102,8 @@ void check_graph(const OrtModel& state) {
 
 std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path& bundle, Variant chosen, int threads) {
   start_onnxruntime();
-  auto state = std::make_shared<OrtModel>(std::move(chosen), threads ? threads : physical_cores());
+  BackendInfo backend{"onnxruntime", "CPUExecutionProvider", "onnxruntime", OrtGetApiBase()->GetVersionString()};
+  auto state = std::make_shared<OrtModel>(std::move(chosen), std::move(backend), threads ? threads : physical_cores());
   const Variant& variant = state->variant;
   const std::filesystem::path graph = file_in(bundle, variant.graph);
   for (const std::string& name : variant.weights) file_in(bundle, name);

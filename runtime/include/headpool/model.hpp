@@ -29,6 +29,14 @@ struct ModelInfo {
   std::uint64_t kv_bytes_per_token = 0;  // of one sequence, all layers
 };
 
+// What runs a model.
+struct BackendInfo {
+  std::string name;      // onnxruntime, tensorrt or tensorrt-rtx
+  std::string provider;  // ONNX Runtime's execution provider; of TensorRT the GPU, for example "NVIDIA L4 (sm89)"
+  std::string library;   // onnxruntime, tensorrt or tensorrt_rtx
+  std::string version;   // of the library that is running, for example "1.31.1"
+};
+
 struct ModelOptions {
   std::string variant;  // empty: the bundle's first
   int threads = 0;      // of one operator; 0: the physical cores that this process may use
@@ -51,6 +59,7 @@ class HEADPOOL_API Model {
 
   const ModelInfo& info() const noexcept;
   int threads() const noexcept;
+  const BackendInfo& backend() const noexcept;
 
   struct State;
 
