@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "cores.hpp"
+#include "cuda.hpp"
 #include "guard.hpp"
 #include "initializers.hpp"
 
@@ -98,12 +99,36 @@ void check_graph(const OrtModel& state) {
       [&](std::size_t i) { return runtime.GetOutputTypeInfo(i); });
 }
 
+void expect_cuda_runs(const Variant& variant) {
+  const std::string name = one_line("variant " + variant.info.variant);
+  if (variant.info.pattern == "fused")
+    throw BackendError(name +
+                       " is in pattern fused, whose operators compute on the CPU; on onnxruntime-cuda take another pattern");
+  if (!variant.in_place)
+    throw BackendError(name + " has a concat cache, and onnxruntime-cuda takes static ones; export it with --cache static");
+}
+
 }  // namespace
 
-std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path& bundle, Variant chosen, int threads) {
+std::shared_ptr<std::byte> OrtModel::zeros(std::size_t bytes) const {
+  if (!cuda) {
+    const auto block = std::make_shared<Memory>(bytes);
+    return {block, block->data()};
+  }
+  const auto block = cuda_memory(runtime, bytes);
+  zeroing->fill(memory, block.get(), bytes);
+  return block;
+}
+
+std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path& bundle, Variant chosen, int threads,
+                                                     bool cuda) {
   start_onnxruntime();
+  if (cuda) expect_cuda_runs(chosen);
   BackendInfo backend{"onnxruntime", "CPUExecutionProvider", "onnxruntime", OrtGetApiBase()->GetVersionString()};
+  if (cuda) backend.name = "onnxruntime-cuda", backend.provider = "CUDAExecutionProvider";
   auto state = std::make_shared<OrtModel>(std::move(chosen), std::move(backend), threads ? threads : physical_cores());
+  state->cuda = cuda;
+  state->memory = cuda ? cuda_memory_info() : Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   const Variant& variant = state->variant;
   const std::filesystem::path graph = file_in(bundle, variant.graph);
   for (const std::string& name : variant.weights) file_in(bundle, name);
@@ -115,6 +140,10 @@ std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path
             session.SetGraphOptimizationLevel(ORT_ENABLE_ALL);
             if (!variant.in_place) session.DisableMemPattern();  // concat has new shapes each step, and each would be planned
             if (variant.info.pattern == "fused") use_own_operators(session, bundle, *state);
+            if (cuda) {
+              add_cuda(session);
+              state->zeroing.emplace(environment(), session);
+            }
             state->runtime = Ort::Session(environment(), graph.c_str(), session);
             check_graph(*state);
           });

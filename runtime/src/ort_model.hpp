@@ -2,10 +2,12 @@
 #pragma once
 
 #include <map>
+#include <optional>
 
 #include "memory.hpp"
 #include "onnxruntime.hpp"
 #include "state.hpp"
+#include "zeros.hpp"
 
 namespace headpool::detail {
 
@@ -25,6 +27,15 @@ struct OrtModel final : Model::State {
         return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     }
   }
+
+  // Where caches lie: the host's memory, or with `cuda` that of its provider.
+  bool cuda = false;
+  Ort::MemoryInfo memory{nullptr};
+  mutable std::optional<Zeros> zeroing;  // with `cuda`
+
+  // Such memory, all zeros: a masked row is multiplied by probability 0, and 0 times the NaN that old bytes may make is NaN.
+  // The model outlives it. Throws MemoryError, Ort::Exception.
+  std::shared_ptr<std::byte> zeros(std::size_t bytes) const;
 
   // In pattern fused, what `runtime` reads and what therefore outlives it: the weights' files by name, and tensors in them.
   std::map<std::string, std::shared_ptr<const Memory>> weights;

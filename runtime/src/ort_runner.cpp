@@ -13,7 +13,9 @@ class OrtRunner final : public Runner {
       : model_(model),
         batch_(static_cast<std::size_t>(batch)),
         logits_(batch_ * vocabulary() * sizeof(float)),
-        cache_((model.variant.in_place ? static_cache : concat_cache)(model, batch, capacity, chunk)) {
+        cache_((model.cuda               ? device_cache
+                : model.variant.in_place ? static_cache
+                                         : concat_cache)(model, batch, capacity, chunk)) {
     if (model.variant.dtype != DataType::fp32) half_ = Memory(raw_bytes(batch, 1));
     step_.emplace(model, batch, 1, raw(), raw_bytes(batch, 1));
   }

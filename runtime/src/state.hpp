@@ -26,7 +26,8 @@ struct Model::State {
 namespace detail {
 
 // Loads `variant`. They throw BundleError, BackendError, MemoryError.
-std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path& bundle, Variant variant, int threads);
+std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path& bundle, Variant variant, int threads,
+                                                     bool cuda);
 std::shared_ptr<const Model::State> open_tensorrt(const std::filesystem::path& bundle, Variant variant,
                                                   const std::string& backend);
 

@@ -56,7 +56,7 @@ typedef struct {
   size_t size;
   const char* variant; /* NULL or "": the bundle's first */
   int32_t threads;     /* of one operator; 0: the physical cores that this process may use */
-  const char* backend; /* NULL or "": "onnxruntime"; "tensorrt" or "tensorrt-rtx" where the library was built with that SDK */
+  const char* backend; /* NULL or "": "onnxruntime"; "onnxruntime-cuda"; "tensorrt", "tensorrt-rtx" where built with that SDK */
 } hp_model_options;
 
 HEADPOOL_API hp_status hp_model_open(const char* bundle, const hp_model_options* options, hp_model** out);

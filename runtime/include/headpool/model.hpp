@@ -31,7 +31,7 @@ struct ModelInfo {
 
 // What runs a model.
 struct BackendInfo {
-  std::string name;      // onnxruntime, tensorrt or tensorrt-rtx
+  std::string name;      // onnxruntime, onnxruntime-cuda, tensorrt or tensorrt-rtx
   std::string provider;  // ONNX Runtime's execution provider; of TensorRT the GPU, for example "NVIDIA L4 (sm89)"
   std::string library;   // onnxruntime, tensorrt or tensorrt_rtx
   std::string version;   // of the library that is running, for example "1.31.1"
@@ -40,8 +40,9 @@ struct BackendInfo {
 struct ModelOptions {
   std::string variant;  // empty: the bundle's first
   int threads = 0;      // of one operator; 0: the physical cores that this process may use
-  // onnxruntime (so does empty), or where the library was built with that SDK tensorrt or tensorrt-rtx, which run the bundle's
-  // engines (headpool build) on the calling thread's GPU.
+  // onnxruntime (so does empty): the CPU. onnxruntime-cuda: the first GPU, by the provider that onnxruntime-gpu's library has;
+  // static caches, every pattern but fused. Where this library was built with that SDK, tensorrt or tensorrt-rtx, which run the
+  // bundle's engines (headpool build) on the calling thread's GPU.
   std::string backend = {};
 };
 

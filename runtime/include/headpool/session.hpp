@@ -25,8 +25,8 @@ using Prompts = std::span<const std::span<const Token>>;
 // B sequences in step, each with a length of its own, over one cache in memory that is reserved once and used as it fills.
 //
 // A static cache is written in place; decoding allocates nothing but where the cache grows, by a sixteenth at a time. A concat
-// cache is written anew by each step, which is how graphs of that form work. On TensorRT the cache lies on the GPU, all of it
-// from the start, and decoding replays one CUDA graph.
+// cache is written anew by each step, which is how graphs of that form work. On a GPU the cache lies in its memory, all of it
+// from the start; on TensorRT decoding replays one CUDA graph.
 //
 // Threads: a session may be moved to another thread, but is used by one at a time. Different sessions, of one model too, may
 // run at the same time.
