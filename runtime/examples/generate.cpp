@@ -2,6 +2,7 @@
 //
 //     generate bundle g4.fused 20 1 504 3575 282        20 new tokens after the ids 1 504 3575 282; "" is the first variant
 //     generate bundle g4.fused 20 "The capital of"      the same in text, where it was built with tokenizers-cpp
+//     generate t5-bundle "" 20 1 504 3575 282           what an encoder-decoder says to this source
 //     generate --backend tensorrt-rtx bundle …          on the engines that headpool build made
 //
 // https://github.com/mlc-ai/tokenizers-cpp reads the tokenizer.json in a bundle: cmake -DTOKENIZERS_CPP=/path/to/its/checkout

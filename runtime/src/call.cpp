@@ -23,7 +23,7 @@ Call::Call(const OrtModel& model, std::int64_t batch, std::int64_t T, void* logi
 
 void Call::bind_indices() {
   binding_.BindInput(model_.variant.tokens.c_str(), token_value_);
-  binding_.BindInput(model_.variant.positions.c_str(), position_value_);
+  if (!model_.variant.positions.empty()) binding_.BindInput(model_.variant.positions.c_str(), position_value_);
 }
 
 Ort::Value Call::value(void* data, std::size_t bytes, std::span<const std::int64_t> shape, ONNXTensorElementDataType type,

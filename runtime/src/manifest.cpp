@@ -42,28 +42,48 @@ void set_once(std::string& target, const std::string& name, const char* role) {
   target = name;
 }
 
-// Returns the layer of each cache.
-std::vector<std::int64_t> read_inputs(const Json& inputs, Variant& variant) {
-  std::vector<std::int64_t> layers;
+// The layers of the caches that were read.
+struct Layers {
+  std::vector<std::int64_t> own, cross;
+};
+
+Layers read_inputs(const Json& inputs, Variant& variant) {
+  Layers layers;
+  Encoder* encoder = variant.encoder ? &*variant.encoder : nullptr;
   for (const Json& item : inputs) {
     const Binding b = binding(item);
     if (b.role == "tokens" || b.role == "positions") {
       set_once(b.role == "tokens" ? variant.tokens : variant.positions, b.name, b.role.c_str());
       expect_shape(b, "int64", {"batch", "sequence"});
-    } else if (b.role == "mask" && !variant.in_place) {
-      set_once(variant.mask, b.name, "mask");
-      expect_shape(b, "int64", {"batch", "total"});
+    } else if (b.role == "mask" && (encoder || !variant.in_place)) {
+      set_once(encoder ? encoder->decoder_mask : variant.mask, b.name, "mask");
+      expect_shape(b, "int64", {"batch", encoder ? "encoder" : "total"});
     } else if (b.role == "cache") {
-      expect_cache(b, variant.info.dtype, variant.in_place ? "capacity" : "past");
-      variant.caches.push_back({b.name, {}, b.shape[1].get<std::int64_t>(), b.shape[3].get<std::int64_t>()});
-      layers.push_back(b.layer);
+      const bool cross = encoder && b.shape.size() == 4 && b.shape[2] == "encoder";
+      expect_cache(b, variant.info.dtype, cross ? "encoder" : variant.in_place ? "capacity" : "past");
+      const CacheBinding cache{b.name, {}, b.shape[1].get<std::int64_t>(), b.shape[3].get<std::int64_t>()};
+      (cross ? encoder->caches : variant.caches).push_back(cache);
+      (cross ? layers.cross : layers.own).push_back(b.layer);
     } else {
       flaw("input " + shown(b.name) + " has the role " + shown(b.role));
     }
   }
-  if (variant.tokens.empty() || variant.positions.empty() || variant.caches.empty() || variant.mask.empty() != variant.in_place)
-    flaw("variant " + shown(variant.info.variant) + " lacks an input");
+  const bool positions = variant.in_place || !encoder, mask = !variant.in_place && !encoder;
+  if (variant.tokens.empty() || variant.positions.empty() == positions || variant.mask.empty() == mask ||
+      variant.caches.empty() || (encoder && (encoder->decoder_mask.empty() || encoder->caches.empty())))
+    flaw("variant " + shown(variant.info.variant) + " lacks an input, or has one too many");
   return layers;
+}
+
+// The next output of `caches`, which have those layers, is `b`.
+void set_present(const Binding& b, std::vector<CacheBinding>& caches, const std::vector<std::int64_t>& layers,
+                 std::size_t& next, bool alias) {
+  if (next == caches.size()) flaw("it has more caches as outputs than as inputs");
+  CacheBinding& cache = caches[next];
+  if (b.layer != layers[next] || b.shape[1] != cache.heads || b.shape[3] != cache.size || b.alias != (alias ? cache.past : ""))
+    flaw("output " + shown(b.name) + " does not belong to input " + shown(cache.past));
+  cache.present = b.name;
+  ++next;
 }
 
 void read_outputs(const Json& outputs, Variant& variant, const std::vector<std::int64_t>& layers) {
@@ -76,13 +96,7 @@ void read_outputs(const Json& outputs, Variant& variant, const std::vector<std::
       expect_shape(b, variant.info.dtype, {"batch", rows, variant.info.vocab_size});
     } else if (b.role == "cache") {
       expect_cache(b, variant.info.dtype, variant.in_place ? "capacity" : "total");
-      if (next == variant.caches.size()) flaw("it has more caches as outputs than as inputs");
-      CacheBinding& cache = variant.caches[next];
-      if (b.layer != layers[next] || b.shape[1] != cache.heads || b.shape[3] != cache.size ||
-          b.alias != (variant.in_place ? cache.past : ""))
-        flaw("output " + shown(b.name) + " does not belong to input " + shown(cache.past));
-      cache.present = b.name;
-      ++next;
+      set_present(b, variant.caches, layers, next, variant.in_place);
     } else {
       flaw("output " + shown(b.name) + " has the role " + shown(b.role));
     }
@@ -90,12 +104,59 @@ void read_outputs(const Json& outputs, Variant& variant, const std::vector<std::
   if (variant.logits.empty() || next != variant.caches.size()) flaw("an output is missing");
 }
 
-void check_names(const Variant& variant) {
-  std::set<std::string> inputs{variant.tokens, variant.positions}, outputs{variant.logits};
-  if (!variant.in_place) inputs.insert(variant.mask);
-  for (const CacheBinding& cache : variant.caches) inputs.insert(cache.past), outputs.insert(cache.present);
-  if (inputs.size() != variant.caches.size() + (variant.in_place ? 2 : 3) || outputs.size() != variant.caches.size() + 1)
-    flaw("two inputs or two outputs of variant " + shown(variant.info.variant) + " have one name");
+void read_encoder(const Json& data, const std::string& dtype, Encoder& encoder, const std::vector<std::int64_t>& layers) {
+  for (const Json& item : array(data, "encoder_inputs")) {
+    const Binding b = binding(item);
+    if (b.role != "tokens" && b.role != "mask")
+      flaw("input " + shown(b.name) + " of the encoder has the role " + shown(b.role));
+    set_once(b.role == "tokens" ? encoder.tokens : encoder.mask, b.name, b.role.c_str());
+    expect_shape(b, "int64", {"batch", "encoder"});
+  }
+  std::size_t next = 0;
+  for (const Json& item : array(data, "encoder_outputs")) {
+    const Binding b = binding(item);
+    if (b.role == "hidden") {
+      set_once(encoder.hidden, b.name, "hidden");
+      expect_shape(b, dtype, {"batch", "encoder", encoder.hidden_size});
+    } else if (b.role == "cache") {
+      expect_cache(b, dtype, "encoder");
+      set_present(b, encoder.caches, layers, next, false);
+    } else {
+      flaw("output " + shown(b.name) + " of the encoder has the role " + shown(b.role));
+    }
+  }
+  if (encoder.tokens.empty() || encoder.mask.empty() || encoder.hidden.empty() || next != encoder.caches.size())
+    flaw("an input or an output of the encoder is missing");
+}
+
+// The names of a graph's inputs or outputs: those given that are not empty, and one of each cache.
+class Names {
+ public:
+  explicit Names(std::initializer_list<std::string> names) {
+    for (const std::string& name : names)
+      if (!name.empty()) add(name);
+  }
+  Names& with(const std::vector<CacheBinding>& caches, std::string CacheBinding::* name) {
+    for (const CacheBinding& cache : caches) add(cache.*name);
+    return *this;
+  }
+
+ private:
+  void add(const std::string& name) {
+    if (!names_.insert(name).second) flaw("two inputs or two outputs of a graph have one name, " + shown(name));
+  }
+  std::set<std::string> names_;
+};
+
+void check_names(const Variant& v) {
+  constexpr auto past = &CacheBinding::past, present = &CacheBinding::present;
+  Names inputs{v.tokens, v.positions, v.mask, v.encoder ? v.encoder->decoder_mask : ""};
+  inputs.with(v.caches, past);
+  Names{v.logits}.with(v.caches, present);
+  if (!v.encoder) return;
+  inputs.with(v.encoder->caches, past);
+  Names{v.encoder->tokens, v.encoder->mask};
+  Names{v.encoder->hidden}.with(v.encoder->caches, present);
 }
 
 std::uint64_t kv_bytes_per_token(const Variant& variant) {
@@ -119,6 +180,10 @@ void read_config(const Json& config, Variant& variant) {
   if (static_cast<std::int64_t>(info.kv_heads.size()) != layers)
     flaw("kv_heads names " + std::to_string(info.kv_heads.size()) + " layers, the model has " + std::to_string(layers));
   for (const Json& id : array(config, "eos_token_ids")) info.stop_ids.push_back(number(id, "a token id", 0, INT64_MAX));
+  if (!variant.encoder) return;
+  info.encoder_layers = size_in(config, "encoder_layers");
+  variant.encoder->hidden_size = size_in(config, "hidden_size");
+  variant.encoder->start = number(at(config, "decoder_start_id"), "decoder_start_id", 0, info.vocab_size - 1);
 }
 
 Variant read_variant(const Json& data) {
@@ -126,10 +191,11 @@ Variant read_variant(const Json& data) {
   ModelInfo& info = variant.info;
   info.variant = text(data, "name");
   if (info.variant.empty()) flaw("a variant has no name");
-  if (data.contains("encoder"))
-    throw BundleError("variant " + shown(info.variant) +
-                      " is an encoder-decoder, and this runtime runs decoder-only models; use headpool run");
   info.pattern = text(data, "pattern");
+  if (data.contains("encoder") && !data["encoder"].is_null()) {
+    variant.encoder.emplace().graph = file_name(data["encoder"]);
+    if (info.pattern == "fused") flaw("an encoder-decoder has no pattern fused");
+  }
   info.cache = one_of(data, "cache", {"static", "concat"});
   info.dtype = one_of(data, "dtype", {"fp32", "fp16", "bf16"});
   variant.in_place = info.cache == "static";
@@ -139,8 +205,9 @@ Variant read_variant(const Json& data) {
   for (const Json& name : array(data, "weights")) variant.weights.push_back(file_name(name));
   info.weight_bytes = static_cast<std::uint64_t>(number(at(data, "weight_bytes"), "weight_bytes", 0, INT64_MAX));
   read_config(at(data, "config"), variant);
-  const std::vector<std::int64_t> layers = read_inputs(array(data, "inputs"), variant);
-  read_outputs(array(data, "outputs"), variant, layers);
+  const Layers layers = read_inputs(array(data, "inputs"), variant);
+  read_outputs(array(data, "outputs"), variant, layers.own);
+  if (variant.encoder) read_encoder(data, info.dtype, *variant.encoder, layers.cross);
   check_names(variant);
   info.kv_bytes_per_token = kv_bytes_per_token(variant);
   const Json& written = at(data, "kv_bytes_per_token");

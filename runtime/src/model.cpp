@@ -35,6 +35,9 @@ Model Model::open(const std::filesystem::path& bundle, const ModelOptions& optio
     throw ArgumentError(detail::one_line("backend " + backend +
                                          " is unknown; choose from onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx"));
   Variant variant = choose(detail::read_manifest(bundle), options.variant);
+  if (tensorrt && variant.encoder)
+    throw BackendError(detail::one_line("variant " + variant.info.variant + " is an encoder-decoder, and backend " + backend +
+                                        " runs decoder-only models; take onnxruntime"));
   return Model(tensorrt ? detail::open_tensorrt(bundle, std::move(variant), backend)
                         : detail::open_onnxruntime(bundle, std::move(variant), options.threads, backend == "onnxruntime-cuda"));
 }

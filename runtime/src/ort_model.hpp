@@ -1,6 +1,7 @@
 // A variant's graph in ONNX Runtime.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <optional>
 
@@ -14,7 +15,10 @@ namespace headpool::detail {
 struct OrtModel final : Model::State {
   using State::State;
 
-  std::int64_t most_tokens(std::int64_t) const override { return variant.info.max_positions; }
+  // The relative positions of an encoder-decoder end nowhere, memory does.
+  std::int64_t most_tokens(std::int64_t) const override {
+    return variant.encoder ? std::min<std::int64_t>(variant.info.max_positions, 8192) : variant.info.max_positions;
+  }
   std::unique_ptr<Runner> runner(std::int64_t batch, std::int64_t capacity, std::int64_t chunk) const override;
 
   ONNXTensorElementDataType element() const {
@@ -41,6 +45,7 @@ struct OrtModel final : Model::State {
   std::map<std::string, std::shared_ptr<const Memory>> weights;
   std::vector<Ort::Value> values;
   mutable Ort::Session runtime{nullptr};  // Run may be called from several threads
+  mutable Ort::Session encoder{nullptr};  // of an encoder-decoder
 };
 
 }  // namespace headpool::detail

@@ -24,6 +24,7 @@ struct ModelInfo {
   std::int64_t max_positions = 0;        // tokens of a sequence that the model was made for
   std::int64_t heads = 0;                // query heads
   std::vector<std::int64_t> kv_heads;    // KV heads of each layer
+  std::int64_t encoder_layers = 0;       // of an encoder-decoder, whose other sizes are its decoder's; 0: it has no encoder
   std::vector<Token> stop_ids;           // tokens that end a text
   std::uint64_t weight_bytes = 0;        // that one decode step reads
   std::uint64_t kv_bytes_per_token = 0;  // of one sequence, all layers
