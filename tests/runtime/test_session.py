@@ -149,6 +149,9 @@ CUDA = "onnxruntime-cuda"
 @pytest.mark.parametrize("pattern", ["grouped", "gqa", "attention"])
 def test_over_memory_of_a_device(pattern: str, bundles: dict[tuple[str, str], Path], model: Decoder, fake: Api) -> None:
     opened = fake.open(bundles[pattern, "static"], backend=CUDA)
+    info = opened.info()
+    assert (info.backend, info.provider, info.library) == (b"onnxruntime-cuda", b"CUDAExecutionProvider", b"onnxruntime")
+    assert info.library_version.decode() == onnxruntime.__version__
     mirror_of(opened.session(capacity=300, chunk=16), model).one_sequence()
     mirror_of(opened.session(batch=3, capacity=120, chunk=16), model).unequal_lengths()
     opened.close()

@@ -53,17 +53,17 @@ def test_logits(pattern: str, cache: str, bundles: dict[str, Bundle], theirs: di
     session.reset()
     np.testing.assert_allclose(session.prefill(SOURCES[::-1])[::-1], wanted[:, 0], rtol=0, atol=TOLERANCE)
     session.close()
-    session = opened.session(capacity=150)
+    session = opened.session(batch=2, capacity=150)
     opened.close()  # the session keeps it
-    session.prefill(SOURCES[:1])
+    session.prefill([SOURCES[0]] * 2)
     for token in (5, 6, 7):
-        session.decode(np.array([token]))
+        session.decode(np.array([token, token + 1]))
     session.rewind(41)
-    found = [session.decode(TARGETS[:1, step]) for step in range(1, 6)]
-    np.testing.assert_allclose(np.concatenate(found), wanted[0, 1:6], rtol=0, atol=TOLERANCE)
+    found = [session.decode(TARGETS[[0, 0], step]) for step in range(1, 6)]
+    np.testing.assert_allclose(np.stack(found, axis=1), wanted[[0, 0], 1:6], rtol=0, atol=TOLERANCE)
     session.reset()  # a source that is longer than the one before, and one that is shorter
     for row in (1, 0, 1):
-        np.testing.assert_allclose(session.prefill([SOURCES[row]])[0], wanted[row, 0], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(session.prefill([SOURCES[row]] * 2), wanted[[row, row], 0], rtol=0, atol=TOLERANCE)
         session.reset()
 
 
