@@ -1,6 +1,7 @@
 // Measures a variant of a bundle and writes every sample, as JSON that `headpool compare` and `headpool report` read:
 //
 //     bench bundle g4.fused out.json 128,1024 [SAMPLES [THREADS [BATCH]]]
+//     bench --backend tensorrt-rtx bundle g4.attention out.json 128,1024
 //
 // As `headpool profile` does: random tokens, decode steps one after another at a fixed context, prefill into an empty cache.
 #include <sys/utsname.h>
@@ -37,7 +38,7 @@ std::string cpu_info(const std::string& key) {
   return "";
 }
 
-Json machine(int threads) {
+Json machine(const headpool::Model& model) {
   utsname os{};
   uname(&os);
   double load = 0;
@@ -48,14 +49,16 @@ Json machine(int threads) {
     if (flag.starts_with("avx") || flag.starts_with("amx") || flag == "fma" || flag == "f16c" || flag.starts_with("sve") ||
         flag.starts_with("asimd"))
       flags.push_back(flag);
+  const long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+  const bool gpu = model.backend().name.starts_with("tensorrt");  // it names its GPU, and uses no threads of the CPU
   return {{"cpu", cpu_info("model name")},
-          {"cores", threads},
-          {"cpus", sysconf(_SC_NPROCESSORS_ONLN)},
+          {"cores", gpu ? cpus : model.threads()},
+          {"cpus", cpus},
           {"memory_bytes", sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGE_SIZE)},
           {"l3_bytes", std::max(0L, sysconf(_SC_LEVEL3_CACHE_SIZE))},
           {"flags", flags},
           {"os", std::string(os.sysname) + "-" + os.release + "-" + os.machine},
-          {"gpus", Json::array()},
+          {"gpus", gpu ? Json{model.backend().provider} : Json::array()},
           {"load", load}};
 }
 
@@ -128,17 +131,21 @@ std::string now() {
   return text;
 }
 
-void run(const std::string& bundle, const std::string& variant, const std::string& out,
-         const std::vector<std::int64_t>& contexts, int samples, int threads, std::int64_t batch) {
+void run(const std::string& bundle, const headpool::ModelOptions& how, const std::string& out,
+         const std::vector<std::int64_t>& contexts, int samples, std::int64_t batch) {
   if (std::filesystem::exists(out)) throw headpool::ArgumentError(out + " exists; name another file");
-  const headpool::Model model = headpool::Model::open(bundle, {variant, threads});
-  Json result{{"schema", 1}, {"created", now()}, {"machine", machine(model.threads())}, {"cells", Json::array()}};
-  result["versions"] = {{"headpool", HEADPOOL_VERSION}, {"onnxruntime", headpool::onnxruntime_version()}};
+  const headpool::Model model = headpool::Model::open(bundle, how);
+  const headpool::BackendInfo& backend = model.backend();
+  Json result{{"schema", 1}, {"created", now()}, {"machine", machine(model)}, {"cells", Json::array()}};
+  result["versions"] = {{"headpool", HEADPOOL_VERSION}, {backend.library, backend.version}};
   result["settings"] = {{"contexts", contexts}, {"batches", {batch}}, {"samples", samples}, {"warmup", WARMUP}};
+  Json settings{{"threads", model.threads()}};
+  if (backend.library == "onnxruntime") settings["optimisation"] = "all";
   for (const std::int64_t context : contexts) {
     headpool::SessionOptions options;
     options.batch = batch, options.capacity = (context + 8) / 8 * 8;
     headpool::Session session(model, options);
+    settings["chunk"] = options.chunk;
     const Samples taken = measure(session, context, samples);
     for (const auto& [kind, values] : {std::pair("decode", taken.decode), {"prefill", taken.prefill}, {"ttft", taken.ttft}})
       result["cells"].push_back({{"subject", subject(bundle, model.info())},
@@ -146,10 +153,10 @@ void run(const std::string& bundle, const std::string& variant, const std::strin
                                  {"batch", batch},
                                  {"context", context},
                                  {"capacity", session.capacity()},
-                                 {"backend", "headpool::runtime"},
-                                 {"provider", "CPUExecutionProvider"},
-                                 {"versions", {{"onnxruntime", headpool::onnxruntime_version()}}},
-                                 {"options", {{"threads", model.threads()}, {"optimisation", "all"}, {"chunk", options.chunk}}},
+                                 {"backend", "headpool::runtime " + backend.name},
+                                 {"provider", backend.provider},
+                                 {"versions", {{backend.library, backend.version}}},
+                                 {"options", settings},
                                  {"samples", values},
                                  {"burst", kind == std::string("decode") ? BURST : 1}});
     std::vector<double> sorted = taken.decode;
@@ -166,8 +173,10 @@ void run(const std::string& bundle, const std::string& variant, const std::strin
 }  // namespace
 
 int main(int argc, char** argv) {
+  headpool::ModelOptions how;
+  if (argc > 2 && std::string(argv[1]) == "--backend") how.backend = argv[2], argv += 2, argc -= 2;
   if (argc < 5) {
-    std::fprintf(stderr, "usage: %s BUNDLE VARIANT OUT.json CONTEXT,… [SAMPLES [THREADS [BATCH]]]\n", argv[0]);
+    std::fputs("usage: bench [--backend NAME] BUNDLE VARIANT OUT.json CONTEXT,… [SAMPLES [THREADS [BATCH]]]\n", stderr);
     return 2;
   }
   const auto number = [&](int index, long otherwise) { return argc > index ? std::atol(argv[index]) : otherwise; };
@@ -177,7 +186,8 @@ int main(int argc, char** argv) {
     for (std::string word; std::getline(words, word, ',');) contexts.push_back(std::atoll(word.c_str()));
     if (contexts.empty() || *std::min_element(contexts.begin(), contexts.end()) < 1 || number(5, 104) < 1)
       throw headpool::ArgumentError("contexts and samples are whole numbers from 1");
-    run(argv[1], argv[2], argv[3], contexts, static_cast<int>(number(5, 104)), static_cast<int>(number(6, 0)), number(7, 1));
+    how.variant = argv[2], how.threads = static_cast<int>(number(6, 0));
+    run(argv[1], how, argv[3], contexts, static_cast<int>(number(5, 104)), number(7, 1));
   } catch (const std::exception& error) {
     std::fprintf(stderr, "bench: %s\n", error.what());
     return 2;

@@ -2,6 +2,8 @@
 //
 //     generate bundle g4.fused 20 1 504 3575 282        20 new tokens after the ids 1 504 3575 282; "" is the first variant
 //     generate bundle g4.fused 20 "The capital of"      the same in text, where it was built with tokenizers-cpp
+//     generate t5-bundle "" 20 1 504 3575 282           what an encoder-decoder says to this source
+//     generate --backend tensorrt-rtx bundle …          on the engines that headpool build made
 //
 // https://github.com/mlc-ai/tokenizers-cpp reads the tokenizer.json in a bundle: cmake -DTOKENIZERS_CPP=/path/to/its/checkout
 #include <cstdio>
@@ -19,7 +21,7 @@
 
 namespace {
 
-void run(const std::string& bundle, const std::string& variant, long count, const std::vector<std::string>& words) {
+void run(const std::string& bundle, const headpool::ModelOptions& how, long count, const std::vector<std::string>& words) {
   // 1. The prompt as token ids, and what prints new ones.
   std::vector<headpool::Token> prompt;
   std::function<void(headpool::Token)> print = [](headpool::Token token) {
@@ -51,7 +53,7 @@ void run(const std::string& bundle, const std::string& variant, long count, cons
 #endif
 
   // 2. The model, and a session that has room for what is to come. More sessions of the model would share its weights.
-  const headpool::Model model = headpool::Model::open(bundle, {variant, 0});
+  const headpool::Model model = headpool::Model::open(bundle, how);
   headpool::SessionOptions room;
   room.capacity = static_cast<std::int64_t>(prompt.size()) + count;
   headpool::Session session(model, room);
@@ -74,12 +76,15 @@ void run(const std::string& bundle, const std::string& variant, long count, cons
 }  // namespace
 
 int main(int argc, char** argv) {
+  headpool::ModelOptions how;
+  if (argc > 2 && std::string(argv[1]) == "--backend") how.backend = argv[2], argv += 2, argc -= 2;
   if (argc < 5) {
-    std::fprintf(stderr, "usage: %s BUNDLE VARIANT NEW-TOKENS PROMPT…\n", argv[0]);
+    std::fputs("usage: generate [--backend NAME] BUNDLE VARIANT NEW-TOKENS PROMPT…\n", stderr);
     return 2;
   }
+  how.variant = argv[2];
   try {
-    run(argv[1], argv[2], std::strtol(argv[3], nullptr, 10), {argv + 4, argv + argc});
+    run(argv[1], how, std::strtol(argv[3], nullptr, 10), {argv + 4, argv + argc});
   } catch (const headpool::Error& error) {
     std::fprintf(stderr, "generate: %s\n", error.what());
     return 2;

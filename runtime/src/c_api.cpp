@@ -117,6 +117,7 @@ hp_status hp_model_get_info(const hp_model* model, hp_model_info* info) {
     expect("hp_model_get_info", model, info);
     const std::size_t size = known(info).size;
     const headpool::ModelInfo& from = model->model.info();
+    const headpool::BackendInfo& backend = model->model.backend();
     const hp_model_info all{size,
                             from.variant.c_str(),
                             from.pattern.c_str(),
@@ -131,7 +132,12 @@ hp_status hp_model_get_info(const hp_model* model, hp_model_info* info) {
                             from.stop_ids.size(),
                             from.weight_bytes,
                             from.kv_bytes_per_token,
-                            model->model.threads()};
+                            model->model.threads(),
+                            from.encoder_layers,
+                            backend.name.c_str(),
+                            backend.provider.c_str(),
+                            backend.library.c_str(),
+                            backend.version.c_str()};
     std::memcpy(info, &all, std::min(size, sizeof all));
   });
 }

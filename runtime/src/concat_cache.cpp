@@ -44,9 +44,10 @@ class ConcatCache final : public Cache {
     const auto sequence = static_cast<std::size_t>(first), count = static_cast<std::size_t>(call.batch());
     const std::int64_t total = columns_ + call.T();
     const std::int64_t mask_shape[] = {call.batch(), total};
-    call.bind_input(model_.variant.mask, mask() + sequence * static_cast<std::size_t>(total),
-                    count * static_cast<std::size_t>(total) * sizeof(std::int64_t), mask_shape,
-                    ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
+    if (!model_.variant.mask.empty())
+      call.bind_input(model_.variant.mask, mask() + sequence * static_cast<std::size_t>(total),
+                      count * static_cast<std::size_t>(total) * sizeof(std::int64_t), mask_shape,
+                      ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
     for (std::size_t i = 0; i < layout_.tensors().size(); ++i) {
       const CacheBinding& cache = model_.variant.caches[i];
       const auto slabs = static_cast<std::size_t>(cache.heads);

@@ -52,6 +52,15 @@ std::vector<Feed> right_padded(Prompts prompts, std::span<const std::int64_t> le
   return feeds;
 }
 
+Feed whole(Prompts prompts) {
+  std::vector<Feed> feeds;
+  std::vector<std::int64_t> ends, done(prompts.size()), starts(prompts.size());
+  for (const auto& prompt : prompts) ends.push_back(length(prompt));
+  const std::int64_t longest = *std::max_element(ends.begin(), ends.end());
+  add_rectangles(feeds, prompts, ends, done, starts, longest, longest);
+  return std::move(feeds.front());
+}
+
 std::vector<Feed> left_padded(Prompts prompts, std::span<const std::int64_t> lengths, std::int64_t chunk) {
   std::vector<Feed> feeds;
   std::int64_t width = 0;

@@ -27,4 +27,7 @@ std::vector<Feed> right_padded(Prompts prompts, std::span<const std::int64_t> le
 // counts[b] of row b. Every prompt ends in the last column. A pad's position is 0 or the last one's.
 std::vector<Feed> left_padded(Prompts prompts, std::span<const std::int64_t> lengths, std::int64_t chunk);
 
+// All in one call from position 0 on, padded on the right: what an encoder reads.
+Feed whole(Prompts prompts);
+
 }  // namespace headpool::detail

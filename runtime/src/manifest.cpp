@@ -1,102 +1,13 @@
 #include "manifest.hpp"
 
-#include <algorithm>
 #include <set>
 
-#include "fields.hpp"
+#include "bindings.hpp"
 
 namespace headpool::detail {
 namespace {
 
 constexpr std::int64_t SCHEMA = 1;
-
-struct Binding {
-  std::string name, dtype, role, alias;
-  std::int64_t layer;
-  const Json& shape;
-};
-
-Binding binding(const Json& data) {
-  Binding result{text(data, "name"), text(data, "dtype"), text(data, "role"), {}, -1, array(data, "shape")};
-  if (result.name.empty()) flaw("a binding has no name");
-  if (data.contains("alias")) result.alias = text(data, "alias");
-  if (result.role == "cache") result.layer = number(at(data, "layer"), "layer", 0, MOST);
-  return result;
-}
-
-void expect_shape(const Binding& b, const std::string& dtype, const Json& shape) {
-  if (b.dtype != dtype || b.shape != shape)
-    flaw("binding " + shown(b.name) + " is " + shown(b.dtype) + " " + shown(b.shape) + ", not " + dtype + " " + shown(shape));
-}
-
-// [batch, heads, rows, size]
-void expect_cache(const Binding& b, const std::string& dtype, const char* rows) {
-  if (b.shape.size() != 4) flaw("cache " + shown(b.name) + " has the shape " + shown(b.shape));
-  number(b.shape[1], "a cache's number of heads", 1, MOST);
-  number(b.shape[3], "a cache's head size", 1, MOST);
-  expect_shape(b, dtype, {"batch", b.shape[1], rows, b.shape[3]});
-}
-
-void set_once(std::string& target, const std::string& name, const char* role) {
-  if (!target.empty()) flaw(std::string("it has two inputs or outputs for ") + role);
-  target = name;
-}
-
-// Returns the layer of each cache.
-std::vector<std::int64_t> read_inputs(const Json& inputs, Variant& variant) {
-  std::vector<std::int64_t> layers;
-  for (const Json& item : inputs) {
-    const Binding b = binding(item);
-    if (b.role == "tokens" || b.role == "positions") {
-      set_once(b.role == "tokens" ? variant.tokens : variant.positions, b.name, b.role.c_str());
-      expect_shape(b, "int64", {"batch", "sequence"});
-    } else if (b.role == "mask" && !variant.in_place) {
-      set_once(variant.mask, b.name, "mask");
-      expect_shape(b, "int64", {"batch", "total"});
-    } else if (b.role == "cache") {
-      expect_cache(b, variant.info.dtype, variant.in_place ? "capacity" : "past");
-      variant.caches.push_back({b.name, {}, b.shape[1].get<std::int64_t>(), b.shape[3].get<std::int64_t>()});
-      layers.push_back(b.layer);
-    } else {
-      flaw("input " + shown(b.name) + " has the role " + shown(b.role));
-    }
-  }
-  if (variant.tokens.empty() || variant.positions.empty() || variant.caches.empty() || variant.mask.empty() != variant.in_place)
-    flaw("variant " + shown(variant.info.variant) + " lacks an input");
-  return layers;
-}
-
-void read_outputs(const Json& outputs, Variant& variant, const std::vector<std::int64_t>& layers) {
-  std::size_t next = 0;
-  for (const Json& item : outputs) {
-    const Binding b = binding(item);
-    if (b.role == "logits") {
-      set_once(variant.logits, b.name, "logits");
-      const Json rows = variant.all_logits ? Json("sequence") : Json(1);
-      expect_shape(b, variant.info.dtype, {"batch", rows, variant.info.vocab_size});
-    } else if (b.role == "cache") {
-      expect_cache(b, variant.info.dtype, variant.in_place ? "capacity" : "total");
-      if (next == variant.caches.size()) flaw("it has more caches as outputs than as inputs");
-      CacheBinding& cache = variant.caches[next];
-      if (b.layer != layers[next] || b.shape[1] != cache.heads || b.shape[3] != cache.size ||
-          b.alias != (variant.in_place ? cache.past : ""))
-        flaw("output " + shown(b.name) + " does not belong to input " + shown(cache.past));
-      cache.present = b.name;
-      ++next;
-    } else {
-      flaw("output " + shown(b.name) + " has the role " + shown(b.role));
-    }
-  }
-  if (variant.logits.empty() || next != variant.caches.size()) flaw("an output is missing");
-}
-
-void check_names(const Variant& variant) {
-  std::set<std::string> inputs{variant.tokens, variant.positions}, outputs{variant.logits};
-  if (!variant.in_place) inputs.insert(variant.mask);
-  for (const CacheBinding& cache : variant.caches) inputs.insert(cache.past), outputs.insert(cache.present);
-  if (inputs.size() != variant.caches.size() + (variant.in_place ? 2 : 3) || outputs.size() != variant.caches.size() + 1)
-    flaw("two inputs or two outputs of variant " + shown(variant.info.variant) + " have one name");
-}
 
 std::uint64_t kv_bytes_per_token(const Variant& variant) {
   std::uint64_t sum = 0;
@@ -119,6 +30,10 @@ void read_config(const Json& config, Variant& variant) {
   if (static_cast<std::int64_t>(info.kv_heads.size()) != layers)
     flaw("kv_heads names " + std::to_string(info.kv_heads.size()) + " layers, the model has " + std::to_string(layers));
   for (const Json& id : array(config, "eos_token_ids")) info.stop_ids.push_back(number(id, "a token id", 0, INT64_MAX));
+  if (!variant.encoder) return;
+  info.encoder_layers = size_in(config, "encoder_layers");
+  variant.encoder->hidden_size = size_in(config, "hidden_size");
+  variant.encoder->start = number(at(config, "decoder_start_id"), "decoder_start_id", 0, info.vocab_size - 1);
 }
 
 Variant read_variant(const Json& data) {
@@ -126,10 +41,11 @@ Variant read_variant(const Json& data) {
   ModelInfo& info = variant.info;
   info.variant = text(data, "name");
   if (info.variant.empty()) flaw("a variant has no name");
-  if (data.contains("encoder"))
-    throw BundleError("variant " + shown(info.variant) +
-                      " is an encoder-decoder, and this runtime runs decoder-only models; use headpool run");
   info.pattern = text(data, "pattern");
+  if (data.contains("encoder") && !data["encoder"].is_null()) {
+    variant.encoder.emplace().graph = file_name(data["encoder"]);
+    if (info.pattern == "fused") flaw("an encoder-decoder has no pattern fused");
+  }
   info.cache = one_of(data, "cache", {"static", "concat"});
   info.dtype = one_of(data, "dtype", {"fp32", "fp16", "bf16"});
   variant.in_place = info.cache == "static";
@@ -139,9 +55,7 @@ Variant read_variant(const Json& data) {
   for (const Json& name : array(data, "weights")) variant.weights.push_back(file_name(name));
   info.weight_bytes = static_cast<std::uint64_t>(number(at(data, "weight_bytes"), "weight_bytes", 0, INT64_MAX));
   read_config(at(data, "config"), variant);
-  const std::vector<std::int64_t> layers = read_inputs(array(data, "inputs"), variant);
-  read_outputs(array(data, "outputs"), variant, layers);
-  check_names(variant);
+  read_bindings(data, variant);
   info.kv_bytes_per_token = kv_bytes_per_token(variant);
   const Json& written = at(data, "kv_bytes_per_token");
   if (static_cast<std::uint64_t>(number(written, "kv_bytes_per_token", 0, INT64_MAX)) != info.kv_bytes_per_token)

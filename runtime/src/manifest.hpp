@@ -2,6 +2,7 @@
 #pragma once
 
 #include <headpool/model.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -16,15 +17,27 @@ struct CacheBinding {
   std::int64_t heads, size;
 };
 
+// What an encoder-decoder has besides its decoder: a graph that reads E tokens of an input once.
+struct Encoder {
+  std::string graph, tokens, mask;  // its inputs: [B, E]
+  std::string hidden;               // an output that nothing of ours reads
+  std::int64_t hidden_size;
+  std::string decoder_mask;          // the decoder's input for the same mask
+  std::vector<CacheBinding> caches;  // E rows each: `present` of the encoder is `past` of the decoder's cross-attention
+  Token start;                       // that every output begins with
+};
+
 struct Variant {
   ModelInfo info;
   std::string graph;
   std::vector<std::string> weights;
   DataType dtype;
-  bool in_place;                                // the static form
-  bool all_logits;                              // of every position of a call, not of the last
-  std::string tokens, positions, mask, logits;  // mask: of the concat form
+  bool in_place;    // the static form
+  bool all_logits;  // of every position of a call, not of the last
+  // mask: of the concat form. An encoder-decoder has none there, and no positions either.
+  std::string tokens, positions, mask, logits;
   std::vector<CacheBinding> caches;
+  std::optional<Encoder> encoder;
 
   std::size_t item_bytes() const { return dtype == DataType::fp32 ? 4 : 2; }
 };

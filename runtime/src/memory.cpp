@@ -38,6 +38,14 @@ Memory::~Memory() {
   if (mapping_) munmap(mapping_, mapped_);
 }
 
+std::size_t bytes_of(std::initializer_list<std::int64_t> sizes, std::size_t item) {
+  std::size_t bytes = item;
+  for (const std::int64_t size : sizes)
+    if (__builtin_mul_overflow(bytes, static_cast<std::size_t>(size), &bytes) || bytes > SIZE_MAX / 4)
+      throw MemoryError("inputs and outputs of that size have no address; lower the batch or the capacity");
+  return bytes;
+}
+
 namespace {
 
 struct Descriptor {

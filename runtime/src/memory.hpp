@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
+#include <initializer_list>
 #include <memory>
 #include <utility>
 
@@ -31,6 +33,9 @@ class Memory {
   std::byte* data_ = nullptr;
   std::size_t size_ = 0;
 };
+
+// The bytes of so many values of so many bytes each. Throws MemoryError where they have no address.
+std::size_t bytes_of(std::initializer_list<std::int64_t> sizes, std::size_t item);
 
 // The bytes of a file, read once for all that hold them at the same time. Throws BundleError, MemoryError.
 std::shared_ptr<const Memory> shared_file(const std::filesystem::path& path);

@@ -31,16 +31,20 @@ Model Model::open(const std::filesystem::path& bundle, const ModelOptions& optio
   if (options.threads < 0) throw ArgumentError("threads " + std::to_string(options.threads) + " is below 0");
   const std::string& backend = options.backend;
   const bool tensorrt = backend == "tensorrt" || backend == "tensorrt-rtx";
-  if (!tensorrt && !backend.empty() && backend != "onnxruntime")
-    throw ArgumentError(
-        detail::one_line("backend " + backend + " is unknown; choose from onnxruntime, tensorrt, tensorrt-rtx"));
+  if (!tensorrt && !backend.empty() && backend != "onnxruntime" && backend != "onnxruntime-cuda")
+    throw ArgumentError(detail::one_line("backend " + backend +
+                                         " is unknown; choose from onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx"));
   Variant variant = choose(detail::read_manifest(bundle), options.variant);
+  if (tensorrt && variant.encoder)
+    throw BackendError(detail::one_line("variant " + variant.info.variant + " is an encoder-decoder, and backend " + backend +
+                                        " runs decoder-only models; take onnxruntime"));
   return Model(tensorrt ? detail::open_tensorrt(bundle, std::move(variant), backend)
-                        : detail::open_onnxruntime(bundle, std::move(variant), options.threads));
+                        : detail::open_onnxruntime(bundle, std::move(variant), options.threads, backend == "onnxruntime-cuda"));
 }
 
 const ModelInfo& Model::info() const noexcept { return state_->variant.info; }
 int Model::threads() const noexcept { return state_->threads; }
+const BackendInfo& Model::backend() const noexcept { return state_->backend; }
 
 std::string onnxruntime_version() {
   detail::start_onnxruntime();

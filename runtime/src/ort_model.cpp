@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "cores.hpp"
+#include "cuda.hpp"
 #include "guard.hpp"
 #include "initializers.hpp"
 
@@ -58,36 +59,29 @@ void expect_value(const std::string& name, ONNXTensorElementDataType type, const
   throw BundleError("the graph's " + one_line(name) + " is not what headpool.json says; export the bundle again");
 }
 
-// The graph has the inputs and outputs that the manifest names, with those types and sizes, and no others.
-void check_graph(const OrtModel& state) {
-  const Variant& v = state.variant;
-  constexpr auto INT = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-  struct Value {
-    ONNXTensorElementDataType type;
-    Shape shape;
-  };
-  std::vector<std::pair<std::string, Value>> inputs{{v.tokens, {INT, {-1, -1}}}, {v.positions, {INT, {-1, -1}}}};
-  std::vector<std::pair<std::string, Value>> outputs{
-      {v.logits, {state.element(), {-1, v.all_logits ? -1 : 1, v.info.vocab_size}}}};
-  if (!v.in_place) inputs.push_back({v.mask, {INT, {-1, -1}}});
-  for (const CacheBinding& cache : v.caches) {
-    const Value value{state.element(), {-1, cache.heads, -1, cache.size}};
-    inputs.push_back({cache.past, value});
-    outputs.push_back({cache.present, value});
-  }
+struct Named {
+  std::string name;
+  ONNXTensorElementDataType type;
+  Shape shape;
+};
+using Tensors = std::vector<Named>;
+
+constexpr auto INT = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+
+// The graph has these inputs and outputs, with those types and sizes, and no others.
+void check_graph(const Ort::Session& runtime, const Tensors& inputs, const Tensors& outputs) {
   Ort::AllocatorWithDefaultOptions allocator;
-  const auto check = [&](const auto& expected, std::size_t count, const auto& name_of, const auto& type_of) {
+  const auto check = [&](const Tensors& expected, std::size_t count, const auto& name_of, const auto& type_of) {
     if (count != expected.size())
       throw BundleError("the graph has " + std::to_string(count) + " inputs or outputs, headpool.json names " +
                         std::to_string(expected.size()) + "; export the bundle again");
     for (std::size_t i = 0; i < count; ++i) {
       const std::string name = name_of(i);
-      const auto found = std::find_if(expected.begin(), expected.end(), [&](const auto& e) { return e.first == name; });
+      const auto found = std::ranges::find(expected, name, &Named::name);
       if (found == expected.end()) throw BundleError("headpool.json does not name the graph's " + one_line(name).substr(0, 60));
-      expect_value(name, found->second.type, found->second.shape, type_of(i));
+      expect_value(name, found->type, found->shape, type_of(i));
     }
   };
-  const Ort::Session& runtime = state.runtime;
   check(
       inputs, runtime.GetInputCount(),
       [&](std::size_t i) { return std::string(runtime.GetInputNameAllocated(i, allocator).get()); },
@@ -98,25 +92,86 @@ void check_graph(const OrtModel& state) {
       [&](std::size_t i) { return runtime.GetOutputTypeInfo(i); });
 }
 
+void add_caches(Tensors& tensors, const OrtModel& state, const std::vector<CacheBinding>& caches,
+                std::string CacheBinding::* name) {
+  for (const CacheBinding& cache : caches) tensors.push_back({cache.*name, state.element(), {-1, cache.heads, -1, cache.size}});
+}
+
+void check_decoder(const OrtModel& state) {
+  const Variant& v = state.variant;
+  Tensors inputs, outputs{{v.logits, state.element(), {-1, v.all_logits ? -1 : 1, v.info.vocab_size}}};
+  for (const std::string& name : {v.tokens, v.positions, v.mask, v.encoder ? v.encoder->decoder_mask : ""})
+    if (!name.empty()) inputs.push_back({name, INT, {-1, -1}});
+  add_caches(inputs, state, v.caches, &CacheBinding::past);
+  add_caches(outputs, state, v.caches, &CacheBinding::present);
+  if (v.encoder) add_caches(inputs, state, v.encoder->caches, &CacheBinding::past);
+  check_graph(state.runtime, inputs, outputs);
+}
+
+void check_encoder(const OrtModel& state) {
+  const Encoder& e = *state.variant.encoder;
+  const Tensors inputs{{e.tokens, INT, {-1, -1}}, {e.mask, INT, {-1, -1}}};
+  Tensors outputs{{e.hidden, state.element(), {-1, -1, e.hidden_size}}};
+  add_caches(outputs, state, e.caches, &CacheBinding::present);
+  check_graph(state.encoder, inputs, outputs);
+}
+
+void expect_cuda_runs(const Variant& variant) {
+  const std::string name = one_line("variant " + variant.info.variant);
+  if (variant.info.pattern == "fused")
+    throw BackendError(name +
+                       " is in pattern fused, whose operators compute on the CPU; on onnxruntime-cuda take another pattern");
+  if (!variant.in_place)
+    throw BackendError(name + " has a concat cache, and onnxruntime-cuda takes static ones; export it with --cache static");
+}
+
 }  // namespace
 
-std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path& bundle, Variant chosen, int threads) {
+std::shared_ptr<std::byte> OrtModel::zeros(std::size_t bytes) const {
+  if (!cuda) {
+    const auto block = std::make_shared<Memory>(bytes);
+    return {block, block->data()};
+  }
+  const auto block = cuda_memory(runtime, bytes);
+  zeroing->fill(memory, block.get(), bytes);
+  return block;
+}
+
+std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path& bundle, Variant chosen, int threads,
+                                                     bool cuda) {
   start_onnxruntime();
-  auto state = std::make_shared<OrtModel>(std::move(chosen), threads ? threads : physical_cores());
+  if (cuda) expect_cuda_runs(chosen);
+  BackendInfo backend{"onnxruntime", "CPUExecutionProvider", "onnxruntime", OrtGetApiBase()->GetVersionString()};
+  if (cuda) backend.name = "onnxruntime-cuda", backend.provider = "CUDAExecutionProvider";
+  auto state = std::make_shared<OrtModel>(std::move(chosen), std::move(backend), threads ? threads : physical_cores());
+  state->cuda = cuda;
+  state->memory = cuda ? cuda_memory_info() : Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   const Variant& variant = state->variant;
-  const std::filesystem::path graph = file_in(bundle, variant.graph);
   for (const std::string& name : variant.weights) file_in(bundle, name);
-  guarded("ONNX Runtime cannot run " + variant.graph + " (pattern " + variant.info.pattern + ", " + variant.info.dtype + ")",
-          [&] {
-            Ort::SessionOptions session;
-            session.SetIntraOpNumThreads(state->threads);
-            session.SetInterOpNumThreads(1);
-            session.SetGraphOptimizationLevel(ORT_ENABLE_ALL);
-            if (!variant.in_place) session.DisableMemPattern();  // concat has new shapes each step, and each would be planned
-            if (variant.info.pattern == "fused") use_own_operators(session, bundle, *state);
-            state->runtime = Ort::Session(environment(), graph.c_str(), session);
-            check_graph(*state);
-          });
+  Ort::SessionOptions session;
+  const auto load = [&](const std::string& name, const auto& work) {
+    const std::filesystem::path graph = file_in(bundle, name);
+    guarded("ONNX Runtime cannot run " + name + " (pattern " + variant.info.pattern + ", " + variant.info.dtype + ")",
+            [&] { work(graph); });
+  };
+  load(variant.graph, [&](const std::filesystem::path& graph) {
+    session.SetIntraOpNumThreads(state->threads);
+    session.SetInterOpNumThreads(1);
+    session.SetGraphOptimizationLevel(ORT_ENABLE_ALL);
+    if (!variant.in_place) session.DisableMemPattern();  // concat has new shapes each step, and each would be planned
+    if (variant.info.pattern == "fused") use_own_operators(session, bundle, *state);
+    if (cuda) {
+      add_cuda(session);
+      state->zeroing.emplace(environment(), session);
+    }
+    state->runtime = Ort::Session(environment(), graph.c_str(), session);
+    check_decoder(*state);
+  });
+  if (variant.encoder)
+    load(variant.encoder->graph, [&](const std::filesystem::path& graph) {
+      state->encoder = Ort::Session(environment(), graph.c_str(), session);
+      check_encoder(*state);
+    });
   return state;
 }
 

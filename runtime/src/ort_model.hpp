@@ -1,18 +1,24 @@
 // A variant's graph in ONNX Runtime.
 #pragma once
 
+#include <algorithm>
 #include <map>
+#include <optional>
 
 #include "memory.hpp"
 #include "onnxruntime.hpp"
 #include "state.hpp"
+#include "zeros.hpp"
 
 namespace headpool::detail {
 
 struct OrtModel final : Model::State {
   using State::State;
 
-  std::int64_t most_tokens(std::int64_t) const override { return variant.info.max_positions; }
+  // The relative positions of an encoder-decoder end nowhere, memory does.
+  std::int64_t most_tokens(std::int64_t) const override {
+    return variant.encoder ? std::min<std::int64_t>(variant.info.max_positions, 8192) : variant.info.max_positions;
+  }
   std::unique_ptr<Runner> runner(std::int64_t batch, std::int64_t capacity, std::int64_t chunk) const override;
 
   ONNXTensorElementDataType element() const {
@@ -26,10 +32,20 @@ struct OrtModel final : Model::State {
     }
   }
 
+  // Where caches lie: the host's memory, or with `cuda` that of its provider.
+  bool cuda = false;
+  Ort::MemoryInfo memory{nullptr};
+  mutable std::optional<Zeros> zeroing;  // with `cuda`
+
+  // Such memory, all zeros: a masked row is multiplied by probability 0, and 0 times the NaN that old bytes may make is NaN.
+  // The model outlives it. Throws MemoryError, Ort::Exception.
+  std::shared_ptr<std::byte> zeros(std::size_t bytes) const;
+
   // In pattern fused, what `runtime` reads and what therefore outlives it: the weights' files by name, and tensors in them.
   std::map<std::string, std::shared_ptr<const Memory>> weights;
   std::vector<Ort::Value> values;
   mutable Ort::Session runtime{nullptr};  // Run may be called from several threads
+  mutable Ort::Session encoder{nullptr};  // of an encoder-decoder
 };
 
 }  // namespace headpool::detail

@@ -1,96 +1,71 @@
-#include <algorithm>
-#include <optional>
+#include "ort_runner.hpp"
 
-#include "cache.hpp"
+#include <algorithm>
+
 #include "floats.hpp"
 
 namespace headpool::detail {
-namespace {
 
-class OrtRunner final : public Runner {
- public:
-  OrtRunner(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk)
-      : model_(model),
-        batch_(static_cast<std::size_t>(batch)),
-        logits_(batch_ * vocabulary() * sizeof(float)),
-        cache_((model.variant.in_place ? static_cache : concat_cache)(model, batch, capacity, chunk)) {
-    if (model.variant.dtype != DataType::fp32) half_ = Memory(raw_bytes(batch, 1));
-    step_.emplace(model, batch, 1, raw(), raw_bytes(batch, 1));
-  }
+OrtRunner::OrtRunner(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk)
+    : model_(model),
+      batch_(static_cast<std::size_t>(batch)),
+      logits_(batch_ * vocabulary() * sizeof(float)),
+      cache_((model.cuda               ? device_cache
+              : model.variant.in_place ? static_cache
+                                       : concat_cache)(model, batch, capacity, chunk)) {
+  if (model.variant.dtype != DataType::fp32) half_ = Memory(raw_bytes(batch, 1));
+  step_.emplace(model, batch, 1, raw(), raw_bytes(batch, 1));
+}
 
-  std::vector<Feed> plan(Prompts prompts, std::span<const std::int64_t> lengths) override {
-    return cache_->plan(prompts, lengths);
-  }
-
-  void run(const Feed& feed, std::span<const std::int64_t> lengths) override {
-    std::vector<std::byte> all;  // logits of every position, which only the last of is wanted
-    std::optional<Call> own;
-    std::span<std::byte> target{raw(), raw_bytes(step_->batch(), 1)};
-    if (feed.T > 1) {
-      if (model_.variant.all_logits) {
-        all.resize(raw_bytes(step_->batch(), feed.T));
-        target = all;
-      }
-      own.emplace(model_, step_->batch(), feed.T, target.data(), target.size());
+void OrtRunner::run(const Feed& feed, std::span<const std::int64_t> lengths) {
+  std::vector<std::byte> all;  // logits of every position, which only the last of is wanted
+  std::optional<Call> own;
+  std::span<std::byte> target{raw(), raw_bytes(step_->batch(), 1)};
+  if (feed.T > 1) {
+    if (model_.variant.all_logits) {
+      all.resize(raw_bytes(step_->batch(), feed.T));
+      target = all;
     }
-    Call& call = own ? *own : *step_;
-    std::copy(feed.tokens.begin(), feed.tokens.end(), call.tokens().begin());
-    std::copy(feed.positions.begin(), feed.positions.end(), call.positions().begin());
-    cache_->prepare(call, lengths, feed.counts);
-    // com.microsoft.GroupQueryAttention takes several tokens of several sequences only while the cache is empty.
-    if (model_.variant.info.pattern == "gqa" && batch_ > 1 && feed.T > 1 && std::ranges::max(lengths) > 0) {
-      run_rows(feed, target);
-    } else {
-      cache_->bind(call, 0);
-      call.run();
-    }
-    cache_->commit(call);
-    read_logits(target, feed.T);
+    own.emplace(model_, step_->batch(), feed.T, target.data(), target.size());
   }
-
-  std::span<const float> logits() const override { return {floats(), batch_ * vocabulary()}; }
-  void rewind(std::int64_t length) override { cache_->rewind(length); }
-
- private:
-  std::size_t vocabulary() const { return static_cast<std::size_t>(model_.variant.info.vocab_size); }
-  std::size_t raw_bytes(std::int64_t b, std::int64_t T) const {
-    return static_cast<std::size_t>(b * (model_.variant.all_logits ? T : 1)) * vocabulary() * model_.variant.item_bytes();
+  Call& call = own ? *own : *step_;
+  std::copy(feed.tokens.begin(), feed.tokens.end(), call.tokens().begin());
+  std::copy(feed.positions.begin(), feed.positions.end(), call.positions().begin());
+  cache_->prepare(call, lengths, feed.counts);
+  // com.microsoft.GroupQueryAttention takes several tokens of several sequences only while the cache is empty.
+  if (model_.variant.info.pattern == "gqa" && batch_ > 1 && feed.T > 1 && std::ranges::max(lengths) > 0) {
+    run_rows(feed, target);
+  } else {
+    cache_->bind(call, 0);
+    call.run();
   }
-  std::byte* raw() const { return half_.size() ? half_.data() : logits_.data(); }
-  float* floats() const { return reinterpret_cast<float*>(logits_.data()); }
+  cache_->commit(call);
+  read_logits(target, feed.T);
+}
 
-  void run_rows(const Feed& feed, std::span<std::byte> target) {
-    const std::size_t bytes = raw_bytes(1, feed.T);
-    for (std::int64_t b = 0; b < step_->batch(); ++b) {
-      Call row(model_, 1, feed.T, target.data() + static_cast<std::size_t>(b) * bytes, bytes);
-      std::copy_n(feed.tokens.begin() + b * feed.T, feed.T, row.tokens().begin());
-      std::copy_n(feed.positions.begin() + b * feed.T, feed.T, row.positions().begin());
-      cache_->bind(row, b);
-      row.run();
-    }
+void OrtRunner::run_rows(const Feed& feed, std::span<std::byte> target) {
+  const std::size_t bytes = raw_bytes(1, feed.T);
+  for (std::int64_t b = 0; b < step_->batch(); ++b) {
+    Call row(model_, 1, feed.T, target.data() + static_cast<std::size_t>(b) * bytes, bytes);
+    std::copy_n(feed.tokens.begin() + b * feed.T, feed.T, row.tokens().begin());
+    std::copy_n(feed.positions.begin() + b * feed.T, feed.T, row.positions().begin());
+    cache_->bind(row, b);
+    row.run();
   }
+}
 
-  // Brings the newest logits to `logits_`, where the graph did not write them there itself.
-  void read_logits(std::span<const std::byte> written, std::int64_t T) {
-    const Variant& v = model_.variant;
-    const std::int64_t rows = v.all_logits ? T : 1;
-    if (rows == 1 && v.dtype == DataType::fp32) return;
-    const std::size_t V = vocabulary(), stride = V * static_cast<std::size_t>(rows);
-    for (std::size_t b = 0; b < batch_; ++b)
-      to_floats(v.dtype, written.data() + (b * stride + stride - V) * v.item_bytes(), V, floats() + b * V);
-  }
-
-  const OrtModel& model_;
-  std::size_t batch_;
-  Memory logits_;  // float [B, V]
-  Memory half_;    // the same as a graph in half precision writes it
-  std::unique_ptr<Cache> cache_;
-  std::optional<Call> step_;  // T = 1, bound once
-};
-
-}  // namespace
+// Brings the newest logits to `logits_`, where the graph did not write them there itself.
+void OrtRunner::read_logits(std::span<const std::byte> written, std::int64_t T) {
+  const Variant& v = model_.variant;
+  const std::int64_t rows = v.all_logits ? T : 1;
+  if (rows == 1 && v.dtype == DataType::fp32) return;
+  const std::size_t V = vocabulary(), stride = V * static_cast<std::size_t>(rows);
+  for (std::size_t b = 0; b < batch_; ++b)
+    to_floats(v.dtype, written.data() + (b * stride + stride - V) * v.item_bytes(), V, floats() + b * V);
+}
 
 std::unique_ptr<Runner> OrtModel::runner(std::int64_t batch, std::int64_t capacity, std::int64_t chunk) const {
+  if (variant.encoder) return seq2seq_runner(*this, batch, capacity);
   return std::make_unique<OrtRunner>(*this, batch, capacity, chunk);
 }
 

@@ -21,6 +21,9 @@ class Runner {
 
   // Keeps the first `length` tokens of each sequence.
   virtual void rewind(std::int64_t length) = 0;
+
+  // Of an encoder-decoder, tokens of each source that it last read; else empty.
+  virtual std::span<const std::int64_t> sources() const { return {}; }
 };
 
 }  // namespace headpool::detail

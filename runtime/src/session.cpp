@@ -16,7 +16,9 @@ struct Session::State {
 
   void check_tokens(std::span<const Token> tokens) const;
   void check_prompts(Prompts prompts) const;
+  void check_sources(std::int64_t length) const;
   void feed(const Feed& feed);
+  bool pair() const { return model.info().encoder_layers > 0; }
   std::int64_t longest() const { return *std::max_element(lengths.begin(), lengths.end()); }
 
   Model model;
@@ -62,13 +64,27 @@ void Session::State::check_tokens(std::span<const Token> tokens) const {
 void Session::State::check_prompts(Prompts prompts) const {
   if (static_cast<std::int64_t>(prompts.size()) != batch)
     throw ArgumentError(std::to_string(prompts.size()) + " prompts for a session of batch " + std::to_string(batch));
+  if (pair() && longest())
+    throw ArgumentError("an encoder-decoder reads its source at once; reset the session before the next one");
   for (std::size_t b = 0; b < prompts.size(); ++b) {
     if (prompts[b].empty()) throw ArgumentError("prompt " + std::to_string(b) + " has no tokens");
     check_tokens(prompts[b]);
+    if (pair() && static_cast<std::int64_t>(prompts[b].size()) > capacity)
+      throw CapacityError("source " + std::to_string(b) + " of the encoder has " + std::to_string(prompts[b].size()) +
+                          " tokens, the capacity is " + std::to_string(capacity));
     if (static_cast<std::int64_t>(prompts[b].size()) > capacity - lengths[b])
       throw CapacityError("prompt " + std::to_string(b) + " needs " + std::to_string(lengths[b]) + " + " +
                           std::to_string(prompts[b].size()) + " cache rows, the capacity is " + std::to_string(capacity));
   }
+}
+
+void Session::State::check_sources(std::int64_t length) const {
+  const std::span<const std::int64_t> sources = runner->sources();
+  if (sources.empty()) return;
+  const auto [least, most] = std::ranges::minmax(sources);
+  if (least != most || length < most)
+    throw ArgumentError("cannot rewind to " + std::to_string(length) + " tokens: the sources, of " + std::to_string(least) +
+                        " to " + std::to_string(most) + " tokens, stay whole, and all sequences in step");
 }
 
 void Session::State::prefill(Prompts prompts) {
@@ -83,6 +99,7 @@ void Session::State::decode(std::span<const Token> tokens) {
     throw ArgumentError("decode takes " + std::to_string(batch) + " tokens, one a sequence, got " +
                         std::to_string(tokens.size()));
   check_tokens(tokens);
+  if (pair() && !longest()) throw ArgumentError("an encoder-decoder decodes after a source; give it one with prefill");
   if (longest() >= capacity) throw CapacityError("the cache is full: " + std::to_string(capacity) + " tokens a sequence");
   std::copy(tokens.begin(), tokens.end(), step.tokens.begin());
   std::copy(lengths.begin(), lengths.end(), step.positions.begin());
@@ -123,6 +140,7 @@ void Session::rewind(std::int64_t length) {
   if (length < 0 || length > shortest)
     throw ArgumentError("cannot rewind to " + std::to_string(length) + " tokens: the shortest sequence holds " +
                         std::to_string(shortest));
+  if (length) state_->check_sources(length);
   state_->runner->rewind(length);
   std::fill(state_->lengths.begin(), state_->lengths.end(), length);
 }
@@ -136,7 +154,8 @@ std::span<const std::int64_t> Session::lengths() const noexcept { return state_-
 
 std::uint64_t Session::kv_bytes() const noexcept {
   std::uint64_t tokens = 0;
-  for (const std::int64_t length : state_->lengths) tokens += static_cast<std::uint64_t>(length);
+  for (const std::int64_t length : state_->lengths)  // an encoder-decoder's start token is in the cache too
+    tokens += static_cast<std::uint64_t>(length + (length && state_->pair()));
   return tokens * state_->model.info().kv_bytes_per_token;
 }
 

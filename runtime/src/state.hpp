@@ -9,7 +9,7 @@
 namespace headpool {
 
 struct Model::State {
-  State(detail::Variant v, int t) : variant(std::move(v)), threads(t) {}
+  State(detail::Variant v, BackendInfo b, int t) : variant(std::move(v)), backend(std::move(b)), threads(t) {}
   virtual ~State() = default;
 
   // The most tokens that each of `batch` sequences can hold. Throws ArgumentError where there can be no such session.
@@ -19,13 +19,15 @@ struct Model::State {
   virtual std::unique_ptr<detail::Runner> runner(std::int64_t batch, std::int64_t capacity, std::int64_t chunk) const = 0;
 
   const detail::Variant variant;
+  const BackendInfo backend;
   const int threads;
 };
 
 namespace detail {
 
 // Loads `variant`. They throw BundleError, BackendError, MemoryError.
-std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path& bundle, Variant variant, int threads);
+std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path& bundle, Variant variant, int threads,
+                                                     bool cuda);
 std::shared_ptr<const Model::State> open_tensorrt(const std::filesystem::path& bundle, Variant variant,
                                                   const std::string& backend);
 

@@ -161,6 +161,7 @@ class FakeGpu final : public Gpu {
   explicit FakeGpu(bool rtx) : rtx_(rtx) { start_onnxruntime(); }
 
   std::string version() const override { return "1.2.3.4"; }
+  std::string name() const override { return "NVIDIA Fake"; }
   std::string chip() const override { return "sm89"; }
 
   std::shared_ptr<const Engine> load(std::span<const std::byte> plan) const override {

@@ -44,21 +44,6 @@ std::vector<Row> texts(headpool::Session& session, const std::vector<Row>& promp
   return result;
 }
 
-void same_again(const headpool::Model& model) {
-  const std::vector<Row> prompts{{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, {5, 4}, {9}};
-  headpool::Session session(model, options(3, 120, 5));
-  const auto first = texts(session, prompts, 80);  // the static cache grows
-  CHECK(session.lengths()[0] == 12 + 79 && session.lengths()[2] == 1 + 79);
-  session.rewind(1);
-  session.reset();
-  CHECK(session.kv_bytes() == 0);
-  CHECK(texts(session, prompts, 80) == first);
-  texts(session, prompts, 9);  // on top of unequal lengths
-  headpool::Session moved = std::move(session);
-  moved.rewind(17);
-  CHECK(moved.kv_bytes() == 3 * 17 * model.info().kv_bytes_per_token);
-}
-
 template <class Failure, class Work>
 void fails(const Work& work) {
   bool failed = false;
@@ -70,6 +55,27 @@ void fails(const Work& work) {
   CHECK(failed);
 }
 
+void same_again(const headpool::Model& model) {
+  const std::vector<Row> prompts{{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, {5, 4}, {9}};
+  headpool::Session session(model, options(3, 120, 5));
+  const auto first = texts(session, prompts, 80);  // the static cache grows
+  CHECK(session.lengths()[0] == 12 + 79 && session.lengths()[2] == 1 + 79);
+  const bool pair = model.info().encoder_layers > 0;
+  const auto go_on = [&] {
+    session.rewind(1);
+    texts(session, prompts, 9);  // on top
+  };
+  pair ? fails<headpool::ArgumentError>(go_on) : go_on();
+  session.reset();
+  CHECK(session.kv_bytes() == 0);
+  CHECK(texts(session, prompts, 80) == first);
+  if (pair) return fails<headpool::ArgumentError>([&] { session.prefill(Row{1}); });
+  texts(session, prompts, 9);  // on top of unequal lengths
+  headpool::Session moved = std::move(session);
+  moved.rewind(17);
+  CHECK(moved.kv_bytes() == 3 * 17 * model.info().kv_bytes_per_token);
+}
+
 void mistakes(const headpool::Model& model) {
   using namespace headpool;
   Session session(model, options(1, 8));
@@ -77,6 +83,7 @@ void mistakes(const headpool::Model& model) {
   fails<ArgumentError>([&] { session.prefill(Row{}); });
   fails<ArgumentError>([&] { session.prefill(Row{1, wrong}); });
   fails<ArgumentError>([&] { session.decode(-1); });
+  if (model.info().encoder_layers) fails<ArgumentError>([&] { session.decode(1); });
   fails<ArgumentError>([&] { session.decode(Row{1, 2}); });
   fails<CapacityError>([&] { session.prefill(Row(9, 1)); });
   CHECK(session.lengths()[0] == 0);

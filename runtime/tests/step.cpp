@@ -108,6 +108,7 @@ int main(int argc, char** argv) {
   Raw raw(argv[1], argv[2]);
   headpool::Session session(headpool::Model::open(argv[1], {argv[2], 1}));
   // By decoding, as above: ONNX Runtime plans memory for the shapes it sees first, and a prefill of several tokens has others.
+  if (session.model().info().encoder_layers) session.prefill(std::vector<headpool::Token>{1});  // of one token, as above
   for (int i = 0; i < 8; ++i) session.decode(1);
   Cost alone, whole;
   for (int i = 0; i < STEPS; ++i) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes as c
 import json
 import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,8 +58,8 @@ def test_a_step_allocates_only_what_onnx_runtime_does(variant: str, built: Path,
     assert cost["step_allocations"] == cost["run_allocations"] > 0
 
 
-@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
-def test_sessions_on_a_fake_tensorrt(backend: str, built: Path, bundle: Bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
+def test_sessions_on_a_fake_gpu(backend: str, built: Path, bundle: Bundle, tmp_path: Path) -> None:
     with_engines = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
     variants = [variant for variant in with_engines.variants if variant.pattern in ("grouped", "attention")]
     for variant in variants:
@@ -94,6 +95,36 @@ def test_headpool_reads_what_the_example_bench_writes(built: Path, bundle: Bundl
     assert _run(["compare", *map(str, files)]) == 0
     assert "fused" in capfd.readouterr().out
     assert sorted(tmp_path.iterdir()) == files
+
+
+def test_the_examples_on_a_backend(built: Path, bundle: Bundle, greedy: list[int], tmp_path: Path, capfd) -> None:
+    with_engines = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    fake_engines.add(with_engines, with_engines.variant("g2.grouped"), "tensorrt-rtx")
+    output = run(
+        built / "tests/generate_fake", "--backend", "tensorrt-rtx", with_engines.path, "g2.grouped", len(greedy), *PROMPT
+    )
+    shown = [int(line) for line in output.splitlines() if line.strip().isdigit()]
+    assert shown == greedy[: len(shown)] != []
+    files = {name: tmp_path / f"{name}.json" for name in ("onnxruntime", "onnxruntime-cuda", "tensorrt-rtx")}
+    for backend, file in files.items():
+        run(built / "tests/bench_fake", "--backend", backend, with_engines.path, "g2.grouped", file, 8, 16, 1)
+    results = [Results.load(file) for file in files.values()]
+    assert [(r.cells[0].backend, r.cells[0].provider, r.cells[0].versions, r.machine.gpus) for r in results] == [
+        ("headpool::runtime onnxruntime", "CPUExecutionProvider", {"onnxruntime": version("onnxruntime")}, ()),
+        ("headpool::runtime onnxruntime-cuda", "CUDAExecutionProvider", {"onnxruntime": version("onnxruntime")}, ()),
+        ("headpool::runtime tensorrt-rtx", "NVIDIA Fake (sm89)", {"tensorrt_rtx": "1.2.3.4"}, ("NVIDIA Fake (sm89)",)),
+    ]
+    assert _run(["compare", str(files["onnxruntime"]), str(files["tensorrt-rtx"])]) == 0
+    words = " ".join("".join(capfd.readouterr()).split())
+    assert "headpool::runtime tensorrt-rtx NVIDIA Fake (sm89)" in words
+    for example, rest in (("generate", (1, 1)), ("bench", (tmp_path / "c.json", 8))):
+        done = subprocess.run(
+            [built / "examples" / example, "--backend", "cuda", bundle.path, "g2.grouped", *map(str, rest)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"{example}: backend cuda is unknown; choose from onnxruntime, ")
 
 
 def test_versions(api: Api) -> None:

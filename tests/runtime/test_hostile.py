@@ -53,7 +53,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "nul": (lambda v: v.update(graph="model\0.onnx"), "not a file name in its own folder"),
     "missing file": (lambda v: v.update(graph="nothing.onnx"), 'lacks "nothing.onnx"'),
     "no graph": (lambda v: v.pop("graph"), "it lacks graph"),
-    "encoder-decoder": (lambda v: v.update(encoder="encoder.onnx"), "is an encoder-decoder, and this runtime"),
+    "an encoder": (lambda v: v.update(encoder="encoder.onnx", pattern="grouped"), "it lacks encoder_layers"),
     "dtype": (lambda v: v.update(dtype="int4"), 'dtype is "int4"'),
     "cache form": (lambda v: v.update(cache="concat"), 'binding "past_key_values.0.key" is "fp32" '),
     "vocabulary": (lambda v: v["config"].update(vocab_size=99999999), 'binding "logits" is'),

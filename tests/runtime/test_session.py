@@ -1,4 +1,7 @@
-"""C++ sessions, through the C ABI, against the torch model and the Python engine's greedy tokens, on every pattern and form."""
+"""C++ sessions, through the C ABI, against the torch model and the Python engine's greedy tokens, on every pattern and form.
+
+On ONNX Runtime's CUDA provider too: the CPU's stands in for it, with device memory that is full of NaN.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from pathlib import Path
 
 import hf
 import numpy as np
+import onnxruntime
 import pytest
 import tiny
-from capi import Api, CppSession, RuntimeFailure
+from capi import BACKEND, Api, CppSession, RuntimeFailure
 from test_ort_session import FORMS, Mirror
 
 from exporter.bundle import MANIFEST, Bundle
@@ -137,6 +141,58 @@ def test_sessions_of_one_model_in_threads(bundles: dict[tuple[str, str], Path], 
     for thread in threads:
         thread.join()
     assert not failures
+
+
+CUDA = "onnxruntime-cuda"
+
+
+@pytest.mark.parametrize("pattern", ["grouped", "gqa", "attention"])
+def test_over_memory_of_a_device(pattern: str, bundles: dict[tuple[str, str], Path], model: Decoder, fake: Api) -> None:
+    opened = fake.open(bundles[pattern, "static"], backend=CUDA)
+    info = opened.info()
+    assert (info.backend, info.provider, info.library) == (b"onnxruntime-cuda", b"CUDAExecutionProvider", b"onnxruntime")
+    assert info.library_version.decode() == onnxruntime.__version__
+    mirror_of(opened.session(capacity=300, chunk=16), model).one_sequence()
+    mirror_of(opened.session(batch=3, capacity=120, chunk=16), model).unequal_lengths()
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        (
+            ("fused", "static"),
+            "^variant v is in pattern fused, whose operators compute on the CPU; on onnxruntime-cuda take anoth",
+        ),
+        (
+            ("grouped", "concat"),
+            "^variant v has a concat cache, and onnxruntime-cuda takes static ones; export it with --cache st",
+        ),
+    ],
+)
+def test_what_only_the_cpu_runs(form: tuple[str, str], words: str, bundles: dict[tuple[str, str], Path], fake: Api) -> None:
+    with pytest.raises(RuntimeFailure, match=words) as caught:
+        fake.open(bundles[form], backend=CUDA)
+    assert caught.value.status == BACKEND
+
+
+def test_cuda_on_the_onnx_runtime_of_this_machine(bundles: dict[tuple[str, str], Path], model: Decoder, api: Api) -> None:
+    """Without the provider it says what there is; with one, logits, or why it does not start."""
+    failure = None
+    try:
+        opened = api.open(bundles["grouped", "static"], backend=CUDA)
+    except RuntimeFailure as caught:
+        failure = caught
+    if failure is None:
+        mirror_of(opened.session(batch=3, capacity=120, chunk=16), model).unequal_lengths()
+        return
+    assert failure.status == BACKEND
+    assert "\n" not in str(failure)
+    if "CUDAExecutionProvider" not in (available := onnxruntime.get_available_providers()):
+        assert str(failure) == (
+            f"ONNX Runtime {onnxruntime.__version__} here has no CUDAExecutionProvider (it has {', '.join(available)}); "
+            "put the library of onnxruntime-gpu in its place, or take backend onnxruntime"
+        )
 
 
 def greedy(bundle: Bundle, variant: str, prompts: list[np.ndarray], count: int) -> list[list[int]]:

@@ -69,7 +69,13 @@ def test_without_the_sdk_it_says_so(bundle: Bundle, api: Api) -> None:
     for backend in BACKENDS:
         words = rf"^backend {backend} is not in this libheadpool, which was|has no {backend} engine of variant v; make one:"
         refused(api, bundle, BACKEND, words, backend)
-    refused(api, bundle, ARGUMENT, "^backend cuda is unknown; choose from onnxruntime, tensorrt, tensorrt-rtx$", "cuda")
+    refused(
+        api,
+        bundle,
+        ARGUMENT,
+        "^backend cuda is unknown; choose from onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx$",
+        "cuda",
+    )
     for backend in ("", "onnxruntime"):
         api.open(bundle.path, backend=backend).session(capacity=8).prefill([np.array([1, 2])])
 

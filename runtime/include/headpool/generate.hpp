@@ -52,9 +52,9 @@ struct GenerateOptions {
 // Called with the B new tokens as soon as they are known; false ends the generation.
 using OnTokens = std::function<bool(std::span<const Token>)>;
 
-// Feeds the prompts after what is in the cache and generates, a sequence until the stop token it drew (which is passed on),
-// all until max_new_tokens. The last token is not fed. Throws as Session and Sampler do, and CapacityError before the first
-// token where that many do not fit. Returns how many times `on_tokens` was called.
+// Feeds the prompts after what is in the cache (to an encoder-decoder: its sources) and generates, a sequence until the stop
+// token it drew (which is passed on), all until max_new_tokens. The last token is not fed. Throws as Session and Sampler do,
+// and CapacityError before the first token where that many do not fit. Returns how many times `on_tokens` was called.
 HEADPOOL_API std::int64_t generate(Session& session, Prompts prompts, const GenerateOptions& options,
                                    const OnTokens& on_tokens);
 

@@ -56,7 +56,7 @@ typedef struct {
   size_t size;
   const char* variant; /* NULL or "": the bundle's first */
   int32_t threads;     /* of one operator; 0: the physical cores that this process may use */
-  const char* backend; /* NULL or "": "onnxruntime"; "tensorrt" or "tensorrt-rtx" where the library was built with that SDK */
+  const char* backend; /* NULL or "": "onnxruntime"; "onnxruntime-cuda"; "tensorrt", "tensorrt-rtx" where built with that SDK */
 } hp_model_options;
 
 HEADPOOL_API hp_status hp_model_open(const char* bundle, const hp_model_options* options, hp_model** out);
@@ -72,6 +72,8 @@ typedef struct {
   size_t stop_id_count;
   uint64_t weight_bytes, kv_bytes_per_token;
   int32_t threads;
+  int64_t encoder_layers; /* of an encoder-decoder, whose other sizes are its decoder's; 0: it has no encoder */
+  const char *backend, *provider, *library, *library_version; /* headpool/model.hpp's BackendInfo */
 } hp_model_info;
 
 /* Fills the members that `info->size` has room for. */
@@ -87,13 +89,14 @@ typedef struct {
 HEADPOOL_API hp_status hp_session_create(const hp_model* model, const hp_session_options* options, hp_session** out);
 HEADPOOL_API void hp_session_free(hp_session* session);
 
-/* Feeds prompts[b] of counts[b] tokens to each of `batch` sequences. *logits becomes float [batch, vocab_size], of each one's
- * last token, valid until the session's next call. */
+/* Feeds prompts[b] of counts[b] tokens to each of `batch` sequences; of an encoder-decoder to its encoder, once, and then the
+ * start token to its decoder. *logits becomes float [batch, vocab_size], of each one's last token, valid until the session's
+ * next call. */
 HEADPOOL_API hp_status hp_session_prefill(hp_session* session, const int64_t* const* prompts, const size_t* counts,
                                           size_t batch, const float** logits);
 /* Feeds one token to each sequence. */
 HEADPOOL_API hp_status hp_session_decode(hp_session* session, const int64_t* tokens, size_t batch, const float** logits);
-/* Forgets all but the first `length` tokens of every sequence. */
+/* Forgets all but the first `length` tokens of every sequence. An encoder's inputs stay whole, or go with 0. */
 HEADPOOL_API hp_status hp_session_rewind(hp_session* session, int64_t length);
 
 HEADPOOL_API int64_t hp_session_batch(const hp_session* session);

@@ -24,16 +24,26 @@ struct ModelInfo {
   std::int64_t max_positions = 0;        // tokens of a sequence that the model was made for
   std::int64_t heads = 0;                // query heads
   std::vector<std::int64_t> kv_heads;    // KV heads of each layer
+  std::int64_t encoder_layers = 0;       // of an encoder-decoder, whose other sizes are its decoder's; 0: it has no encoder
   std::vector<Token> stop_ids;           // tokens that end a text
   std::uint64_t weight_bytes = 0;        // that one decode step reads
   std::uint64_t kv_bytes_per_token = 0;  // of one sequence, all layers
 };
 
+// What runs a model.
+struct BackendInfo {
+  std::string name;      // onnxruntime, onnxruntime-cuda, tensorrt or tensorrt-rtx
+  std::string provider;  // ONNX Runtime's execution provider; of TensorRT the GPU, for example "NVIDIA L4 (sm89)"
+  std::string library;   // onnxruntime, tensorrt or tensorrt_rtx
+  std::string version;   // of the library that is running, for example "1.31.1"
+};
+
 struct ModelOptions {
   std::string variant;  // empty: the bundle's first
   int threads = 0;      // of one operator; 0: the physical cores that this process may use
-  // onnxruntime (so does empty), or where the library was built with that SDK tensorrt or tensorrt-rtx, which run the bundle's
-  // engines (headpool build) on the calling thread's GPU.
+  // onnxruntime (so does empty): the CPU. onnxruntime-cuda: the first GPU, by the provider that onnxruntime-gpu's library has;
+  // static caches, every pattern but fused. Where this library was built with that SDK, tensorrt or tensorrt-rtx, which run the
+  // bundle's engines (headpool build) on the calling thread's GPU.
   std::string backend = {};
 };
 
@@ -51,6 +61,7 @@ class HEADPOOL_API Model {
 
   const ModelInfo& info() const noexcept;
   int threads() const noexcept;
+  const BackendInfo& backend() const noexcept;
 
   struct State;
 

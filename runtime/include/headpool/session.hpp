@@ -15,9 +15,11 @@
 namespace headpool {
 
 struct SessionOptions {
-  std::int64_t batch = 1;     // at most 65536; of TensorRT that of an engine
-  std::int64_t capacity = 0;  // tokens of a sequence; 0, or more than the model's max_positions: those; of TensorRT an engine's
-  std::int64_t chunk = 512;   // most tokens of a sequence in one call of the graph, which bounds the memory of a long prefill
+  std::int64_t batch = 1;  // at most 65536; of TensorRT that of an engine
+  // Tokens of a sequence. 0, or more than the model's max_positions: those; 0 of TensorRT: an engine's; 0 of an
+  // encoder-decoder, whose positions end nowhere: at most 8192.
+  std::int64_t capacity = 0;
+  std::int64_t chunk = 512;  // most tokens of a sequence in one call of the graph, which bounds the memory of a long prefill
 };
 
 using Prompts = std::span<const std::span<const Token>>;
@@ -25,8 +27,12 @@ using Prompts = std::span<const std::span<const Token>>;
 // B sequences in step, each with a length of its own, over one cache in memory that is reserved once and used as it fills.
 //
 // A static cache is written in place; decoding allocates nothing but where the cache grows, by a sixteenth at a time. A concat
-// cache is written anew by each step, which is how graphs of that form work. On TensorRT the cache lies on the GPU, all of it
-// from the start, and decoding replays one CUDA graph.
+// cache is written anew by each step, which is how graphs of that form work. On a GPU the cache lies in its memory, all of it
+// from the start; on TensorRT decoding replays one CUDA graph.
+//
+// An encoder-decoder reads a source in its first prefill: the encoder takes all of it at once, and the decoder the start token.
+// What is decoded then is its output. lengths() and capacity() count both, without the start token; the source stays whole
+// until reset().
 //
 // Threads: a session may be moved to another thread, but is used by one at a time. Different sessions, of one model too, may
 // run at the same time.
@@ -39,21 +45,23 @@ class HEADPOOL_API Session {
   Session& operator=(Session&&) noexcept;
   ~Session();
 
-  // Feeds a prompt to each sequence, of any lengths but none empty, after what is in the cache. Returns the logits [B, V] of
-  // each one's last token, valid until the next call. Throws ArgumentError and CapacityError, before anything is fed, and
-  // BackendError, after which the tokens that lengths() counts are in the cache.
+  // Feeds a prompt to each sequence, of any lengths but none empty, after what is in the cache; a source to an encoder-decoder
+  // that holds none. Returns the logits [B, V] of each one's last token, of an encoder-decoder of the start token, valid until
+  // the next call. Throws ArgumentError and CapacityError, before anything is fed, and BackendError, after which the tokens
+  // that lengths() counts are in the cache.
   std::span<const float> prefill(Prompts prompts);
   std::span<const float> prefill(std::span<const Token> prompt);  // of a batch of 1
 
   // Feeds one token to each sequence. Returns logits [B, V], in fp32 the very memory that the graph wrote; valid until the next
-  // call. Throws as prefill does.
+  // call. Throws as prefill does, and ArgumentError of an encoder-decoder without a source.
   std::span<const float> decode(std::span<const Token> tokens);
   std::span<const float> decode(Token token);  // of a batch of 1
 
   // The logits [V] of one sequence that the last call returned.
   std::span<const float> logits(std::int64_t sequence) const;
 
-  // Forgets all but the first `length` tokens of every sequence. Throws ArgumentError where one holds fewer.
+  // Forgets all but the first `length` tokens of every sequence. Throws ArgumentError where one holds fewer, and of an
+  // encoder-decoder where sources differ in length or would not stay whole.
   void rewind(std::int64_t length);
   void reset();
 

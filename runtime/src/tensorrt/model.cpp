@@ -37,8 +37,11 @@ std::string joined(const std::vector<std::string>& words) {
 // A variant's engines, each deserialised when the first session needs it.
 class TensorRTModel final : public Model::State {
  public:
-  TensorRTModel(Variant v, std::shared_ptr<const Gpu> gpu, Records records, std::string command)
-      : State(std::move(v), 0), gpu_(std::move(gpu)), records_(std::move(records)), command_(std::move(command)) {}
+  TensorRTModel(Variant v, BackendInfo backend, std::shared_ptr<const Gpu> gpu, Records records, std::string command)
+      : State(std::move(v), std::move(backend), 0),
+        gpu_(std::move(gpu)),
+        records_(std::move(records)),
+        command_(std::move(command)) {}
 
   std::int64_t most_tokens(std::int64_t batch) const override {
     std::int64_t most = 0;
@@ -129,7 +132,10 @@ std::shared_ptr<const Model::State> open_tensorrt(const std::filesystem::path& b
       prefix + "for …, this GPU is " + chip + "; " + command + " --target " + chip);
   for (const EngineRecord& record : records)
     expect_tensors(record.tensors, variant, record, (record.folder / "engine.json").string());
-  return std::make_shared<TensorRTModel>(std::move(variant), gpu, std::move(records), command);
+  std::string library = backend;
+  std::ranges::replace(library, '-', '_');
+  BackendInfo info{backend, gpu->name() + " (" + chip + ")", library, version};
+  return std::make_shared<TensorRTModel>(std::move(variant), std::move(info), gpu, std::move(records), command);
 }
 
 }  // namespace headpool::detail

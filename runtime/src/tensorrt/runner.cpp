@@ -4,18 +4,10 @@
 
 #include "../floats.hpp"
 #include "../guard.hpp"
+#include "../memory.hpp"
 
 namespace headpool::detail {
 namespace {
-
-// The bytes of so many values of so many bytes each. Throws MemoryError where they have no address.
-std::size_t bytes_of(std::initializer_list<std::int64_t> sizes, std::size_t item) {
-  std::size_t bytes = item;
-  for (const std::int64_t size : sizes)
-    if (__builtin_mul_overflow(bytes, static_cast<std::size_t>(size), &bytes) || bytes > SIZE_MAX / 4)
-      throw MemoryError("the engine's inputs and outputs have no address; build it for a smaller batch or capacity");
-  return bytes;
-}
 
 // Everything is bound once, to memory for the longest call; both profiles use the same. A step copies tokens and positions to
 // the GPU, runs and copies logits back, from its second time on as one CUDA graph.

@@ -57,6 +57,8 @@ void check(cudaError_t status, const char* doing) {
   throw BackendError(why);
 }
 
+constexpr const char* NO_GPU = "TensorRT engines run on an NVIDIA GPU, and there is none here, or no driver";
+
 void check(bool done, const char* doing) {
   if (!done) throw BackendError(std::string("TensorRT failed in ") + doing + ": " + Log::reason());
 }
@@ -226,9 +228,16 @@ class SdkGpu final : public Gpu {
     return text;
   }
 
+  std::string name() const override {
+    cudaDeviceProp properties{};
+    check(status_, NO_GPU);
+    check(cudaGetDeviceProperties(&properties, device_), "the GPU does not say what it is");
+    return properties.name;
+  }
+
   std::string chip() const override {
     int major = 0, minor = 0;
-    check(status_, "TensorRT engines run on an NVIDIA GPU, and there is none here, or no driver");
+    check(status_, NO_GPU);
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "the GPU does not say what it is");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_), "the GPU does not say what it is");
     return "sm" + std::to_string(major) + std::to_string(minor);
