@@ -123,6 +123,8 @@ def _benchmarks(folder: Path, run: Results) -> str:
         _parity(_read(folder / "parity.json")),
     ]
     lines += [_export(_read(folder / "export.json"))]
+    if (folder / "conversion.json").exists() and (folder / "uptraining.json").exists():
+        lines += [_conversion(_read(folder / "conversion.json")), _uptraining(_read(folder / "uptraining.json"))]
     return "\n".join([*lines, "Every sample, the machine and the commands: [profiles/results](profiles/results/README.md)."])
 
 
@@ -164,6 +166,26 @@ def _export(record: dict[str, Any]) -> str:
     rows = [row for row in record["rows"] if row["what"] == "8B, linked"]
     seconds, memory = max(row["seconds"] for row in rows), size(max(row["peak_bytes"] for row in rows))
     return f"A checkpoint of Llama-3.1-8B's shape exports in {seconds:.0f} s and {memory} of memory."
+
+
+def _conversion(record: dict[str, Any]) -> str:
+    best = record["settings"]["best"]
+    names = {"text": "on a text", "self": "on its own samples", "random": "on random tokens"}
+    shares = ", ".join(f"{best[f'smollm2, 1 KV heads, {kind}']:.2f} measured {words}" for kind, words in names.items())
+    verdict = "met" if record["kept"] else "**not met**"
+    return (
+        "`--method optimal` adds a fraction of the loss that pooling by the mean adds, without training (SmolLM2, 3 → 1 KV heads): "
+        f"{shares}; our targets of 0.10, 0.18 and 0.30 are {verdict}."
+    )
+
+
+def _uptraining(record: dict[str, Any]) -> str:
+    rows = {(row["method"], row.get("alpha")): row["ratio"] for row in record["rows"]}
+    return (
+        "A small model trained here, 8 → 2 KV heads, has "
+        f"{rows['mean', 0.0]:.2f} × the loss of MHA pooled by the mean and {rows['optimal', 0.0]:.3f} × by `optimal`; uptrained for 5 % "
+        f"of its steps {rows['mean', 0.05]:.2f} × and, with the MHA model as teacher, {rows['distilled', 0.05]:.3f} ×."
+    )
 
 
 def _decoder(folder: Path) -> list[Cell]:

@@ -53,7 +53,8 @@ class QuantisedProduct {
     const int64_t numbers[] = {static_cast<int64_t>(N), static_cast<int64_t>(K), static_cast<int64_t>(bits), BLOCK, 4};
     const char* attributes_named[] = {"N", "K", "bits", "block_size", "accuracy_level"};
     std::vector<Ort::OpAttr> attributes;
-    for (size_t i = 0; i < std::size(numbers); ++i) attributes.emplace_back(attributes_named[i], &numbers[i], 1, ORT_OP_ATTR_INT);
+    for (size_t i = 0; i < std::size(numbers); ++i)
+      attributes.emplace_back(attributes_named[i], &numbers[i], 1, ORT_OP_ATTR_INT);
     const char* names[] = {"T1", "T2", "T3", "T4"};
     const ONNXTensorElementDataType types[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
                                                ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32};

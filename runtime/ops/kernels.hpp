@@ -32,8 +32,8 @@ constexpr size_t GROUP_BYTES = 64;
 
 template <size_t BITS>
 struct Group {
-  float scales[GROUP_BYTES / 4];      // of the block that 4 bytes of q belong to
-  int32_t start[GROUP_BYTES / 4];     // −2^(BITS−1) · Σ of the values that meet those
+  float scales[GROUP_BYTES / 4];         // of the block that 4 bytes of q belong to
+  int32_t start[GROUP_BYTES / 4];        // −2^(BITS−1) · Σ of the values that meet those
   int8_t values[8 / BITS][GROUP_BYTES];  // of 4 bits: those that meet the low halves, then the high ones
 };
 

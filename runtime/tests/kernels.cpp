@@ -145,8 +145,8 @@ void test_quantised(const Kernels& kernels) {
           std::fill_n(x.begin() + static_cast<long>(pick(0, M * K / BLOCK - 1) * BLOCK), BLOCK, 0.0f);
           const QuantisedRows rows(kernels, x, K, bits);
           Floats y(M * N, 77);
-          kernels.linear({{x.data(), rows.bytes.data()}, {w.q.data(), w.scales.data(), bits}, nullptr, nullptr, y.data(), M, K, N},
-                         0, N);
+          kernels.linear(
+              {{x.data(), rows.bytes.data()}, {w.q.data(), w.scales.data(), bits}, nullptr, nullptr, y.data(), M, K, N}, 0, N);
           const std::string what = named("quantised linear bits, M, K, N", {bits, M, K, N});
           for (size_t m = 0; m < M; ++m)
             for (size_t n = 0; n < N; ++n) {
@@ -202,8 +202,16 @@ void test_gated(const Kernels& kernels) {
         const Floats x = normal(M * K, deviation), gate = normal(N * K), up = normal(N * K);
         const Floats gate_bias = normal(pick(0, 1) * N), up_bias = normal(pick(0, 1) * N);
         Floats y(M * N, 77);
-        const Gated task{{x.data(), nullptr}, {gate.data(), nullptr, 0}, {up.data(), nullptr, 0}, data(gate_bias),
-                         data(up_bias), y.data(), M, K, N, kind};
+        const Gated task{{x.data(), nullptr},
+                         {gate.data(), nullptr, 0},
+                         {up.data(), nullptr, 0},
+                         data(gate_bias),
+                         data(up_bias),
+                         y.data(),
+                         M,
+                         K,
+                         N,
+                         kind};
         kernels.gated(task, n0, n1);
         const std::string what = named("gated M, K, N, activation", {M, K, N, size_t(kind)});
         for (size_t m = 0; m < M; ++m)

@@ -52,6 +52,11 @@ KINDS = {
 
 def check_quantize(kind: str | None, variant: Variant, targets: tuple[str, ...]) -> None:
     """Refuse what a target lacks and what TensorRT does not multiply by. Raises EngineError."""
+    if variant.quantize is not None:
+        raise EngineError(
+            f"variant {variant.name} has {variant.quantize} weights as ONNX Runtime reads them; export it without --quantize, "
+            f"and build it with --quantize {variant.quantize}"
+        )
     if kind is None:
         return
     KINDS[kind].check(kind, targets)

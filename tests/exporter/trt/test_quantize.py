@@ -73,6 +73,13 @@ def test_an_engine_with_quantised_weights(decoder, tmp_path, kind, dtype):
     assert built.record.recipe.quantize == kind
 
 
+def test_weights_quantised_for_onnx_runtime_are_refused(decoder, tmp_path):
+    bundle = tiny.bundle(tmp_path, decoder, "attention", dtype="fp16")
+    bundle = dataclasses.replace(bundle, variants=(dataclasses.replace(bundle.variants[0], quantize="int4"),))
+    with pytest.raises(EngineError, match="has int4 weights as ONNX Runtime reads them; export it without --quantize"):
+        build(bundle, BuildOptions(backend="tensorrt-rtx", targets=("sm86",)))
+
+
 @pytest.mark.parametrize(
     ("kind", "target", "least"), [("int4", "sm75", "sm80"), ("fp8", "sm80", "sm89"), ("fp8", "sm86", "sm89")]
 )
