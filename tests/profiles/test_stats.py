@@ -60,20 +60,20 @@ def test_a_block_is_a_whole_burst():
     assert stats.medians(values, 50, np.random.default_rng(2), block) == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize(("count", "shared"), [(32, 0.0), (32, 0.5), (32, 0.8), (104, 0.0), (104, 0.8)])
+@pytest.mark.parametrize(("count", "shared"), [(32, 0.0), (32, 0.5), (104, 0.8)])
 def test_how_often_two_equal_distributions_differ(count, shared):
-    """Bursts of 8; `shared` of the variance is a burst's own. 5 % of 400 are 20, with a standard deviation of 4.4."""
+    """Bursts of 8; `shared` of the variance is a burst's own. 5 % of 300 are 15, with a standard deviation of 3.8."""
 
     def samples(rng):
         bursts = rng.normal(size=-(-count // 8)).repeat(8)[:count]
         return 10 + 0.3 * (math.sqrt(shared) * bursts + math.sqrt(1 - shared) * rng.normal(size=count))
 
     differ = 0
-    for seed in range(400):
+    for seed in range(300):
         rng = np.random.default_rng(seed)
-        low, high = stats.ratio_interval(samples(rng), samples(rng), resamples=400, block=8)
+        low, high = stats.ratio_interval(samples(rng), samples(rng), resamples=200, block=8)
         differ += not low <= 1 <= high
-    assert differ <= 31
+    assert differ <= 24
 
 
 def test_a_block_is_at_most_a_quarter_of_the_samples():
