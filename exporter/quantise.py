@@ -50,12 +50,29 @@ class Quantiser:
     def __call__(self, weights: Weights) -> Weights:
         result = dict(weights)
         for name, tensor in weights.items():
-            if name in (EMBEDDING, HEAD) or name.endswith("_proj.weight"):
+            if _is_matrix(name):
                 if tensor not in self._known:
                     self._known[tensor] = _lazily(tensor, self.kind)
                 del result[name]
                 result |= zip(parts(name, self.kind), self._known[tensor], strict=True)
         return result
+
+
+def rounded(weights: Weights, kind: str) -> Weights:
+    """`weights` with the values that a Quantiser's stand for, in float32: for runtimes without quantised products."""
+    result = dict(weights)
+    for name, tensor in weights.items():
+        if _is_matrix(name):
+            result[name] = ComputedTensor(name, torch.float32, tensor.shape, functools.partial(_round, tensor, kind))
+    return result
+
+
+def _round(tensor: LazyTensor, kind: str) -> torch.Tensor:
+    return dequantise(*quantise(tensor.read(), kind), kind)
+
+
+def _is_matrix(name: str) -> bool:
+    return name in (EMBEDDING, HEAD) or name.endswith("_proj.weight")
 
 
 def _lazily(tensor: LazyTensor, kind: str) -> tuple[LazyTensor, LazyTensor]:

@@ -16,7 +16,7 @@ from exporter.checkpoint import open_checkpoint
 from exporter.cli import _run
 from exporter.engines import open_session
 from exporter.export import ExportOptions, export
-from exporter.quantise import QUANTIZE, dequantise, quantise
+from exporter.quantise import QUANTIZE, dequantise, quantise, rounded
 from graphs.quantise import BITS, BLOCK
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "num_key_value_heads": 2}
@@ -154,3 +154,14 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path, capfd: pytest
         assert message in err
         assert err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["narrow"]
+
+
+def test_rounded_weights_are_what_is_stored(folders: dict[str, Path]) -> None:
+    """What a sweep measures quality on."""
+    weights = open_checkpoint(folders["llama"]).weights
+    for name, tensor in rounded(weights, "int4").items():
+        original = weights[name].read()
+        matrix = name == "model.embed_tokens.weight" or "_proj" in name
+        wanted = dequantise(*quantise(original, "int4"), "int4") if matrix else original
+        assert torch.equal(tensor.read(), wanted), name
+        assert torch.equal(wanted, original) != matrix

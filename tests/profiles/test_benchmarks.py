@@ -15,7 +15,7 @@ from exporter.decode import decode
 from exporter.engines import open_session
 from exporter.errors import UserError
 from exporter.export import ExportOptions, export
-from profiles.benchmarks import decoder, glu_training, papers, t5_decoding
+from profiles.benchmarks import decoder, glu_training, papers, quantised, t5_decoding
 from profiles.benchmarks.logits import PATHS, STEPS, differences, transformers_logits
 from profiles.results import Results
 
@@ -175,3 +175,29 @@ def test_the_papers_page():
     assert "takes 0.15 × the time here" in page
     assert "rank correlation with the paper&#39;s order is 1.00" in page
     assert "after 2 steps the lower one with 2 of 2 seeds" in page
+
+
+@pytest.mark.usefixtures("small_probe")
+def test_the_quantised_benchmark(tmp_path, capsys):
+    import hf
+
+    folder, out = tmp_path / "model", tmp_path / "out.json"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    hf.build("llama", sizes).save_pretrained(folder)
+    hf.add_tokenizer(folder)
+    plan = {"samples": 8, "burst": 2, "warmup": 0, "settle": 0}
+    quantised.main(out, folder, folder / "config.json", (4, 1), (8, 24), **plan)
+    record = json.loads(out.read_text())
+    steps = [row for row in record["rows"] if row["what"] == "step"]
+    assert {(row["weights"], row["groups"], row["context"]) for row in steps} == {
+        (kind, g, context) for kind in ("fp32", "int8", "int4") for g in (4, 1) for context in (8, 24)
+    }
+    assert not record["kept"]  # there is no context of 4,096
+    assert len(record["run"]["cells"]) == 24
+    losses = [row["nats_per_token"] for row in record["rows"] if row["what"] == "loss"]
+    assert len(losses) == 3
+    assert 0 < abs(losses[1] - losses[0]) < abs(losses[2] - losses[0])
+    fast = [{"what": "step", "weights": "int4", "groups": g, "context": 4096, "times": 1.6} for g in (16, 4, 1)]
+    assert quantised.is_kept(fast)
+    assert not quantised.is_kept([*fast[:2], {**fast[2], "times": 1.4}])
+    assert not quantised.is_kept([{**fast[0], "times": 0.9}, *fast[1:]])
