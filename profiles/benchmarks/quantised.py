@@ -33,6 +33,7 @@ from profiles.results import Results
 KINDS = (None, "int8", "int4")
 PATTERNS = ("fused", "gqa")
 CONTEXTS, FAR, FEW, TIMES = (512, 4096), 4096, (4, 1), 1.5
+SAMPLES = 32  # of a cell
 TOKENS, WINDOW = 1025, 256  # of the text that the loss is measured on
 PROMISE = (
     f"int4 weights: `fused` at least {TIMES} × as fast as `gqa` at {FAR:,} tokens with {' and '.join(map(str, FEW))} KV heads, "
@@ -100,7 +101,7 @@ def main(
     refuse_existing(out)
     checkpoint = open_source(model)
     text = Tokenizer.from_files(checkpoint.side_files, checkpoint.name).encode(default_text()[: 8 * TOKENS], special=False)
-    results = latency(config, groups, Plan(contexts, kinds=("decode",), **plan))
+    results = latency(config, groups, Plan(contexts, kinds=("decode",), **{"samples": SAMPLES, **plan}))
     rows = rows_of(results) + losses(checkpoint, text[:TOKENS], min(WINDOW, checkpoint.config.max_positions))
     for row in rows:
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
