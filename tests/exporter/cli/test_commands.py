@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from exporter.tokenizer import Tokenizer
+from exporter.uptrain.stage import Uptrained
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,14 @@ def test_repeats_in_lists_are_measured_once(headpool, made: Path, tmp_path: Path
     assert code == 0
     assert [cell["batch"] for cell in json.loads(out.splitlines()[-1])["cells"]] == [1, 2]
     assert headpool("compare", tmp_path / "out", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize(("passes", "said"), [(1.0, "1 pass over"), (0.96, "0.96 passes over"), (3.0, "3 passes over")])
+def test_uptrain_counts_its_passes(passes: float, said: str, headpool, tmp_path: Path, monkeypatch) -> None:
+    done = Uptrained(1, 64, passes, 2.0, 1.5, 3.0, 1, "fp32", 100)
+    monkeypatch.setattr("exporter.uptrain.uptrain", lambda *_: done)
+    code, out, _ = headpool("uptrain", "model", tmp_path / "out", "--data", "text", "--steps", "1")
+    assert (code, out.splitlines()[0]) == (0, f"{tmp_path}/out: 1 step, 64 tokens, {said} the data, 3 s")
 
 
 def test_run_answers_as_the_torch_model_does(headpool, made: Path) -> None:
