@@ -186,3 +186,17 @@ def test_compare_fails_above_a_ratio(headpool, made: Path, tmp_path: Path) -> No
     assert headpool("compare", fast, slow)[0] == 0
     assert headpool("compare", fast, slow, "--fail-above", "1.5")[0] == 1
     assert headpool("compare", slow, fast, "--fail-above", "1.5")[0] == 0
+
+
+def test_cells_and_pairs_can_be_told_apart(headpool, made: Path, tmp_path: Path) -> None:
+    words = ["--variants", "g2", "--contexts", "4", "--samples", "2", "--kinds", "decode", "--threads", "1"]
+    _, out, _ = headpool("profile", made / "bundle", *words, "--out", tmp_path / "other.json", "--json")
+    named = {"model": "model", "bundle": "bundle", "variant": "g2", "backend": "onnxruntime"}
+    common = {"groups": 2, "pattern": "grouped", "cache": "static", "dtype": "fp32", "kind": "decode", "batch": 1, "context": 4}
+    [cell] = json.loads(out.splitlines()[-1])["cells"]
+    assert cell.items() >= (named | common).items()
+    other = json.loads((tmp_path / "other.json").read_text())
+    other["cells"][0]["backend"] = "tensorrt"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    [pair] = json.loads(headpool("compare", made / "fast.json", tmp_path / "other.json", "--json")[1].splitlines()[-1])["pairs"]
+    assert pair.items() >= (named | common | {"b": named | {"backend": "tensorrt"}}).items()
