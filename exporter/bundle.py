@@ -155,7 +155,13 @@ class Bundle:
             data = parse(manifest.read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             lack = f"has no {MANIFEST}" if path.is_dir() else "is a file" if os.path.exists(path) else "does not exist"
-            raise BundleError(f"{path} is not a bundle: it {lack}; make one with 'headpool export'") from None
+            remedy = "make one with 'headpool export'"
+            if inside := bundles_in(path):
+                lack, remedy = (
+                    f"{lack}, but holds {', '.join(map(str, inside))}",
+                    f"give {'one of them' if inside[1:] else 'that'}",
+                )
+            raise BundleError(f"{path} is not a bundle: it {lack}; {remedy}") from None
         except (OSError, ValueError) as error:
             raise BundleError(f"{manifest} cannot be read: {' '.join(str(error).split())}; export it again") from None
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
@@ -197,3 +203,8 @@ class Bundle:
 
     def graph_path(self, variant: Variant) -> Path:
         return self.path / variant.graph
+
+
+def bundles_in(folder: Path) -> list[Path]:
+    """Folders in `folder` that are bundles: a sweep's has some."""
+    return [manifest.parent for manifest in sorted(folder.glob(f"*/{MANIFEST}"))]

@@ -16,8 +16,11 @@ MAX_INT = 2**63
 def parse(text: str) -> Any:
     """JSON text as Python values.
 
-    Raises ValueError, also for NaN, infinity, numbers of more than 64 bits, too deep a nesting and what is no Unicode.
+    Raises ValueError, also for an empty text, NaN, infinity, numbers of more than 64 bits, too deep a nesting and what is no
+    Unicode.
     """
+    if not text.strip():
+        raise ValueError("it is empty")
     try:
         data = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
     except RecursionError:

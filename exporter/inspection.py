@@ -7,21 +7,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle import MANIFEST, Bundle
+from exporter.bundle import MANIFEST, Bundle, bundles_in
 from exporter.checkpoint import expected_shapes, open_source
 from exporter.config import DTYPE_BYTES, ModelConfig
 from exporter.engines.tensorrt import record as engines
-from exporter.errors import UserError
 from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.units import size
 
 
 def inspect(path: Path) -> dict[str, Any]:
     """Sizes in numbers, bytes and tokens. Raises the reader's UserError."""
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or bundles_in(path):
         return bundle_report(Bundle.open(path))
-    if inside := sorted(path.glob(f"*/{MANIFEST}")):  # a sweep's folder
-        raise UserError(f"{path} is no bundle, but holds {', '.join(str(file.parent) for file in inside)}; inspect that")
     checkpoint = open_source(path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.weights.values()})
     kind = "checkpoint" if checkpoint.files else "config"

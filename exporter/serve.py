@@ -39,20 +39,23 @@ class Prompts:
 
     @classmethod
     def from_texts(cls, bundle: Bundle, variant: Variant, texts: list[str], chat: bool) -> Prompts:
+        if not (bundle.path / TOKENIZER).is_file():
+            raise UserError(f"{bundle.path} has no {TOKENIZER}; give token ids with --tokens, or a bundle that has one")
         tokenizer = Tokenizer.open(bundle.path)
+        names = [f"prompt {number}" for number in range(1, len(texts) + 1)] if len(texts) > 1 else ["the prompt"]
         bos = variant.config.bos_token_id
         way = "" if bos is None else f", or --tokens {bos} to begin with the model's first token alone"
-        for row, text in enumerate(texts):
+        for name, text in zip(names, texts, strict=True):
             if not text:
-                raise UserError(f"prompt {row} is empty; give it some text{way}")
+                raise UserError(f"{name} is empty; give it some text{way}")
             if any("\ud800" <= sign <= "\udfff" for sign in text):
-                raise UserError(f"prompt {row} is not UTF-8 text")
+                raise UserError(f"{name} is not UTF-8 text")
         if chat:
             texts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
         ids = [tokenizer.encode(text, special=not chat) for text in texts]
-        for row, prompt in enumerate(ids):
+        for name, prompt in zip(names, ids, strict=True):
             if not len(prompt):
-                raise UserError(f"prompt {row} holds nothing the model has a token for; give it other text{way}")
+                raise UserError(f"{name} holds nothing the model has a token for; give it other text{way}")
         return cls(ids, tokenizer)
 
 

@@ -44,7 +44,7 @@ class Tokenizer:
         import tokenizers
 
         if TOKENIZER not in files:
-            raise UserError(f"{name} has no {TOKENIZER}; give token ids, or a model that carries its tokenizer")
+            raise UserError(f"{name} has no {TOKENIZER}; give a model that carries its tokenizer")
         try:
             core = tokenizers.Tokenizer.from_str(files[TOKENIZER].decode("utf-8"))
         except Exception as error:  # tokenizers raises bare Exception

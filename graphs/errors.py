@@ -28,3 +28,8 @@ class EngineError(UserError):
 def one_of(what: str, value: object, choices: object) -> str:
     """The message for a value outside a closed set of choices."""
     return f"{what} {value!r} is not one of {', '.join(str(c) for c in choices)}"  # type: ignore[attr-defined]
+
+
+def option(name: str) -> str:
+    """What the command line calls a parameter of Python: "--kv-budget" of "kv_budget"."""
+    return "--" + name.replace("_", "-")

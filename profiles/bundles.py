@@ -20,7 +20,7 @@ from profiles.bandwidth import BandwidthProbe, floor_seconds
 from profiles.breakdown import read_breakdown
 from profiles.machine import fingerprint, versions
 from profiles.measure import OpenSession, Plan, Progress, measure, random_tokens
-from profiles.results import Cell, Results, Subject
+from profiles.results import Cell, Results, Subject, refuse_twice
 
 BREAKDOWN_STEPS = 16
 BREAKDOWN_WARMUP = 4
@@ -120,9 +120,7 @@ def choose(
     Raises BundleError for a bundle or variant that is not there, UserError for a bundle given twice and for a plan that a
     variant cannot be measured by.
     """
-    for index, path in enumerate(bundles):
-        if Path(path).resolve() in {Path(other).resolve() for other in bundles[:index]}:
-            raise UserError(f"bundle {path} is given twice; its figures could not be told apart, name it once")
+    refuse_twice("bundle", bundles)
     every = [(bundle, variant) for bundle in map(Bundle.open, bundles) for variant in bundle.variants]
     known = {variant.name for _, variant in every}
     for name in names or ():

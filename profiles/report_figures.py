@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,30 +69,30 @@ def latency_by_groups(rows: Sequence[Row], styles: Styles, kind: str) -> Figure 
     rows = [row for row in rows if row.cell.kind == kind]
     if not rows:
         return None
-    panels = []
+    panels, floors_drawn = [], False
     for place, part in grouped(rows, lambda row: row.place).items():
         names = group_labels(part)
         lines = [
             Series(label, styles.of_series(label)[0], _points(line, names), styles.of_series(label)[1])
             for label, line in grouped(part, lambda row: row.series).items()
         ]
-        floors = {row.groups: row.cell.floor * 1e3 for row in part if row.cell.floor}
-        if floors and len({(r.groups, r.cell.floor) for r in part if r.cell.floor}) == len(floors):
-            points = [Point(i, floors[name], "") for i, name in enumerate(names) if name in floors]
+        if floors := _floors(part):
+            floors_drawn = True
+            points = [Point(i, floors[name] * 1e3, "") for i, name in enumerate(names) if name in floors]
             lines.append(Series("floor", "muted", tuple(points), None))
         y = nice_axis("ms a step" if kind == "decode" else "ms", [row.times.p90 * 1e3 for row in part])
         direct = all(len(line.label) <= DIRECT for line in lines)
         heading = place_label(place, rows)
         panels.append((heading, line_chart(f"{KIND_NAMES[kind]}, {heading}", lines, ordinal_axis(KV_HEADS, names), y, direct)))
     words = {
-        "decode": "Time to add one token to every sequence of the batch. Dashed: what memory bandwidth allows at best.",
+        "decode": "Time to add one token to every sequence of the batch.",
         "prefill": "Time to take in the whole context.",
         "ttft": "Prefill of the whole context and the choice of the next token.",
     }[kind]
     title = {"decode": "Latency by KV heads", "prefill": "Prefill", "ttft": "Time to first token"}[kind]
-    return Figure(
-        f"{kind}-by-groups", title, words + " Whiskers: p10 to p90.", tuple(panels), times_table(rows), _legend(rows, styles)
-    )
+    words += " Dashed: what memory bandwidth allows at best." * floors_drawn + " Whiskers: p10 to p90."
+    legend = _legend(rows, styles, floors_drawn)
+    return Figure(f"{kind}-by-groups", title, words, tuple(panels), times_table(rows), legend)
 
 
 def latency_by_context(rows: Sequence[Row], styles: Styles) -> Figure | None:
@@ -145,7 +146,9 @@ def ratio_to_floor(rows: Sequence[Row], styles: Styles) -> Figure | None:
         "p50 over (weights + KV bytes of the context) / the best read bandwidth of all its machine's runs. At 1 the memory is "
         "the limit and nothing is left to gain; a model that fits into the last-level cache can be below."
     )
-    return Figure("floor", "Distance from the floor", words, tuple(panels), times_table(rows), _legend(rows, styles))
+    return Figure(
+        "floor", "Distance from the floor", words, tuple(panels), times_table(rows), _legend(rows, styles, floor=True)
+    )
 
 
 def times_table(rows: Sequence[Row]) -> Table:
@@ -154,6 +157,18 @@ def times_table(rows: Sequence[Row]) -> Table:
     headings, lines = (*CELL, *STATISTICS), [_times(row) for row in ordered]
     shown = [index for index in range(len(headings)) if any(line[index] for line in lines)]
     return Table(tuple(headings[i] for i in shown), tuple(tuple(line[i] for i in shown) for line in lines))
+
+
+def _floors(part: Sequence[Row]) -> dict[str, float]:
+    """Seconds by KV-head label; empty where rows of one label differ, since one line could not show them.
+
+    Runs of one machine share a floor up to rounding: it was rescaled from the bandwidth of each.
+    """
+    floors: dict[str, float] = {}
+    for row in part:
+        if row.cell.floor and not math.isclose(floors.setdefault(row.groups, row.cell.floor), row.cell.floor):
+            return {}
+    return floors
 
 
 def _slope(line: Sequence[Row]) -> tuple[str, str]:
@@ -193,12 +208,12 @@ def _ratio_point(row: Row, names: Sequence[str]) -> Point:
     return Point(names.index(row.groups), row.ratio or 0.0, text)
 
 
-def _legend(rows: Sequence[Row], styles: Styles) -> tuple[tuple[Markup, str], ...]:
+def _legend(rows: Sequence[Row], styles: Styles, floor: bool) -> tuple[tuple[Markup, str], ...]:
     labels = list(dict.fromkeys(row.series for row in rows))
     if all(len(label) <= DIRECT for label in labels):
         return ()
-    floor = [(swatch("muted", None), "floor")] if any(row.cell.floor for row in rows) else []
-    return (*((swatch(*styles.of_series(label)), label) for label in labels), *floor)
+    floors = [(swatch("muted", None), "floor")] if floor else []
+    return (*((swatch(*styles.of_series(label)), label) for label in labels), *floors)
 
 
 def _groups_legend(styles: Styles, slopes: Sequence[tuple[str, ...]]) -> tuple[tuple[Markup, str], ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,13 @@ class Results:
             return decode(cls, data, "results")
         except UserError as error:
             raise UserError(f"{path} is damaged: {_line(error)}") from None
+
+
+def refuse_twice(what: str, paths: Sequence[str | Path]) -> None:
+    """Raises UserError for inputs, each a `what`, of which two are the same."""
+    for index, path in enumerate(paths):
+        if Path(path).resolve() in {Path(other).resolve() for other in paths[:index]}:
+            raise UserError(f"{what} {path} is given twice; its figures could not be told apart, name it once")
 
 
 def _line(error: BaseException) -> str:

@@ -33,7 +33,10 @@ REFUSED_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "use_bid
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError."""
     try:
-        data = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        if not text.strip():
+            raise ValueError("it is empty")
+        data = json.loads(text)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

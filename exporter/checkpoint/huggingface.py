@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from exporter.bundle import MANIFEST
 from exporter.checkpoint.checkpoint import Checkpoint
 from exporter.checkpoint.expected import check_tensors, expected_shapes, listing
 from exporter.checkpoint.families import layout
@@ -51,11 +52,16 @@ def open_folder(folder: Path) -> Checkpoint:
     hf_config = read_json(config_file)
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else None
     config = parse_config(hf_config, generation, config_file)
-    files = weight_files(folder)
-    found = tensors_in(files)
-    if isinstance(config, Seq2SeqConfig):
-        config = settle_head(config, hf_config, _has_own_head(found))
-    weights = collect(folder, config, found)
+    try:
+        files = weight_files(folder)
+        found = tensors_in(files)
+        if isinstance(config, Seq2SeqConfig):
+            config = settle_head(config, hf_config, _has_own_head(found))
+        weights = collect(folder, config, found)
+    except CheckpointError:
+        if (folder / MANIFEST).is_file():
+            raise CheckpointError(f"{folder} is a bundle; give the checkpoint it was exported from") from None
+        raise
     return Checkpoint(folder_name(folder), config, weights, hf_config, files, read_side_files(folder))
 
 

@@ -22,6 +22,15 @@ BLOCK_VALUES = 4 << 20
 STD = 0.02  # the initializer_range of most families
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+# Files of headpool's own that are no config, by some of their keys, and what reads them.
+OTHER_FILES = (
+    (
+        {"schema", "cells"},
+        "a results file of 'headpool profile' or 'sweep'; read it with 'headpool report' or 'headpool compare'",
+    ),
+    ({"kv_heads", "kv_heads_before"}, "a plan of 'headpool select'; give it to convert, export or sweep with --plan"),
+)
+
 
 @dataclass(frozen=True, eq=False)
 class RandomTensor(LazyTensor):
@@ -55,10 +64,9 @@ def open_config(path: Path, seed: int = 0) -> Checkpoint:
     if not 0 <= seed < 2**31:
         raise CheckpointError(f"seed {seed} is not a whole number from 0 to {2**31 - 1}")
     hf_config = read_json(path)
-    if {"schema", "cells"} <= hf_config.keys():
-        raise CheckpointError(
-            f"{path} is a results file of 'headpool profile' or 'sweep'; read it with 'headpool report' or 'headpool compare'"
-        )
+    for keys, what in OTHER_FILES:
+        if keys <= hf_config.keys():
+            raise CheckpointError(f"{path} is {what}")
     folder = path.parent
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else None
     config = parse_config(hf_config, generation, path)

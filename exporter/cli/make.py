@@ -13,10 +13,19 @@ from exporter.cli.select import with_plan
 from exporter.errors import UserError
 
 
+class OneCount(click.IntRange):
+    """One number, where other commands take several."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "," in str(value):
+            self.fail(f"{value!r} is not a whole number; convert takes one count", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command("convert")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--groups", "count", type=click.IntRange(min=1), help="KV heads G of every layer after.")
+@click.option("--groups", "count", type=OneCount(min=1), help="KV heads G of every layer after.")
 @click.option("--glu-values", type=click.IntRange(min=1), help="GLU attention, with values of so many channels a head.")
 @options.all_of(options.plan, options.converting, options.seed, options.as_json)
 def convert_command(

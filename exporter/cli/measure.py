@@ -156,11 +156,8 @@ def compare_command(ctx: click.Context, a: Path, b: Path, fail_above: float | No
     if as_json:
         pairs = [
             {
-                "groups": pair.a.subject.groups,
-                "pattern": pair.a.subject.pattern,
-                "kind": pair.a.kind,
-                "batch": pair.a.batch,
-                "context": pair.a.context,
+                **_named(pair.a),
+                "b": {name: _named(pair.b)[name] for name in ("model", "bundle", "variant", "backend")},  # may differ
                 "ratio": pair.ratio,
                 "low": pair.low,
                 "high": pair.high if math.isfinite(pair.high) else None,
@@ -189,10 +186,19 @@ def report_command(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
       headpool report cpu.json gpu.json --out both.html
     """
     from profiles.report import write_report
-    from profiles.results import Results
+    from profiles.results import Results, refuse_twice
 
+    refuse_twice("results", results)
     write_report([Results.load(path) for path in results], out)
     finish(as_json, {"out": str(out)}, str(out))
+
+
+def _named(cell: Any) -> dict[str, Any]:
+    """What tells a cell from every other one."""
+    subject = cell.subject
+    names = ("model", "bundle", "variant", "groups", "pattern", "cache", "dtype")
+    places = {"backend": cell.backend, "kind": cell.kind, "batch": cell.batch, "context": cell.context}
+    return {name: getattr(subject, name) for name in names} | places
 
 
 def _show(results: Any, as_json: bool, files: dict[str, str], ffns: Sequence[dict[str, Any]] = ()) -> None:
@@ -209,12 +215,7 @@ def _show(results: Any, as_json: bool, files: dict[str, str], ffns: Sequence[dic
     shown = ("p50", "p90", "p99", "max")  # p99 from 100 samples on
     cells = [
         {
-            "variant": cell.subject.variant,
-            "groups": cell.subject.groups,
-            "pattern": cell.subject.pattern,
-            "kind": cell.kind,
-            "batch": cell.batch,
-            "context": cell.context,
+            **_named(cell),
             "samples": len(cell.samples),
             **{f"{name}_seconds": value for name, value in vars(summary(cell.samples)).items() if name in shown and value},
             "floor_seconds": cell.floor,

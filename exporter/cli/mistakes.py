@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 
@@ -15,7 +17,7 @@ def words(error: click.ClickException) -> str:
             choices = f"; choose from {', '.join(param.type.choices)}" if isinstance(param.type, click.Choice) else ""
             return f"{param.param_type_name} {_name(param)} is missing{choices}"
         case click.BadParameter(param=click.Parameter() as param):
-            return f"{_name(param)}: {error.message.rstrip('.')}"
+            return f"{_name(param)}: {_number(error.message).rstrip('.')}"
         case click.BadOptionUsage():
             return _plain(error.message.replace(repr(error.option_name), error.option_name))
     return _plain(error.format_message())
@@ -24,6 +26,12 @@ def words(error: click.ClickException) -> str:
 def _name(param: click.Parameter) -> str:
     """--pattern, or CHECKPOINT."""
     return param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
+
+
+def _number(message: str) -> str:
+    """click names its own types: "is not a valid integer range"."""
+    message = re.sub(r"is not a valid integer( range)?\.$", "is not a whole number", message)
+    return re.sub(r"is not a valid float( range)?\.$", "is not a number", message)
 
 
 def _plain(message: str) -> str:

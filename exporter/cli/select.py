@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from exporter.cli import options
 from exporter.cli.console import finish, progress_bar
-from exporter.errors import UserError
+from exporter.errors import UserError, option
 
 SHOWN = 12  # points of a Pareto front on a terminal
 
@@ -69,7 +69,7 @@ def select_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> 
             costs, unit = select.latency_costs(opened.config, seconds), 1e3 / select.TICKS
         if name != "max_loss":
             what = "of the KV cache" if name == "kv_budget" else f"ms a token at {given['context']:,} tokens"
-            select.check_reachable(costs, value / unit, unit, _option(name), what)
+            select.check_reachable(costs, value / unit, unit, option(name), what)
         selection.measure()
         front = selection.front(costs)
         if name == "max_loss":
@@ -134,19 +134,13 @@ def _target(given: dict[str, Any]) -> dict[str, float]:
     names = ("kv_budget", "target_ms", "max_loss")
     target = {name: given[name] for name in names if given[name] is not None}
     if len(target) != 1:
-        choices = ", ".join(map(_option, names))
-        raise UserError(f"{' and '.join(map(_option, target)) or 'no target'} given; give exactly one of {choices}")
+        choices = ", ".join(map(option, names))
+        raise UserError(f"{' and '.join(map(option, target)) or 'no target'} given; give exactly one of {choices}")
     ((name, value),) = target.items()
     most = 1.0 if name == "kv_budget" else float("inf")
     if not (0 < value <= most and value < float("inf")):
-        raise UserError(
-            f"{_option(name)} {value:g} is not a number above 0" + (" and at most 1" if name == "kv_budget" else "")
-        )
+        raise UserError(f"{option(name)} {value:g} is not a number above 0" + (" and at most 1" if name == "kv_budget" else ""))
     return target
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _latency(opened: Any, counts: tuple[Any, ...], given: dict[str, Any], progress: Any) -> Any:

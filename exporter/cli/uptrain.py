@@ -79,8 +79,11 @@ def uptrain_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) ->
         click.get_current_context().exit(130)
     if done is None:
         return  # the first process speaks for all
+    passes = f"{done.passes:.2g}"
+    plural = "es" * (passes != "1")
     lines = [
-        f"{out}: {done.steps} steps, {done.tokens:,} tokens, {done.passes:.2g} passes over the data, {done.seconds:.0f} s",
+        f"{out}: {done.steps} step{'s' * (done.steps != 1)}, {done.tokens:,} tokens, {passes} pass{plural} over the data, "
+        f"{done.seconds:.0f} s",
         f"held-out cross-entropy {done.before:.4f} → {done.after:.4f} nats a token",
     ]
     finish(as_json, {"out": str(out), **dataclasses.asdict(done)}, lines)

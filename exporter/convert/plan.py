@@ -66,7 +66,10 @@ class KVPlan:
     @classmethod
     def load(cls, path: Path) -> KVPlan:
         """Raises UserError for a file that is not a whole plan."""
-        return decode(cls, read_object(path, "plan"), str(path))
+        data = read_object(path, "plan")
+        if not {"kv_heads", "kv_heads_before"} & data.keys():
+            raise UserError(f"{path} is not a plan; make one with 'headpool select'")
+        return decode(cls, data, str(path))
 
 
 def shape(heads: int, kv_heads: tuple[int, ...]) -> str:

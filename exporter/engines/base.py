@@ -97,11 +97,12 @@ class Session(abc.ABC):
         if len(prompts) != self.batch:
             raise EngineError(f"{len(prompts)} prompts for a session of batch {self.batch}")
         for row, prompt in enumerate(prompts):
+            name = f"prompt {row + 1}" if self.batch > 1 else "the prompt"
             if prompt.ndim != 1 or len(prompt) == 0:
-                raise EngineError(f"prompt {row} has no tokens")
+                raise EngineError(f"{name} has no tokens")
             self.check_tokens(prompt)
             if (need := int(self.lengths[row]) + len(prompt)) > self.capacity:
-                raise EngineError(f"prompt {row} needs {need} cache rows, the capacity is {self.capacity}; raise --capacity")
+                raise EngineError(f"{name} needs {need} cache rows, the capacity is {self.capacity}; raise --capacity")
 
     def check_decode(self, tokens: np.ndarray) -> None:
         """Refuse tokens of another shape than [B], outside the vocabulary, or past the capacity."""

@@ -115,10 +115,12 @@ def _load(
     try:
         runtime = onnxruntime.InferenceSession(graph, options, providers=[provider])
     except Exception as error:  # the runtime raises classes of its own that have no public base
-        reason = " ".join(str(error).split())
+        reason = f"{' '.join(str(error).split())[:400]}; where a file of the bundle is damaged, export it again"
+        if type(error).__name__ == "NotImplemented":  # a node that none of the provider's kernels takes
+            reason = f"no kernel for {variant.dtype} in pattern {variant.pattern}; export with another --dtype or --pattern"
         raise EngineError(
             f"onnxruntime {onnxruntime.__version__} cannot run {graph.name} (pattern {variant.pattern}, {variant.precision}) "
-            f"on {provider}: {reason[:400]}; where a file of the bundle is damaged, export it again"
+            f"on {provider}: {reason}"
         ) from None
     if (running := runtime.get_providers()[0]) != provider:
         raise EngineError(f"onnxruntime could not start {provider} and fell back to {running}; check the driver and CUDA")

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from exporter.errors import UserError, one_of
+from exporter.errors import UserError, one_of, option
 
 Optimizer = Literal["adamw", "adafactor"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
@@ -65,21 +65,21 @@ class UptrainOptions:
         least = {"steps": 1, "batch": 1, "micro_batch": 1, "window": 2, "held_out": 1, "save_every": 1, "seed": 0}
         for name, bound in least.items():
             if (value := getattr(self, name)) is not None and value < bound:
-                raise UserError(f"{name} {value} is not a whole number from {bound}")
+                raise UserError(f"{option(name)} {value} is not a whole number from {bound}")
         for name in ("alpha", "original_tokens", "lr"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} {value} is not a number above 0")
+                raise UserError(f"{option(name)} {value} is not a number above 0")
         for name in ("kl", "hidden"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise UserError(f"{name} {value} is not a number from 0")
+                raise UserError(f"{option(name)} {value} is not a number from 0")
         if not 0 <= self.warmup < 1:
-            raise UserError(f"warmup {self.warmup} is not a share of the steps, from 0 to below 1")
+            raise UserError(f"--warmup {self.warmup} is not a share of the steps, from 0 to below 1")
         if (self.alpha is None) != (self.original_tokens is None):
-            raise UserError("alpha and original_tokens go together: the share of the original pre-training, and its tokens")
+            raise UserError("--alpha and --original-tokens go together: the share of the original pre-training, and its tokens")
         if self.teacher is not None and not self.kl + self.hidden:
-            raise UserError("with kl 0 and hidden 0 the teacher teaches nothing; leave it out, or set one of them above 0")
+            raise UserError("with --kl 0 and --hidden 0 the teacher teaches nothing; leave it out, or set one of them above 0")
         if (self.steps is None) == (self.alpha is None):
-            raise UserError("how long to train: give steps, or alpha with original_tokens, and not both")
+            raise UserError("how long to train: give --steps, or --alpha with --original-tokens, and not both")
 
     @property
     def total_steps(self) -> int:
@@ -104,7 +104,7 @@ class UptrainOptions:
         share = self.batch // processes
         micro = min(self.micro_batch or share, share)
         if share % micro:
-            raise UserError(f"micro_batch {micro} does not divide the {share} windows of a batch that a process has")
+            raise UserError(f"--micro-batch {micro} does not divide the {share} windows of a batch that a process has")
         return share, micro
 
     def identity(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.checkpoint import Checkpoint
-from exporter.errors import UserError
+from exporter.errors import UserError, option
 from exporter.files import new_folder
 from exporter.tokenizer import Tokenizer
 from exporter.uptrain.options import UptrainOptions
@@ -45,7 +45,7 @@ def prepare(
     tokenizer = Tokenizer.from_files(checkpoint.side_files, checkpoint.name)
     end = next(iter(checkpoint.config.eos_token_ids), None)
     with new_folder(folder) as partial:
-        write_tokens(
+        written = write_tokens(
             partial / TOKENS,
             pieces(options.data, options.field),
             tokenizer,
@@ -54,6 +54,8 @@ def prepare(
             limit,
             lambda done: progress("reading data", done, limit),
         )
+        if not written:
+            raise UserError(f"data {', '.join(options.data)} is empty; give some text")
         Windows.open(partial / TOKENS, options.window, options.held_out, options.seed)
         (partial / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
 
@@ -92,7 +94,7 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{folder} holds no run that can be read ({type(error).__name__}); remove it to begin anew") from None
     for name, value in settings["options"].items():
         if options.get(name) != value:
-            raise UserError(f"{folder} holds a run with {name} {options.get(name)!r}, not {value!r}; {anew}")
+            raise UserError(f"{folder} holds a run with {option(name)} {options.get(name)!r}, not {value!r}; {anew}")
     for name in ("model", "teacher"):
         if there.get(name) != settings[name]:
             raise UserError(f"{folder} holds a run of another {name}; {anew}")

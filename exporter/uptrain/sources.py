@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,13 +41,16 @@ def pieces(sources: Iterable[str], field: str) -> Iterator[Piece]:
 
 def _text(path: Path) -> Iterator[Piece]:
     """In pieces that end with a line, so that tokens are those of the whole."""
+    text = ""
     try:
         with open(path, encoding="utf-8") as file:
-            while text := file.read(PIECE):
-                yield text + file.readline(), False
+            while piece := file.read(PIECE):
+                text = piece + file.readline()
+                yield text, False
     except UnicodeDecodeError:
         raise UserError(f"data {path} is not UTF-8 text") from None
-    yield "", True
+    if text:  # an empty file is no document
+        yield "", True
 
 
 def _lines(path: Path, field: str) -> Iterator[Piece]:
@@ -82,12 +87,25 @@ def _load(source: str, file: str | None = None) -> Iterable[Any]:
     name, config, split = (*source.removeprefix(HUB).split(":", 2), "", "")[:3]
     split = split or "train"
     try:
-        if file is not None:
-            return datasets.load_dataset(name, data_files=file, split=split, streaming=True)
-        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-            saved = datasets.load_from_disk(name)
-            return saved[split] if isinstance(saved, dict) else saved
-        return datasets.load_dataset(name, config or None, split=split, streaming=True)
+        with _quiet_hub():
+            if file is not None:
+                return datasets.load_dataset(name, data_files=file, split=split, streaming=True)
+            if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+                saved = datasets.load_from_disk(name)
+                return saved[split] if isinstance(saved, dict) else saved
+            return datasets.load_dataset(name, config or None, split=split, streaming=True)
     except Exception as error:  # whatever its builders and the network raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"data {file or source} cannot be loaded: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without huggingface_hub's lines for each of its tries: what came of them is said once, by the error."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -74,8 +74,9 @@ class Windows:
         """Raises UserError where the tokens are not enough for one window to train on."""
         count = path.stat().st_size // DTYPE.itemsize
         if (need := (held_out + 1) * window + 1) > count:
+            tokens = f"{count} token{'s' * (count != 1)}"
             raise UserError(
-                f"the data has {count} tokens, at least {need} are needed: {held_out} held-out windows and one to train on, of "
+                f"the data has {tokens}, at least {need} are needed: {held_out} held-out windows and one to train on, of "
                 f"{window} tokens each; give more text, a shorter window or fewer held out"
             )
         return cls(np.memmap(path, DTYPE, "r"), window, held_out, seed)

@@ -128,7 +128,7 @@ def test_torch_session_mistakes(model: Decoder) -> None:
         with pytest.raises(EngineError, match="finds no CUDA device; choose device cpu"):
             open_torch(checkpoint, device="cuda")
     session = open_torch(checkpoint, capacity=4)
-    with pytest.raises(EngineError, match="prompt 0 needs 5 cache rows, the capacity is 4"):
+    with pytest.raises(EngineError, match="the prompt needs 5 cache rows, the capacity is 4"):
         session.prefill([np.arange(5)])
 
 

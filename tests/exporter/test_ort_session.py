@@ -122,7 +122,7 @@ def test_every_row_of_the_capacity_can_be_used_and_no_more(
         with pytest.raises(EngineError, match="the cache is full: 50 tokens a sequence; raise --capacity"):
             session.decode(np.array([1, 2]))
         session.rewind(10)
-        with pytest.raises(EngineError, match="prompt 1 needs 51 cache rows, the capacity is 50; raise --capacity"):
+        with pytest.raises(EngineError, match="prompt 2 needs 51 cache rows, the capacity is 50; raise --capacity"):
             session.prefill([np.ones(1, np.int64), np.ones(41, np.int64)])
         assert session.lengths.tolist() == [10, 10]
 
@@ -258,7 +258,7 @@ def test_user_mistakes(bundles: dict[tuple[str, str], Bundle], tmp_path: Path, m
             session.decode(np.array([-1, 0]))
         with pytest.raises(EngineError, match="1 prompts for a session of batch 2"):
             session.prefill([np.array([1])])
-        with pytest.raises(EngineError, match="prompt 1 has no tokens"):
+        with pytest.raises(EngineError, match="prompt 2 has no tokens"):
             session.prefill([np.array([1]), np.array([], np.int64)])
         with pytest.raises(EngineError, match=r"decode takes 2 tokens, one a sequence, got an array of shape \[1\]"):
             session.decode(np.array([1]))

@@ -13,6 +13,7 @@ from exporter.units import size
 from profiles import stats
 from profiles.report import render, write_report
 from profiles.report_data import rows_of
+from profiles.report_figures import Styles, latency_by_groups
 from profiles.report_svg import nice_axis
 from profiles.report_words import headlines, sentences, tiles
 from profiles.units import milliseconds, rounded
@@ -357,6 +358,28 @@ def test_runs_of_one_machine_share_a_floor(factory):
     assert [row.cell.floor for row in rows_of(runs[:1])] == [0.01]
     elsewhere = dataclasses.replace(runs[1], machine=dataclasses.replace(runs[1].machine, cpu="another"))
     assert [row.cell.floor for row in rows_of([runs[0], elsewhere])] == [0.01, 0.01]
+
+
+def test_floors_that_differ_by_rounding_are_one_line_and_others_none(factory):
+    """A floor rescaled from another run's bandwidth need not be that run's own to the last bit."""
+    runs = []
+    for best in (10.1e9, 20.3e9):
+        bandwidth = dataclasses.replace(factory.BANDWIDTH, samples=(best,))
+        what = factory.subject(model=f"model {len(runs)}", bundle=f"b{len(runs)}")
+        cells = tuple(factory.cell(what, context=context, floor=(5e8 + context) / best) for context in (100, 128, 1000, 1024))
+        runs.append(factory.sweep(cells=cells, bandwidth=bandwidth))
+    rows = rows_of(runs)
+    assert any(len({row.cell.floor for row in rows if row.cell.context == context}) > 1 for context in (100, 128, 1000, 1024))
+    figure = latency_by_groups(rows, Styles(rows), "decode")
+    assert all('class="muted"' in chart for _, chart in figure.panels)
+    assert "Dashed: what memory bandwidth allows at best." in figure.words
+    assert [name for _, name in figure.legend].count("floor") == 1
+    elsewhere = dataclasses.replace(runs[1], machine=dataclasses.replace(runs[1].machine, cpu="another"))
+    rows = rows_of([runs[0], elsewhere])
+    figure = latency_by_groups(rows, Styles(rows), "decode")
+    assert not any('class="muted"' in chart for _, chart in figure.panels)
+    assert "Dashed" not in figure.words
+    assert "floor" not in [name for _, name in figure.legend]
 
 
 def test_the_context_of_an_encoder_decoder_is_explained(factory):

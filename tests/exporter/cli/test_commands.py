@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from exporter.tokenizer import Tokenizer
+from exporter.uptrain.stage import Uptrained
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,14 @@ def test_repeats_in_lists_are_measured_once(headpool, made: Path, tmp_path: Path
     assert headpool("compare", tmp_path / "out", tmp_path / "out")[0] == 0
 
 
+@pytest.mark.parametrize(("passes", "said"), [(1.0, "1 pass over"), (0.96, "0.96 passes over"), (3.0, "3 passes over")])
+def test_uptrain_counts_its_passes(passes: float, said: str, headpool, tmp_path: Path, monkeypatch) -> None:
+    done = Uptrained(1, 64, passes, 2.0, 1.5, 3.0, 1, "fp32", 100)
+    monkeypatch.setattr("exporter.uptrain.uptrain", lambda *_: done)
+    code, out, _ = headpool("uptrain", "model", tmp_path / "out", "--data", "text", "--steps", "1")
+    assert (code, out.splitlines()[0]) == (0, f"{tmp_path}/out: 1 step, 64 tokens, {said} the data, 3 s")
+
+
 def test_run_answers_as_the_torch_model_does(headpool, made: Path) -> None:
     """Greedy, streamed; against transformers' own generation."""
     import torch
@@ -177,3 +186,17 @@ def test_compare_fails_above_a_ratio(headpool, made: Path, tmp_path: Path) -> No
     assert headpool("compare", fast, slow)[0] == 0
     assert headpool("compare", fast, slow, "--fail-above", "1.5")[0] == 1
     assert headpool("compare", slow, fast, "--fail-above", "1.5")[0] == 0
+
+
+def test_cells_and_pairs_can_be_told_apart(headpool, made: Path, tmp_path: Path) -> None:
+    words = ["--variants", "g2", "--contexts", "4", "--samples", "2", "--kinds", "decode", "--threads", "1"]
+    _, out, _ = headpool("profile", made / "bundle", *words, "--out", tmp_path / "other.json", "--json")
+    named = {"model": "model", "bundle": "bundle", "variant": "g2", "backend": "onnxruntime"}
+    common = {"groups": 2, "pattern": "grouped", "cache": "static", "dtype": "fp32", "kind": "decode", "batch": 1, "context": 4}
+    [cell] = json.loads(out.splitlines()[-1])["cells"]
+    assert cell.items() >= (named | common).items()
+    other = json.loads((tmp_path / "other.json").read_text())
+    other["cells"][0]["backend"] = "tensorrt"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    [pair] = json.loads(headpool("compare", made / "fast.json", tmp_path / "other.json", "--json")[1].splitlines()[-1])["pairs"]
+    assert pair.items() >= (named | common | {"b": named | {"backend": "tensorrt"}}).items()

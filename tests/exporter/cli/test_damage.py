@@ -102,7 +102,7 @@ def test_a_checkpoint_without_a_tokenizer(refused, headpool, made: Path, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr("profiles.sweep.export", lambda *_, **__: pytest.fail("the work has begun"))
         assert refused(*sweep) == "model has no tokenizer.json, which quality is measured with; add it, or --quality-tokens 0"
-    assert refused("eval", model, "--window", "16").startswith(f"{model} has no tokenizer.json; give token ids, or")
+    assert refused("eval", model, "--window", "16").startswith(f"{model} has no tokenizer.json; give a model that carries")
     for command in (["export", model, "out"], ["convert", model, "converted", "--groups", "1"]):
         code, _, err = headpool(*command)
         assert code == 0

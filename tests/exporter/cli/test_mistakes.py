@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,6 +38,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["export", MODEL, "out", "--groups", "3,x"], "'3,x' is not a list of whole numbers such as 8,4,1"),
     (["export", MODEL, "out", "--groups", "0"], "'0' holds 0; the numbers start at 1"),
     (["convert", MODEL, "out", "--groups", "0"], "--groups: 0 is not in the range x>=1 (see 'headpool convert --help')"),
+    (["convert", MODEL, "out", "--groups", "1e3"], "--groups: '1e3' is not a whole number (see 'headpool convert --help')"),
+    (["convert", MODEL, "out", "--groups", "2,1"], "--groups: '2,1' is not a whole number; convert takes one count (see"),
+    ([*RUN, "--top-p", "much"], "--top-p: 'much' is not a number (see 'headpool run --help')"),
+    (["export", MODEL, "out", "--plan", FAST], "fast.json is not a plan; make one with 'headpool select'"),
     (["export", MODEL, "out", "--pattern", "gqa,paged"], "--pattern: 'paged' is not one of repeat, grouped, attention, gqa"),
     (
         ["export", MODEL, "out", "--dtype", "int8"],
@@ -75,6 +80,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["run", "nothing", "--tokens", "1"], "nothing is not a bundle: it does not exist; make one with 'headpool export'"),
     (["run", MODEL, "--tokens", "1"], "model is not a bundle: it has no headpool.json; make one with 'headpool export'"),
     (["run", MODEL + "/model.safetensors", "--tokens", "1"], "model.safetensors is not a bundle: it is a file; make one with"),
+    (["run", "{made}", "--tokens", "1"], "{made} is not a bundle: it has no headpool.json, but holds {made}/bundle; give that"),
+    (["convert", BUNDLE, "out", "--groups", "1"], "{made}/bundle is a bundle; give the checkpoint it was exported from"),
+    (["uptrain", BUNDLE, "out", "--steps", "1", "--data", FAST], "{made}/bundle is a bundle; give the checkpoint it was"),
     (["run", BUNDLE + "/headpool.json", "--tokens", "1"], "headpool.json is not a bundle: it is a file; make one with"),
     ([*RUN, "--variant", "g9"], "variant 'g9' is not one of g2, g1"),
     (
@@ -82,7 +90,7 @@ MISTAKES: list[tuple[list[str], str]] = [
         "--backend: 'tpu' is not one of onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx (see 'headpool run --help')",
     ),
     ([*RUN, "--prompt", "x"], "--tokens stands instead of --prompt and --chat; give one of them"),
-    ([*RUN, "--capacity", "2"], "prompt 0 needs 3 cache rows, the capacity is 2; raise --capacity"),
+    ([*RUN, "--capacity", "2"], "the prompt needs 3 cache rows, the capacity is 2; raise --capacity"),
     ([*RUN, "--capacity", "9"], "3 tokens and 128 new ones need 130 cache rows, the capacity is 9; raise --capacity or lower"),
     ([*RUN, "--max-new-tokens", "0"], "0 is not in the range x>=1"),
     ([*RUN, "--temperature", "nan"], "temperature nan is not a number from 0 (greedy) on"),
@@ -94,13 +102,13 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["run", BUNDLE, "--tokens", "-1"], "'-1' holds -1; the numbers start at 0"),
     (["run", BUNDLE, "--tokens", ",".join(["1"] * 129)], "a prompt of 129 tokens is longer than the model's context of 128"),
     (["run", BUNDLE, "--prompt", "a" * 129], "a prompt of 129 tokens is longer than the model's context of 128"),
-    (["run", BUNDLE, "--prompt", "a\udcff"], "prompt 0 is not UTF-8 text"),
+    (["run", BUNDLE, "--prompt", "a\udcff"], "the prompt is not UTF-8 text"),
     (
         ["run", BUNDLE, "--prompt", ""],
-        "prompt 0 is empty; give it some text, or --tokens 1 to begin with the model's first token",
+        "the prompt is empty; give it some text, or --tokens 1 to begin with the model's first token",
     ),
-    (["run", BUNDLE, "--prompt", "a", "--prompt", ""], "prompt 1 is empty; give it some text"),
-    (["run", BUNDLE, "--prompt", "", "--chat"], "prompt 0 is empty; give it some text"),
+    (["run", BUNDLE, "--prompt", "a", "--prompt", ""], "prompt 2 is empty; give it some text"),
+    (["run", BUNDLE, "--prompt", "", "--chat"], "the prompt is empty; give it some text"),
     (["eval", "nothing"], "nothing does not exist"),
     (["eval", MODEL, "--variant", "g2"], "model is a checkpoint; --variant names a graph of a bundle"),
     (["eval", MODEL + "/config.json"], "config.json is not a checkpoint"),
@@ -122,6 +130,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["compare", FAST, MODEL + "/model.safetensors"], "model.safetensors is not a results file: "),
     (["compare", FAST, FAST, "--fail-above", "-1"], "--fail-above -1.0 is not a positive ratio"),
     (["report", "nothing.json"], "nothing.json does not exist"),
+    (["report", FAST, "{made}/bundle/../fast.json"], "fast.json is given twice; its figures could not be told apart, name it"),
     (["report", FAST, "--out", FAST], "fast.json exists; choose another name or remove it"),
     (["completion", "tcsh"], "SHELL: 'tcsh' is not one of bash, zsh, fish (see 'headpool completion --help')"),
     (["inspect", "nothing"], "nothing does not exist"),
@@ -133,7 +142,7 @@ MISTAKES: list[tuple[list[str], str]] = [
 @pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[" ".join(command)[:50] for command, _ in MISTAKES])
 def test_mistakes(command: list[str], message: str, refused, made: Path) -> None:
     said = refused(*(word.replace("{made}", str(made)) for word in command))
-    assert message in said
+    assert message.replace("{made}", str(made)) in said
     assert not said.endswith(".")
     assert ". (" not in said
 
@@ -175,7 +184,7 @@ EARLY: list[tuple[list[str], str]] = [
     ),
     (["select", MODEL, "--kv-budget", "0.5", "--out", MODEL + "/x.json"], "{made}/model/x.json is inside {made}/model, which"),
     (["report", BUNDLE], "{made}/bundle is a folder; give the results file in it, {made}/bundle/results.json after a sweep"),
-    (["inspect", "{made}"], "{made} is no bundle, but holds {made}/bundle; inspect that"),
+    (["inspect", "{made}"], "{made} is not a bundle: it has no headpool.json, but holds {made}/bundle; give that"),
     (["inspect", "/dev/null"], "/dev/null is neither a file nor a folder; give a Hugging Face folder"),
     (["export", MODEL, MODEL + "/out"], "{made}/model/out is inside {made}/model, which is only read; choose a place outside"),
     (["convert", MODEL, MODEL + "/out", "--groups", "1"], "model/out is inside {made}/model, which is only read"),
@@ -231,10 +240,37 @@ def test_a_prompt_that_is_not_text(refused, made: Path, monkeypatch) -> None:
     assert refused("run", made / "bundle") == "the prompt on standard input is not UTF-8 text"
 
 
+def test_a_plan_is_no_config(refused, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"model": "x", "heads": 2, "kv_heads_before": [2], "kv_heads": [1]}')
+    assert refused("inspect", "plan.json").startswith("plan.json is a plan of 'headpool select'; give it to convert, export")
+
+
+@pytest.mark.parametrize("held", ["", " \n"])
+def test_an_empty_json_file(held: str, refused, made: Path, tmp_path: Path) -> None:
+    for name in ("empty.json", "headpool.json"):
+        (tmp_path / name).write_text(held)
+    assert refused("inspect", "empty.json") == "empty.json is not JSON: it is empty"
+    assert refused("report", "empty.json").startswith("empty.json is not a results file: it is empty; make one with")
+    assert refused("export", made / "model", "out", "--plan", "empty.json") == "plan empty.json is not JSON: it is empty"
+    assert refused("run", tmp_path, "--tokens", "1") == f"{tmp_path}/headpool.json cannot be read: it is empty; export it again"
+
+
+def test_a_bundle_without_a_tokenizer(refused, made: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(made / "bundle", tmp_path / "bare"))
+    (bundle / "tokenizer.json").unlink()
+    assert refused("eval", bundle, *SHORT) == f"{bundle} has no tokenizer.json; give a model that carries its tokenizer"
+    assert refused("run", bundle, "--prompt", "a").startswith(
+        f"{bundle} has no tokenizer.json; give token ids with --tokens, or"
+    )
+
+
 def test_bfloat16_on_a_cpu_without_it(refused, headpool, made: Path, tmp_path: Path) -> None:
     """ONNX Runtime's CPU provider has no bf16 Gemm: said when it is run, in one line."""
     words = ["--groups", "2", "--dtype", "bf16"]
     assert headpool("export", made / "model", tmp_path / "bf16", *words)[0] == 0
-    assert "cannot run model.onnx (pattern grouped, bf16) on CPUExecutionProvider" in refused(
-        "run", tmp_path / "bf16", "--tokens", "1"
+    said = refused("run", tmp_path / "bf16", "--tokens", "1")
+    assert said.startswith("onnxruntime ")
+    assert said.endswith(
+        "cannot run model.onnx (pattern grouped, bf16) on CPUExecutionProvider: no kernel for bf16 in pattern grouped; "
+        "export with another --dtype or --pattern"
     )

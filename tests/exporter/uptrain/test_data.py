@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import types
 from pathlib import Path
@@ -83,6 +84,22 @@ def test_what_datasets_is_asked_for(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"data hf:plain needs the datasets package: pip install 'headpool\[uptrain\]'$"):
         read("hf:plain")
+
+
+def test_the_hub_is_quiet_while_it_is_asked(monkeypatch) -> None:
+    logger, retries = logging.getLogger("huggingface_hub"), logging.getLogger("huggingface_hub.utils._http")
+    told: list[bool] = []
+
+    def load_dataset(*_, **__):
+        told.append(retries.isEnabledFor(logging.ERROR))
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))  # type: ignore[arg-type]
+    before = logger.level
+    with pytest.raises(UserError, match=r"data hf:no/such cannot be loaded: ConnectionError: no network$"):
+        read("hf:no/such")
+    assert told == [False]
+    assert logger.level == before
 
 
 def test_datasets_itself(tmp_path, monkeypatch) -> None:

@@ -43,15 +43,16 @@ def test_the_rate_is_transformers_cosine(few) -> None:
     ("changes", "message"),
     [
         ({"data": ()}, "uptraining needs data: a text file, a .jsonl file, or hf:NAME for what the datasets package loads"),
-        ({"steps": None}, "how long to train: give steps, or alpha with original_tokens, and not both"),
-        ({"alpha": 0.1, "original_tokens": 5.0}, "how long to train: give steps, or alpha with original_tokens, and not both"),
-        ({"steps": None, "alpha": 0.1}, "alpha and original_tokens go together: the share of the original pre-training"),
-        ({"steps": None, "alpha": -0.1, "original_tokens": 5.0}, "alpha -0.1 is not a number above 0"),
-        ({"lr": math.nan}, "lr nan is not a number above 0"),
-        ({"kl": -1.0}, "kl -1.0 is not a number from 0"),
-        ({"teacher": "x", "kl": 0.0, "hidden": 0.0}, "with kl 0 and hidden 0 the teacher teaches nothing; leave it out"),
-        ({"window": 1}, "window 1 is not a whole number from 2"),
-        ({"warmup": 1.0}, "warmup 1.0 is not a share of the steps"),
+        ({"steps": None}, "how long to train: give --steps, or --alpha with --original-tokens, and not both"),
+        ({"alpha": 0.1, "original_tokens": 5.0}, "how long to train: give --steps, or --alpha with --original-tokens, and not"),
+        ({"steps": None, "alpha": 0.1}, "--alpha and --original-tokens go together: the share of the original pre-training"),
+        ({"steps": None, "alpha": -0.1, "original_tokens": 5.0}, "--alpha -0.1 is not a number above 0"),
+        ({"lr": math.nan}, "--lr nan is not a number above 0"),
+        ({"kl": -1.0}, "--kl -1.0 is not a number from 0"),
+        ({"teacher": "x", "kl": 0.0, "hidden": 0.0}, "with --kl 0 and --hidden 0 the teacher teaches nothing; leave it out"),
+        ({"window": 1}, "--window 1 is not a whole number from 2"),
+        ({"held_out": 0}, "--held-out 0 is not a whole number from 1"),
+        ({"warmup": 1.0}, "--warmup 1.0 is not a share of the steps"),
         ({"optimizer": "sgd"}, "optimizer 'sgd' is not one of adamw, adafactor"),
         ({"dtype": "fp16"}, "dtype 'fp16' is not one of fp32, bf16"),
     ],
@@ -68,7 +69,7 @@ def test_shares(few) -> None:
     assert few(batch=12, micro_batch=8).share(3) == (4, 4)
     with pytest.raises(UserError, match="a batch of 12 windows does not divide among 5 processes; choose a multiple"):
         few(batch=12).share(5)
-    with pytest.raises(UserError, match="micro_batch 3 does not divide the 4 windows of a batch that a process has"):
+    with pytest.raises(UserError, match="--micro-batch 3 does not divide the 4 windows of a batch that a process has"):
         few(batch=12, micro_batch=3).share(3)
 
 

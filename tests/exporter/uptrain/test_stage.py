@@ -145,8 +145,8 @@ def test_another_run_is_not_gone_on_with(saved, few, copy, tmp_path, monkeypatch
     anew = f"give what it was begun with to go on, or remove {tmp_path / 'out.run'} to begin anew"
     with pytest.raises(UserError) as refusal:
         uptrain(saved, tmp_path / "out", few(batch=8))
-    assert str(refusal.value) == f"{tmp_path / 'out.run'} holds a run with batch 4, not 8; {anew}"
-    with pytest.raises(UserError, match="holds a run with teacher None, not"):
+    assert str(refusal.value) == f"{tmp_path / 'out.run'} holds a run with --batch 4, not 8; {anew}"
+    with pytest.raises(UserError, match="holds a run with --teacher None, not"):
         uptrain(saved, tmp_path / "out", few(teacher=str(copy)))
     file = copy / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -169,11 +169,15 @@ def test_what_fails_leaves_nothing_new(saved, few, tmp_path) -> None:
     refusals = {
         "at least 2017 are needed: 83 held-out windows and one": few(held_out=83, data=(str(tmp_path / "short.txt"),)),
         "data 'nowhere' is not a file": few(data=("nowhere",)),
+        "data .*/empty.txt is empty; give some text": few(data=(str(tmp_path / "empty.txt"),)),
+        "the data has 1 token, at least": few(data=(str(tmp_path / "blank.jsonl"),)),
         "window 4096 is longer than the model's context of 128 tokens": few(window=4096),
         "has num_layers 3, the model 2; give the checkpoint that it was converted from": few(teacher=str(tmp_path / "other")),
-        "micro_batch 3 does not divide the 4 windows of a batch that a process has": few(micro_batch=3),
+        "--micro-batch 3 does not divide the 4 windows of a batch that a process has": few(micro_batch=3),
     }
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}')  # a document without text: the token behind it alone
     config = AutoConfig.from_pretrained(saved)
     config.num_hidden_layers = 3
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
