@@ -139,35 +139,47 @@ inline void in_fours(size_t M, const F& f) {
   if (M - m == 1) f.template operator()<1>(m);
 }
 
-template <size_t COUNT>
+template <size_t BITS, size_t COUNT>
 inline void dots(const Rows& x, size_t m, const Matrix& w, size_t n, size_t K, float (&sums)[COUNT]) {
-  const auto bytes = static_cast<const uint8_t*>(w.data) + n * row_bytes(K, w.bits);
-  const float* scales = w.scales + (w.bits ? n * (K / BLOCK) : 0);
-  if (w.bits == 4)
-    dots<4, COUNT>(static_cast<const Group<4>*>(x.quantised) + m * groups(K, 4), bytes, scales, K, sums);
-  else if (w.bits)
-    dots<8, COUNT>(static_cast<const Group<8>*>(x.quantised) + m * groups(K, 8), bytes, scales, K, sums);
-  else
+  if constexpr (BITS == 0) {
     dots<COUNT>(x.floats + m * K, static_cast<const float*>(w.data) + n * K, K, sums);
+  } else {
+    const auto q = static_cast<const uint8_t*>(w.data) + n * row_bytes(K, BITS);
+    dots<BITS, COUNT>(static_cast<const Group<BITS>*>(x.quantised) + m * groups(K, BITS), q, w.scales + n * (K / BLOCK), K,
+                      sums);
+  }
 }
 
 // put(m, x_m · w_n) for all M rows of x
-template <class Put>
+template <size_t BITS, class Put>
 inline void row(const Rows& x, const Matrix& w, size_t n, size_t M, size_t K, const Put& put) {
   in_fours(M, [&]<size_t COUNT>(size_t m) {
     float sums[COUNT];
-    dots<COUNT>(x, m, w, n, K, sums);
+    dots<BITS, COUNT>(x, m, w, n, K, sums);
     for (size_t i = 0; i < COUNT; ++i) put(m + i, sums[i]);
   });
 }
 
+// f<bits>(), chosen once for many rows: asked at each, it cost a hundredth
+template <class F>
+inline void by_bits(size_t bits, const F& f) {
+  if (bits == 4)
+    f.template operator()<4>();
+  else if (bits == 8)
+    f.template operator()<8>();
+  else
+    f.template operator()<0>();
+}
+
 void linear(const Linear& a, size_t n0, size_t n1) {
-  for (size_t n = n0; n < n1; ++n)
-    row(a.x, a.w, n, a.M, a.K, [&](size_t m, float value) {
-      if (a.bias) value += a.bias[n];
-      if (a.residual) value += a.residual[m * a.N + n];
-      a.y[m * a.N + n] = value;
-    });
+  by_bits(a.w.bits, [&]<size_t BITS> {
+    for (size_t n = n0; n < n1; ++n)
+      row<BITS>(a.x, a.w, n, a.M, a.K, [&](size_t m, float value) {
+        if (a.bias) value += a.bias[n];
+        if (a.residual) value += a.residual[m * a.N + n];
+        a.y[m * a.N + n] = value;
+      });
+  });
 }
 
 // e^x that stays finite: `exp` itself, for the softmax, never meets numbers so large. NaN stays NaN.
@@ -203,24 +215,29 @@ void activate(const float* gate, float* up, size_t count, Activation kind) {
   if (i < count) store_part(up + i, act(load_part(gate + i, count - i), kind) * load_part(up + i, count - i), count - i);
 }
 
-void gated(const Gated& a, size_t n0, size_t n1) {
+template <size_t BITS>
+void gated_of(const Gated& a, size_t n0, size_t n1) {
   constexpr size_t WIDTH = 32;  // outputs worked out before they are activated together
   float gate[FEW_ROWS][WIDTH], up[FEW_ROWS][WIDTH];
   for (size_t start = n0; start < n1; start += WIDTH) {
     const size_t width = n1 - start < WIDTH ? n1 - start : WIDTH;
     for (size_t i = 0; i < width; ++i) {
       const float bias = a.gate_bias ? a.gate_bias[start + i] : 0;
-      row(a.x, a.gate, start + i, a.M, a.K, [&](size_t m, float value) { gate[m][i] = value + bias; });
+      row<BITS>(a.x, a.gate, start + i, a.M, a.K, [&](size_t m, float value) { gate[m][i] = value + bias; });
     }
     for (size_t i = 0; i < width; ++i) {
       const float bias = a.up_bias ? a.up_bias[start + i] : 0;
-      row(a.x, a.up, start + i, a.M, a.K, [&](size_t m, float value) { up[m][i] = value + bias; });
+      row<BITS>(a.x, a.up, start + i, a.M, a.K, [&](size_t m, float value) { up[m][i] = value + bias; });
     }
     for (size_t m = 0; m < a.M; ++m) {
       activate(gate[m], up[m], width, a.activation);
       copy(a.y + m * a.N + start, up[m], width);
     }
   }
+}
+
+void gated(const Gated& a, size_t n0, size_t n1) {
+  by_bits(a.gate.bits, [&]<size_t BITS> { gated_of<BITS>(a, n0, n1); });
 }
 
 void normalise(const Norm& norm, const float* from, float* to) {
