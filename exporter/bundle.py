@@ -205,6 +205,11 @@ class Bundle:
         return self.path / variant.graph
 
 
+def holds_bundle(path: Path) -> bool:
+    """Whether `path` is for Bundle.open: a bundle, or a sweep's folder, of which that names the bundles inside."""
+    return (path / MANIFEST).is_file() or bool(bundles_in(path))
+
+
 def bundles_in(folder: Path) -> list[Path]:
     """Folders in `folder` that are bundles: a sweep's has some."""
     return [manifest.parent for manifest in sorted(folder.glob(f"*/{MANIFEST}"))]

@@ -135,4 +135,4 @@ def _log_softmax(row: np.ndarray) -> np.ndarray:
 def check_text(tokens: np.ndarray, least: int = 2) -> None:
     """Refuse a text of fewer than `least` tokens: the first has none before it to be predicted from."""
     if tokens.ndim != 1 or len(tokens) < least:
-        raise UserError(f"the text has {tokens.size} tokens, at least {least} are needed")
+        raise UserError(f"the text has {tokens.size} of the at least {least} tokens that are needed")

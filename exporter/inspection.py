@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle import MANIFEST, Bundle, bundles_in
+from exporter.bundle import Bundle, holds_bundle
 from exporter.checkpoint import expected_shapes, open_source
 from exporter.config import DTYPE_BYTES, ModelConfig
 from exporter.engines.tensorrt import record as engines
@@ -17,7 +17,7 @@ from exporter.units import size
 
 def inspect(path: Path) -> dict[str, Any]:
     """Sizes in numbers, bytes and tokens. Raises the reader's UserError."""
-    if (path / MANIFEST).is_file() or bundles_in(path):
+    if holds_bundle(path):
         return bundle_report(Bundle.open(path))
     checkpoint = open_source(path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.weights.values()})

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from exporter.bundle import MANIFEST, Bundle, Variant
+from exporter.bundle import Bundle, Variant, holds_bundle
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import ModelConfig
 from exporter.engines import open_session
@@ -156,7 +156,7 @@ class Model:
     @classmethod
     def find(cls, path: Path, variant: str | None = None) -> Model:
         """What lies at `path`. Raises BundleError and CheckpointError."""
-        if (path / MANIFEST).is_file():
+        if holds_bundle(path):
             bundle = Bundle.open(path)
             chosen = bundle.variant(variant)
             return cls(path, bundle, chosen.config, chosen)

@@ -68,7 +68,7 @@ def run_command(
                 click.echo(piece, nl=False)
         if streaming:
             click.echo()
-    lines = [f"[{row}] {text}" for row, text in enumerate(generation.texts or ())]
+    lines = [f"[{row}] {text}" for row, text in enumerate(generation.texts or (), 1)]
     if as_json or not streaming:
         finish(as_json, generation.report(), lines)
     click.echo(generation.summary(), err=True)

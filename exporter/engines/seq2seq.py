@@ -67,7 +67,7 @@ class Seq2SeqSession(Session):
         return self._kv_token_bytes() * int(self.lengths.sum() + self.batch * (self.rows > 0))
 
     def check_prompts(self, prompts: list[np.ndarray]) -> None:
-        for row, prompt in enumerate(prompts):
+        for row, prompt in enumerate(prompts, 1):
             if prompt.ndim == 1 and len(prompt) > self.capacity:
                 raise EngineError(
                     f"input {row} of the encoder has {len(prompt)} tokens, the capacity is {self.capacity}; raise --capacity"

@@ -292,7 +292,7 @@ def test_evaluation_mistakes(model: Decoder) -> None:
     tokens = np.arange(50)
     with pytest.raises(UserError, match="stride 8 is not from 1 to window − 1 = 7"):
         cross_entropy(session, tokens, 8, 8)
-    with pytest.raises(UserError, match="the text has 1 tokens, at least 2 are needed"):
+    with pytest.raises(UserError, match="the text has 1 of the at least 2 tokens that are needed"):
         cross_entropy(session, tokens[:1])
     with pytest.raises(EngineError, match="a window of 1024 tokens needs 1023 cache rows, the capacity is 20"):
         cross_entropy(session, tokens)

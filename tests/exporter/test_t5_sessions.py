@@ -135,7 +135,7 @@ def test_what_a_session_refuses(bundles: dict[str, Bundle]) -> None:
         assert isinstance(session, Seq2SeqSession)
         with pytest.raises(EngineError, match="decodes after an input; give it one with prefill"):
             session.decode(np.array([1]))
-        with pytest.raises(EngineError, match="input 0 of the encoder has 41 tokens, the capacity is 20; raise --capacity"):
+        with pytest.raises(EngineError, match="input 1 of the encoder has 41 tokens, the capacity is 20; raise --capacity"):
             session.prefill(SOURCES[:1])
         session.prefill(SOURCES[1:])
         with pytest.raises(EngineError, match="reads its input at once; reset the session before the next input"):

@@ -56,7 +56,7 @@ class TensorRTSeq2SeqSession(Seq2SeqSession):
 
     def check_prompts(self, prompts: list[np.ndarray]) -> None:
         super().check_prompts(prompts)
-        for row, prompt in enumerate(prompts):
+        for row, prompt in enumerate(prompts, 1):
             if len(prompt) > self.longest:
                 raise EngineError(
                     f"input {row} of the encoder has {len(prompt)} tokens, its engine takes {self.longest}; "

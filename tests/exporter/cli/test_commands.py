@@ -142,8 +142,8 @@ def test_run_prompts(headpool, made: Path, monkeypatch) -> None:
     one = headpool(*command, "--prompt", "Hello")
     assert one[0] == 0
     two = headpool(*command, "--prompt", "Hello", "--prompt", "to all of you")
-    assert two[1].splitlines()[0] == f"[0] {one[1].rstrip(chr(10))}"
-    assert two[1].splitlines()[1].startswith("[1] ")
+    assert two[1].splitlines()[0] == f"[1] {one[1].rstrip(chr(10))}"
+    assert two[1].splitlines()[1].startswith("[2] ")
     assert " ms a token (" in one[2]
     assert " ms a step of 2 tokens (" in two[2]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))

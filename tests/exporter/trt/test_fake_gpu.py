@@ -75,7 +75,7 @@ def test_an_encoder_decoders_logits(pattern, captures, pair, theirs, monkeypatch
         session.reset()
         np.testing.assert_allclose(decoded(session, short), wanted, rtol=0, atol=TOLERANCE)
         session.reset()
-        with pytest.raises(EngineError, match=r"input 1 of the encoder has 42 tokens, its engine takes 41; .*--prefill 42"):
+        with pytest.raises(EngineError, match=r"input 2 of the encoder has 42 tokens, its engine takes 41; .*--prefill 42"):
             session.prefill([SOURCES[0], np.ones(42, np.int64)])
         with pytest.raises(EngineError, match="decodes after an input"):
             session.decode(np.array([1, 1]))
