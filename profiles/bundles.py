@@ -16,6 +16,7 @@ from exporter.config import ModelConfig
 from exporter.engines import open_session
 from exporter.errors import BundleError, EngineError, UserError, one_of
 from exporter.seq2seq_config import Seq2SeqConfig
+from profiles.arithmetic import ArithmeticProbe
 from profiles.bandwidth import BandwidthProbe, floor_seconds
 from profiles.breakdown import read_breakdown
 from profiles.machine import fingerprint, versions
@@ -48,9 +49,11 @@ def profile_bundle(
     for bundle, variant in chosen:
         session = functools.partial(open_session, bundle, variant, backend=backend, threads=threads)
         subjects.append((subject_of(bundle, variant), session))
-    probe = BandwidthProbe(threads)
+    probe, arithmetic = BandwidthProbe(threads), ArithmeticProbe(threads)
     probe()
+    arithmetic()
     cells = measure(subjects, plan, probe=probe, progress=progress)
+    arithmetic()
     probe()
     bandwidth = probe.result()
     cells = [dataclasses.replace(cell, floor=floor_seconds(cell, bandwidth.best)) for cell in cells]
@@ -66,6 +69,7 @@ def profile_bundle(
         settings=json.loads(json.dumps({**dataclasses.asdict(plan), "backend": backend, "threads": threads})),
         cells=tuple(cells),
         bandwidth=bandwidth,
+        arithmetic=arithmetic.result(),
     )
 
 
@@ -97,7 +101,13 @@ def subject_of(bundle: Bundle, variant: Variant) -> Subject:
         kv_bytes_per_token=variant.kv_bytes_per_token,
         conversion=variant.conversion,
         encoder=isinstance(variant.config, Seq2SeqConfig),
+        attention_operations=attention_operations(variant.config),
     )
+
+
+def attention_operations(config: ModelConfig) -> int:
+    """Of a decode step for each token of context: a product and a sum for each channel of every query head's K and V."""
+    return 2 * config.num_layers * config.num_heads * (config.head_dim + config.value_dim)
 
 
 def bundle_hash(bundle: Bundle, variant: Variant) -> str:

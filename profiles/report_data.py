@@ -26,6 +26,7 @@ class Row:
     cell: Cell
     times: stats.Summary
     series: str
+    token_floor: float | None  # seconds that a further token of context must cost (see _token_floor)
 
     @property
     def subject(self) -> Subject:
@@ -55,12 +56,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Slope:
-    """Milliseconds for each 1,000 tokens more, with their 95 % bootstrap interval; `sure` when 0 lies below it."""
+    """Milliseconds for each 1,000 tokens more, with their 95 % bootstrap interval, and what they must be at least; `sure`
+    when 0 lies below the interval."""
 
     value: float
     low: float
     high: float
     draws: np.ndarray
+    floor: float | None
 
     @property
     def sure(self) -> bool:
@@ -70,13 +73,21 @@ class Slope:
     def text(self) -> str:
         return rounded(self.value, self.low, self.high)
 
+    @property
+    def ratio(self) -> float | None:
+        """Over its floor; None where that is not known, or the slope may be none at all."""
+        return self.value / self.floor if self.floor and self.sure else None
+
 
 def slope_of(line: Sequence[Row]) -> Slope | None:
     """Of the rows of one series and one number of KV heads; None with fewer than two contexts."""
     contexts, block = [row.cell.context for row in line], max((row.cell.burst for row in line), default=1)
     value = stats.slope(contexts, [row.times.p50 for row in line])
     draws = stats.slopes(contexts, [row.cell.samples for row in line], block=block)
-    return None if value is None or draws is None else Slope(value, *stats.interval(draws), draws)
+    floor = line[0].token_floor if line else None
+    if value is None or draws is None:
+        return None
+    return Slope(value, *stats.interval(draws), draws, floor and floor * 1e6)
 
 
 Dimension = Callable[[int, Cell], str]
@@ -96,24 +107,44 @@ LAST_RESORTS: tuple[Dimension, ...] = (
 
 def rows_of(results: Sequence[Results]) -> list[Row]:
     """All cells of all runs, ordered by kind, batch, context, series and KV heads (most first)."""
-    pairs = [(run, cell) for run, result in enumerate(results) for cell in _with_one_floor(result, results)]
+    found = [(run, *both) for run, result in enumerate(results) for both in _with_floors(result, results)]
+    pairs = [(run, cell) for run, cell, _ in found]
     chosen = [name for name in DIMENSIONS if _tells_apart(name, pairs)]
     for extra in (None, *LAST_RESORTS):
         chosen += [extra] if extra else []
         labels = [" · ".join([cell.subject.pattern, *(name(run, cell) for name in chosen)]) for run, cell in pairs]
         if max(Counter(map(_identity, pairs, labels)).values(), default=0) < 2:
             break
-    rows = [Row(run, cell, stats.summary(cell.samples), label) for (run, cell), label in zip(pairs, labels, strict=True)]
+    rows = [
+        Row(run, cell, stats.summary(cell.samples), label, floor)
+        for (run, cell, floor), label in zip(found, labels, strict=True)
+    ]
     return sorted(rows, key=lambda row: (row.cell.kind, *row.place, row.series, -row.subject.mean_groups))
 
 
-def _with_one_floor(result: Results, all_results: Sequence[Results]) -> Iterator[Cell]:
-    """The cells of `result`, their floor that of the best bandwidth of all runs on its machine with as many threads: a floor
-    belongs to a machine, not to a moment."""
-    same = [r.bandwidth.best for r in all_results if r.bandwidth and _place(r) == _place(result)]
+def _with_floors(result: Results, all_results: Sequence[Results]) -> Iterator[tuple[Cell, float | None]]:
+    """The cells of `result`, their floors those of the best bandwidth and arithmetic of all runs on its machine with as many
+    threads: a floor belongs to a machine, not to a moment."""
+    same = [other for other in all_results if _place(other) == _place(result)]
+    bandwidth = max((other.bandwidth.best for other in same if other.bandwidth), default=None)
+    operations = max((other.arithmetic.best for other in same if other.arithmetic), default=None)
     for cell in result.cells:
-        scale = result.bandwidth.best / max(same) if result.bandwidth else 1.0
-        yield dataclasses.replace(cell, floor=cell.floor * scale) if cell.floor else cell
+        if cell.floor and result.bandwidth and bandwidth:
+            scaled = dataclasses.replace(cell, floor=cell.floor * (result.bandwidth.best / bandwidth))
+            yield scaled, _token_floor(cell, bandwidth, operations)
+        else:
+            yield cell, None
+
+
+def _token_floor(cell: Cell, bandwidth: float, operations: float | None) -> float | None:
+    """Seconds: the larger of its KV bytes over the bandwidth and, on a CPU, its arithmetic over the machine's; None where that
+    is not known, as the floor might then be too low."""
+    memory = cell.batch * cell.subject.kv_bytes_per_token / bandwidth
+    if not cell.provider.lower().startswith("cpu"):
+        return memory
+    if not operations or not cell.subject.attention_operations:
+        return None
+    return max(memory, cell.batch * cell.subject.attention_operations / operations)
 
 
 def _place(result: Results) -> tuple[object, ...]:

@@ -119,8 +119,13 @@ def latency_by_context(rows: Sequence[Row], styles: Styles) -> Figure | None:
         "The slope is what the KV cache costs: bytes read for each token that is already there. The panels of one batch share "
         "a scale."
     )
-    headings = (KV_HEADS, "series", "batch", "p50 ms at context", "ms for each 1,000 tokens more", "95 % interval")
-    table = Table(headings, tuple(slopes))
+    if any(slope[-2] for slope in slopes):
+        words += (
+            " Its floor is the larger of those bytes over the read bandwidth and of attention's arithmetic, which is the same "
+            "for every number of KV heads, over the machine's."
+        )
+    ours = ("ms for each 1,000 tokens more", "95 % interval", "floor of that, ms", "× floor")
+    table = _filled((KV_HEADS, "series", "batch", "p50 ms at context", *ours), slopes)
     return Figure("by-context", "Latency by context", words, tuple(panels), table, _groups_legend(styles, slopes))
 
 
@@ -154,7 +159,11 @@ def ratio_to_floor(rows: Sequence[Row], styles: Styles) -> Figure | None:
 def times_table(rows: Sequence[Row]) -> Table:
     """Every statistic of the rows, one line a cell; what none of them has is left out."""
     ordered = sorted(rows, key=lambda row: KINDS.index(row.cell.kind))
-    headings, lines = (*CELL, *STATISTICS), [_times(row) for row in ordered]
+    return _filled((*CELL, *STATISTICS), [_times(row) for row in ordered])
+
+
+def _filled(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """Without the columns that are empty."""
     shown = [index for index in range(len(headings)) if any(line[index] for line in lines)]
     return Table(tuple(headings[i] for i in shown), tuple(tuple(line[i] for i in shown) for line in lines))
 
@@ -171,13 +180,15 @@ def _floors(part: Sequence[Row]) -> dict[str, float]:
     return floors
 
 
-def _slope(line: Sequence[Row]) -> tuple[str, str]:
-    """The slope and its interval; a cost that may be none at all says so."""
+def _slope(line: Sequence[Row]) -> tuple[str, str, str, str]:
+    """The slope, its interval, its floor and their ratio; a cost that may be none at all says so."""
     slope = slope_of(line)
     if slope is None:
-        return "", ""
+        return "", "", "", ""
     low, high = (rounded(end, slope.low, slope.high) for end in (slope.low, slope.high))
-    return slope.text if slope.sure else f"{slope.text} (within the noise)", f"{low} to {high}"
+    text = slope.text if slope.sure else f"{slope.text} (within the noise)"
+    floor, ratio = f"{slope.floor:.3g}" if slope.floor else "", f"{slope.ratio:.2f}" if slope.ratio else ""
+    return text, f"{low} to {high}", floor, ratio
 
 
 def _times(row: Row) -> tuple[str, ...]:

@@ -80,6 +80,7 @@ def _machine(result: Results) -> Facts:
         ("Memory", size(machine.memory_bytes)),
         ("Last-level cache", size(machine.l3_bytes) if machine.l3_bytes else ""),
         *_bandwidth(result),
+        *_arithmetic(result),
         ("Load at start", f"{machine.load:.2f}"),
         ("System", machine.os),
         ("Instructions", " ".join(machine.flags)),
@@ -93,6 +94,14 @@ def _bandwidth(result: Results) -> Facts:
     spread = f"median {b.median / 1e9:.1f}, worst {min(b.samples) / 1e9:.1f}, of {len(b.samples)}"
     how = f"{size(b.array_bytes)} " + (f"with {b.threads} thread{'s' if b.threads > 1 else ''}" if b.threads else "on the GPU")
     return [("Read bandwidth", f"{b.best / 1e9:.1f} GB/s at best ({spread}), reading {how}")]
+
+
+def _arithmetic(result: Results) -> Facts:
+    a = result.arithmetic
+    if a is None:
+        return []
+    threads = f"{a.threads} thread{'s' if a.threads > 1 else ''}"
+    return [("Arithmetic", f"{a.best / 1e9:.0f} billion float32 operations a second at best, with {threads}")]
 
 
 def _software(result: Results) -> Facts:

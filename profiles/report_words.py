@@ -140,9 +140,9 @@ def _slopes(rows: Sequence[Row], found: Headline) -> list[str]:
         slope = slope_of(line)
         if slope is not None:
             slopes.append(slope)
-            texts.append(
-                f"{slope.text} ms with {_heads(line[0])}" if slope.sure else f"nothing measurable with {_heads(line[0])}"
-            )
+            cost = f"{slope.text} ms" if slope.sure else "nothing measurable"
+            least = f", {slope.ratio:.2f} times the least it can" if slope.ratio else ""
+            texts.append(f"{cost} with {_heads(line[0])}{least}")
     if not slopes:
         return []
     if not any(slope.sure for slope in slopes):

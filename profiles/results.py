@@ -41,13 +41,14 @@ class Subject:
     kv_bytes_per_token: int  # one sequence, all layers
     conversion: dict[str, Any] | None = None
     encoder: bool = False  # of an encoder-decoder: its context is what the encoder reads
+    attention_operations: int = 0  # of a step for each token of context, one sequence, all layers; 0 where that was not noted
 
     def __post_init__(self) -> None:
         counts = self.groups if isinstance(self.groups, tuple) else (self.groups,)
         if not counts or min(counts) < 1 or self.heads < max(counts):
             raise UserError(f"variant {self.variant!r} has {self.groups} KV heads for {self.heads} query heads")
-        if self.weight_bytes < 0 or self.kv_bytes_per_token < 0:
-            raise UserError(f"variant {self.variant!r} has a negative number of bytes")
+        if min(self.weight_bytes, self.kv_bytes_per_token, self.attention_operations) < 0:
+            raise UserError(f"variant {self.variant!r} has a negative number of bytes or operations")
 
     @property
     def mean_groups(self) -> float:
@@ -149,6 +150,22 @@ class Bandwidth:
 
 
 @dataclass(frozen=True)
+class Arithmetic:
+    """Float32 operations a second, a multiplication and an addition being two, measured before and after the samples."""
+
+    threads: int
+    samples: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.samples or not all(0 < sample < 1e18 for sample in self.samples):
+            raise UserError("arithmetic samples are not positive operations a second")
+
+    @property
+    def best(self) -> float:
+        return max(self.samples)
+
+
+@dataclass(frozen=True)
 class Results:
     """One run."""
 
@@ -158,6 +175,7 @@ class Results:
     settings: dict[str, Any]
     cells: tuple[Cell, ...]
     bandwidth: Bandwidth | None = None
+    arithmetic: Arithmetic | None = None
     schema: int = SCHEMA
     notes: tuple[str, ...] = field(default=())
 

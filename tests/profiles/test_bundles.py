@@ -55,7 +55,10 @@ def test_every_variant_of_a_real_bundle(bundle, tmp_path):
         assert (cell.breakdown is not None) == (decode and cell.context == 90)
         if cell.breakdown:
             assert min(cell.breakdown["attention"], cell.breakdown["matmul"], cell.breakdown["other"]) > 0
-    assert results.bandwidth.threads == 1
+    assert results.bandwidth.threads == results.arithmetic.threads == 1
+    assert {cell.subject.attention_operations for cell in results.cells} == {
+        4 * CONFIG["num_hidden_layers"] * CONFIG["hidden_size"]
+    }
     assert len(results.bandwidth.samples) == 3 * (1 + 4 * 3 + 1)  # before, three times in each of four cohorts, after
     assert Results.load(results.save(tmp_path / "r.json")) == results
     assert "Where the time goes" in render([results])

@@ -12,10 +12,11 @@ from exporter.errors import UserError
 from exporter.units import size
 from profiles import stats
 from profiles.report import render, write_report
-from profiles.report_data import rows_of
+from profiles.report_data import rows_of, slope_of
 from profiles.report_figures import Styles, latency_by_groups
 from profiles.report_svg import nice_axis
 from profiles.report_words import headlines, sentences, tiles
+from profiles.results import Arithmetic
 from profiles.units import milliseconds, rounded
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -236,6 +237,31 @@ def test_slopes_have_the_digits_that_were_measured(factory):
     assert re.search(r"cost 1\.\d ms with 1 KV head and 4\.\d ms with 9 KV heads \(grouped\)\.", sentence(2e-3, (4.567, 1.234)))
     assert sentence(2e-4, (1.2, 1.2)).endswith("(grouped), a difference within the noise.")
     assert "nothing measurable with 9 KV heads" in sentence(0.03, (1.2, 1.2))
+
+
+def test_a_slope_stands_beside_the_larger_of_memorys_and_arithmetics(factory):
+    """With 9 KV heads memory bounds a token of context, with 1 the arithmetic, which is the same for both."""
+    operations = 150_000
+    cells = [
+        factory.cell(factory.subject(g, attention_operations=operations), context=context, median=0.02 + context * per_token)
+        for g, per_token in ((9, 8e-6), (1, 2e-6))
+        for context in (1000, 2000, 3000)
+    ]
+    arithmetic = Arithmetic(2, (90e9, 100e9))
+    results = factory.sweep(cells=tuple(cells), arithmetic=arithmetic)
+    rows = rows_of([results])
+    bytes_9 = cells[0].subject.kv_bytes_per_token
+    floors = {row.groups: row.token_floor for row in rows}
+    assert floors == pytest.approx({"9": bytes_9 / 31e9, "1": operations / 100e9})
+    assert bytes_9 / 9 / 31e9 < operations / 100e9 < bytes_9 / 31e9  # each bounds one of them
+    found = slope_of([row for row in rows if row.groups == "1"])
+    assert found is not None
+    assert found.ratio == pytest.approx(found.value / (operations / 100e9 * 1e6))
+    page = render([results])
+    assert f"{found.ratio:.2f} times the least it can" in page
+    assert "100 billion float32 operations" in page
+    without = rows_of([dataclasses.replace(results, arithmetic=None)])
+    assert {row.token_floor for row in without} == {None}  # memory's alone might be too low
 
 
 def test_p99_is_shown_from_a_hundred_samples_on(factory):
