@@ -42,9 +42,9 @@ def canonical_graph(config: ModelConfig, cache: CacheForm, dtype: str, logits: c
     inputs = {binding.name: graph_value(binding) for binding in contract.inputs(config, cache, dtype)}
     stamper = Stamper(inputs.values(), opset=OPSET, domains={canonical.DOMAIN: canonical.VERSION})
     ids, positions, mask = inputs["input_ids"], inputs["position_ids"], inputs.get("attention_mask")
-    plain = _one_layer(config, config.num_heads)
+    ends = _ends(config)
 
-    x, *angles = stamper.stamp(_prologue(plain, dtype), "model", [ids, positions])
+    x, *angles = stamper.stamp(_prologue(ends, dtype), "model", [ids, positions])
     present: list[ir.Value] = []
     for index, kv_heads in enumerate(config.kv_heads):
         layer = _layer(_one_layer(config, kv_heads), cache, dtype)
@@ -53,7 +53,7 @@ def canonical_graph(config: ModelConfig, cache: CacheForm, dtype: str, logits: c
         x, *caches = stamper.stamp(layer, f"model.layers.{index}", [x, *angles, *shared, *past])
         present += caches
     weight = stamper.initializer(EMBEDDING if config.tied else HEAD, IR_DTYPES[dtype], (config.vocab_size, config.hidden_size))
-    (scores,) = stamper.stamp(epilogue(plain, dtype, logits), "model", [x, positions, weight])
+    (scores,) = stamper.stamp(epilogue(ends, dtype, logits), "model", [x, positions, weight])
     if config.rope.kind != "none":
         stamper.initializers["model.rotary.inv_freq"].const_value = ir.tensor(frequencies(config)[0].numpy())
     return finish(stamper, [scores, *present], contract.outputs(config, cache, dtype, logits), config.family)
@@ -78,6 +78,25 @@ B, T, P = 2, 3, 17
 def _one_layer(config: ModelConfig, kv_heads: int) -> ModelConfig:
     """The config of a part: equal for all models and group counts that share it, so that it is traced once a process."""
     return dataclasses.replace(config, num_layers=1, kv_heads=(kv_heads,))
+
+
+def _ends(config: ModelConfig) -> ModelConfig:
+    """The config of prologue and epilogue: equal for all models that only their layers tell apart."""
+    return dataclasses.replace(
+        _one_layer(config, config.num_heads),
+        intermediate_size=1,
+        ffn="relu",
+        gelu_tanh=False,
+        qkv_bias=False,
+        o_bias=False,
+        ffn_bias=False,
+        qk_norm=False,
+        glu_value_dim=None,
+        tied=True,
+        family="",
+        bos_token_id=None,
+        eos_token_ids=(),
+    )
 
 
 @functools.lru_cache(maxsize=64)

