@@ -105,10 +105,15 @@ void read_tensor(std::string_view tensor, std::vector<Initializer>& results) {  
 
 std::vector<Initializer> external_initializers(std::span<const std::byte> model) {
   std::vector<Initializer> results;
-  for (Message m({reinterpret_cast<const char*>(model.data()), model.size()}); m.next();)
-    if (m.field == 7)  // ModelProto.graph
-      for (Message graph(m.bytes); graph.next();)
-        if (graph.field == 5) read_tensor(graph.bytes, results);  // GraphProto.initializer
+  bool graphs = false, opsets = false;
+  for (Message m({reinterpret_cast<const char*>(model.data()), model.size()}); m.next();) {
+    opsets = opsets || m.field == 8;  // ModelProto.opset_import, which is written after it
+    if (m.field != 7) continue;       // ModelProto.graph
+    graphs = true;
+    for (Message graph(m.bytes); graph.next();)
+      if (graph.field == 5) read_tensor(graph.bytes, results);  // GraphProto.initializer
+  }
+  if (!graphs || !opsets) damaged();
   return results;
 }
 
