@@ -41,7 +41,7 @@ bool reaches(const Initializer& weight, std::uintmax_t size) {
 // What a graph reads from other files, all of which are there and long enough: ONNX Runtime would not say what to do.
 std::vector<Initializer> weights_of(const std::filesystem::path& bundle, const std::string& name) {
   const auto graph = shared_file(file_in(bundle, name));
-  std::vector<Initializer> weights = external_initializers({graph->data(), graph->size()});
+  std::vector<Initializer> weights = external_initializers({graph->data(), graph->size()}, one_line(name));
   for (const Initializer& weight : weights) {
     const std::uintmax_t size = std::filesystem::file_size(file_in(bundle, weight.file));
     if (!reaches(weight, size)) cut_short(weight.file, size);

@@ -146,7 +146,7 @@ def test_programs_built_for_an_older_header(api: Api, bundle: Bundle) -> None:
     assert api.c.hp_session_batch(session) == 3
     api.c.hp_session_free(session)
     options.size = 0
-    with pytest.raises(RuntimeFailure, match=r"^options of 0 bytes; set their size, with HP_INIT$"):
+    with pytest.raises(RuntimeFailure, match=r"^the size in an hp_session_options is 0, not 32; begin it with HP_INIT\(hp_session_options\)$"):
         api.check(api.c.hp_session_create(model.handle, c.byref(options), c.byref(session)))
     model.close()
 

@@ -66,7 +66,7 @@ def test_greedy_takes_the_first_of_equals(api: Api) -> None:
         ({"temperature": -0.5}, "temperature -0.500000 is not a number from 0"),
         ({"temperature": float("nan")}, "temperature nan is not a number"),
         ({"temperature": 1.0, "top_k": -1}, "top-k -1 is not a whole number from 0"),
-        ({"temperature": 1.0, "top_p": 1.5}, r"top-p 1.500000 is outside \(0, 1\]"),
+        ({"temperature": 1.0, "top_p": 1.5}, r"top-p 1.500000 is outside \[0, 1\]"),
     ],
 )
 def test_refusals(way: dict[str, Any], message: str, api: Api) -> None:
@@ -105,7 +105,12 @@ def test_generation_ends_where_it_should(session: CppSession) -> None:
     session.reset()
     assert session.generate(prompts, 20, until=lambda row: row == tokens[2]) == tokens[:3]
     session.reset()
-    with pytest.raises(RuntimeFailure, match="do not fit the capacity of 40 tokens") as caught:
+    words = r"^prompt 1 of 3 tokens and 39 new ones need 41 cache rows, the capacity is 40$"
+    with pytest.raises(RuntimeFailure, match=words) as caught:
         session.generate(prompts, 39)
     assert caught.value.status == CAPACITY
     assert session.lengths.tolist() == [0, 0]
+    session.generate(prompts, 30)
+    words = r"^prompt 1 of 3 tokens, after 32 in the cache, and 9223372036854775807 new ones need 9223372036854775841 cache rows, "
+    with pytest.raises(RuntimeFailure, match=words):
+        session.generate(prompts, 2**63 - 1)

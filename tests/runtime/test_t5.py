@@ -20,7 +20,7 @@ from test_t5_sessions import PATTERNS, SOURCES, STEPS, TARGETS, TOLERANCE, expec
 from test_t5_sessions import theirs as theirs
 from test_turns import ENDED, columns
 
-from exporter.bundle import Bundle
+from exporter.bundle import Bundle, Seq2SeqVariant
 from exporter.checkpoint import open_checkpoint
 from exporter.engines import open_session
 from exporter.export import ExportOptions, export
@@ -191,7 +191,7 @@ def fails(status: int, message: str, call: Callable[..., object], *arguments: ob
 def test_what_a_session_refuses(bundles: dict[str, Bundle], api: Api) -> None:
     session = api.open(bundles["concat"].path, "g2.grouped").session(capacity=20)
     fails(ARGUMENT, "^an encoder-decoder decodes after a source; give it one with prefill$", session.decode, np.array([1]))
-    fails(CAPACITY, "^source 0 of the encoder has 41 tokens, the capacity is 20$", session.prefill, SOURCES[:1])
+    fails(CAPACITY, "^the source of the encoder has 41 tokens, the capacity is 20$", session.prefill, SOURCES[:1])
     session.prefill(SOURCES[1:])
     fails(ARGUMENT, "^an encoder-decoder reads its source at once; reset the session", session.prefill, SOURCES[1:])
     for _ in range(11):
@@ -253,7 +253,28 @@ def test_sizes_that_the_encoder_does_not_have(copied: Path, api: Api) -> None:
     edit(copied, change)
     refused(api, copied, BUNDLE, "the graph's last_hidden_state is not what headpool.json says; export the bundle again")
     (copied / "encoder.g2.grouped.onnx").write_bytes(b"no graph")
-    refused(api, copied, BACKEND, r"cannot run encoder\.g2\.grouped\.onnx \(pattern grouped, fp32\)")
+    refused(api, copied, BUNDLE, r"^encoder\.g2\.grouped\.onnx is damaged; export the bundle again$")
+
+
+@pytest.mark.parametrize("part", [0, 0.3, 0.999])
+def test_files_that_are_cut_short(part: float, copied: Path, api: Api) -> None:
+    """Those of the encoder as well, which is loaded after the decoder."""
+    variant = Bundle.open(copied).variant("g2.grouped")
+    assert isinstance(variant, Seq2SeqVariant)
+    for name in (variant.encoder, variant.graph):
+        whole = (copied / name).read_bytes()
+        (copied / name).write_bytes(whole[: int(len(whole) * part)])
+        refused(api, copied, BUNDLE, rf"^{name} is damaged; export the bundle again$", "g2.grouped")
+        (copied / name).write_bytes(whole)
+    weights = sorted(copied.glob("*.safetensors"))
+    for file in weights:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: int(len(whole) * part)])
+        refused(api, copied, BUNDLE, rf"^{file.name} is cut short, it has \d+ bytes; export the bundle again$", "g2.grouped")
+        file.unlink()
+        refused(api, copied, BUNDLE, f' lacks "{file.name}"; export the bundle again$', "g2.grouped")
+        file.write_bytes(whole)
+    assert weights
 
 
 @pytest.mark.parametrize("part", ["encoder_inputs", "encoder_outputs", ""])
