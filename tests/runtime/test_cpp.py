@@ -156,17 +156,55 @@ def test_the_installed_package(built: Path, tools: dict[str, str], bundle: Bundl
     prefix, consumer = tmp_path / "prefix", tmp_path / "consumer"
     run(tools["cmake"], "--install", built, "--prefix", prefix)
     source = REPOSITORY / "runtime/examples/consumer"
-    run(tools["cmake"], "-S", source, "-B", consumer, f"-DCMAKE_PREFIX_PATH={prefix};{tools['deps']}")
+    run(tools["cmake"], "-S", source, "-B", consumer, f"-DCMAKE_PREFIX_PATH={prefix}")  # it knows where ONNX Runtime is
     run(tools["cmake"], "--build", consumer)
     for program in ("consumer", "consumer_static", "consumer_c"):
         assert run(consumer / program, bundle.path, *PROMPT) == f"{greedy[0]}\n"
     if shutil.which("pkg-config") is None:
         return
-    flags = run("pkg-config", "--cflags", "--libs", "headpool", PKG_CONFIG_PATH=str(next(prefix.glob("lib*/**/pkgconfig"))))
-    folder = next(prefix.glob("lib*/**/libheadpool.so")).parent
-    link = [*flags.split(), f"-Wl,-rpath,{folder}", f"-Wl,-rpath-link,{tools['deps']}/lib"]
-    run("c++", "-std=c++20", source / "main.cpp", "-o", tmp_path / "by-hand", *link)
-    assert run(tmp_path / "by-hand", bundle.path, *PROMPT) == f"{greedy[0]}\n"
+    pkgconfig = str(next(prefix.glob("lib*/**/pkgconfig")))
+    for library in ("shared", "static"):  # the linker takes the shared one where there are both
+        flags = run("pkg-config", f"--{library}", "--cflags", "--libs", "headpool", PKG_CONFIG_PATH=pkgconfig).split()
+        run("c++", "-std=c++20", source / "main.cpp", "-o", tmp_path / f"{library}_cpp", *flags)
+        run("cc", "-std=c99", source / "main.c", "-o", tmp_path / f"{library}_c", *flags)
+        for program in (tmp_path / f"{library}_cpp", tmp_path / f"{library}_c"):
+            assert run(program, bundle.path, *PROMPT) == f"{greedy[0]}\n"
+            assert subprocess.run([program, bundle.path, "5x"], capture_output=True).returncode == 1
+        for file in prefix.glob("lib*/**/libheadpool.so*"):
+            file.unlink()
+
+
+def test_a_package_whose_onnx_runtime_has_gone(built: Path, tools: dict[str, str], tmp_path: Path) -> None:
+    """It is found by CMAKE_PREFIX_PATH, else said in one sentence."""
+    prefix = tmp_path / "prefix"
+    run(tools["cmake"], "--install", built, "--prefix", prefix)
+    config = next(prefix.glob("lib*/**/headpool-config.cmake"))
+    config.write_text(config.read_text().replace(tools["deps"], "/gone"))
+    source = REPOSITORY / "runtime/examples/consumer"
+    run(tools["cmake"], "-S", source, "-B", tmp_path / "a", f"-DCMAKE_PREFIX_PATH={prefix};{tools['deps']}")
+    if Path("/usr/include/onnxruntime").exists():
+        return  # found there
+    command = [tools["cmake"], "-S", source, "-B", tmp_path / "b", f"-DCMAKE_PREFIX_PATH={prefix}"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    words = "add the folder whose include and lib have ONNX Runtime's headers and library to CMAKE_PREFIX_PATH"
+    assert done.returncode
+    assert words in " ".join(done.stderr.split())
+
+
+LANGUAGES = [("cc", "c90"), ("cc", "c99"), ("cc", "c11"), ("c++", "c++11"), ("c++", "c++20")]
+
+
+@pytest.mark.parametrize(("compiler", "standard"), LANGUAGES, ids=[standard for _, standard in LANGUAGES])
+def test_the_c_header_in_every_language(compiler: str, standard: str, tools: dict[str, str], tmp_path: Path) -> None:
+    """Without a warning, HP_INIT of every struct."""
+    types = ("hp_model_options", "hp_model_info", "hp_session_options", "hp_sampling")
+    structs = "".join(f"  {name} a_{name} = HP_INIT({name});\n" for name in types)
+    sizes = " + ".join(f"(a_{name}.size == sizeof({name}))" for name in types)
+    (tmp_path / "main.c").write_text(f"#include <headpool/headpool.h>\nint main(void) {{\n{structs}  return {sizes} - 4;\n}}\n")
+    language = "c++" if compiler == "c++" else "c"
+    words = ["-Wall", "-Wextra", "-pedantic", "-Werror", "-I", REPOSITORY / "runtime/include", "-o", tmp_path / "program"]
+    run(compiler, f"-std={standard}", "-x", language, *words, tmp_path / "main.c")
+    run(tmp_path / "program")
 
 
 def test_without_a_compiler_the_tests_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
