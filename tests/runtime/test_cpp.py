@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as c
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -97,6 +98,27 @@ def test_headpool_reads_what_the_example_bench_writes(built: Path, bundle: Bundl
     assert sorted(tmp_path.iterdir()) == files
 
 
+def test_bench_says_how_weights_are_stored_as_profile_does(built: Path, tmp_path: Path, capfd) -> None:
+    """So that compare takes an int4 bundle's cells of both together, and those of an fp32 one not."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    hf.build("llama", sizes).save_pretrained(tmp_path / "model")
+    checkpoint, files = open_checkpoint(tmp_path / "model"), {}
+    for name, quantize in (("plain", None), ("int4", "int4")):
+        options = ExportOptions(patterns=("grouped",), quantize=quantize)  # type: ignore[arg-type]
+        made = export(checkpoint, tmp_path / name, options)
+        files[name] = tmp_path / f"{name}.json"
+        run(built / "examples/bench", made.path, "", files[name], 8, 16, 1)
+    python = tmp_path / "python.json"
+    words = ["--contexts", "8", "--samples", "16", "--threads", "1", "--out", str(python)]
+    assert _run(["profile", str(tmp_path / "int4"), *words]) == 0
+    ours, theirs = (Results.load(file).cells[0].subject for file in (files["int4"], python))
+    assert dataclasses.replace(ours, bundle_hash=theirs.bundle_hash) == theirs
+    assert ours.dtype == "fp32, int4 weights"
+    assert _run(["compare", str(files["int4"]), str(python)]) == 0
+    assert _run(["compare", str(files["plain"]), str(python)]) == 2
+    assert "no cell in common" in capfd.readouterr().err
+
+
 def test_the_examples_on_a_backend(built: Path, bundle: Bundle, greedy: list[int], tmp_path: Path, capfd) -> None:
     with_engines = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
     fake_engines.add(with_engines, with_engines.variant("g2.grouped"), "tensorrt-rtx")
@@ -146,7 +168,9 @@ def test_programs_built_for_an_older_header(api: Api, bundle: Bundle) -> None:
     assert api.c.hp_session_batch(session) == 3
     api.c.hp_session_free(session)
     options.size = 0
-    with pytest.raises(RuntimeFailure, match=r"^the size in an hp_session_options is 0, not 32; begin it with HP_INIT\(hp_session_options\)$"):
+    with pytest.raises(
+        RuntimeFailure, match=r"^the size in an hp_session_options is 0, not 32; begin it with HP_INIT\(hp_session_options\)$"
+    ):
         api.check(api.c.hp_session_create(model.handle, c.byref(options), c.byref(session)))
     model.close()
 
