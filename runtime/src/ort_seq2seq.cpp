@@ -56,10 +56,7 @@ class Seq2SeqRunner final : public Runner {
     const std::int64_t most = std::ranges::max(rows_);
     for (std::size_t b = 0; b < rows_.size(); ++b)
       if (counts[b] && rows_[b] < most)
-        throw ArgumentError(
-            "a sequence that had ended while others went on cannot go on beside them in an encoder-decoder's concat cache, "
-            "which "
-            "holds all in step; reset the session");
+        throw ArgumentError("a sequence that ended early cannot go on in an encoder-decoder's concat cache; reset the session");
   }
 
   void encode(const Feed& feed) {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_engines
 import hf
 import pytest
 
@@ -30,10 +32,11 @@ def refused(program: Path, *words: object, prepare: Callable[[], Any] | None = N
         [program, *map(str, words)], capture_output=True, text=True, preexec_fn=prepare, restore_signals=False, timeout=60
     )
     assert (done.returncode, done.stdout if prepare is None else "") == (2, ""), done
-    assert done.stderr.startswith(f"{program.name}: ")
+    name = program.name.removesuffix("_fake")
+    assert done.stderr.startswith(f"{name}: ")
     assert done.stderr.count("\n") == 1
     assert done.stderr.endswith("\n")
-    return done.stderr.removeprefix(f"{program.name}: ").strip()
+    return done.stderr.removeprefix(f"{name}: ").strip()
 
 
 WORDS: list[tuple[tuple[object, ...], str]] = [
@@ -60,6 +63,13 @@ WORDS: list[tuple[tuple[object, ...], str]] = [
 def test_numbers_of_bench(words: tuple[object, ...], message: str, built: Path, bundle: Bundle, tmp_path: Path) -> None:
     assert refused(built / "examples/bench", bundle.path, "", tmp_path / "out.json", *words) == message
     assert not any(tmp_path.iterdir())
+
+
+def test_a_context_that_no_engine_has_room_for(built: Path, bundle: Bundle, tmp_path: Path) -> None:
+    with_engines = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    fake_engines.add(with_engines, with_engines.variants[0], "tensorrt")
+    words = ("--backend", "tensorrt", with_engines.path, "", tmp_path / "out.json", "8,124")
+    assert "engines for 120 tokens a sequence, this session wants 128; " in refused(built / "tests/bench_fake", *words)
 
 
 @pytest.mark.parametrize("example", ["bench", "generate"])

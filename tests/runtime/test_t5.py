@@ -138,7 +138,7 @@ def test_a_concat_cache_of_an_encoder_decoder_is_in_step(pattern: str, bundles: 
     opened = api.open(bundles["concat"].path, f"g2.{pattern}")
     together, alone = ended_pairs(lambda batch: opened.session(batch=batch, capacity=80))
     lengths = together.lengths
-    words = "^a sequence that had ended while others went on cannot go on beside them in an encoder-decoder's concat cache, "
+    words = "^a sequence that ended early cannot go on in an encoder-decoder's concat cache; reset the session$"
     with pytest.raises(RuntimeFailure, match=words) as caught:
         together.decode(np.array([5, 6, 7]))
     assert caught.value.status == ARGUMENT
