@@ -102,12 +102,12 @@ def test_bench_says_how_weights_are_stored_as_profile_does(built: Path, tmp_path
     """So that compare takes an int4 bundle's cells of both together, and those of an fp32 one not."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     hf.build("llama", sizes).save_pretrained(tmp_path / "model")
-    checkpoint, files = open_checkpoint(tmp_path / "model"), {}
-    for name, quantize in (("plain", None), ("int4", "int4")):
-        options = ExportOptions(patterns=("grouped",), quantize=quantize)  # type: ignore[arg-type]
-        made = export(checkpoint, tmp_path / name, options)
-        files[name] = tmp_path / f"{name}.json"
-        run(built / "examples/bench", made.path, "", files[name], 8, 16, 1)
+    export(open_checkpoint(tmp_path / "model"), tmp_path / "int4", ExportOptions(patterns=("grouped",), quantize="int4"))
+    manifest = Path(shutil.copytree(tmp_path / "int4", tmp_path / "plain")) / "headpool.json"
+    manifest.write_text(manifest.read_text().replace('"quantize": "int4"', '"quantize": null'))
+    files = {name: tmp_path / f"{name}.json" for name in ("plain", "int4")}
+    for name, file in files.items():
+        run(built / "examples/bench", tmp_path / name, "", file, 8, 16, 1)
     python = tmp_path / "python.json"
     words = ["--contexts", "8", "--samples", "16", "--threads", "1", "--out", str(python)]
     assert _run(["profile", str(tmp_path / "int4"), *words]) == 0
