@@ -1,15 +1,17 @@
 # The target onnxruntime::onnxruntime: of ONNX Runtime's own package where it is installed with one, else from its headers and
-# library, which Debian's libonnxruntime-dev or scripts/cpp_deps put under a prefix (CMAKE_PREFIX_PATH).
-find_package(onnxruntime CONFIG QUIET)
+# library, which Debian's libonnxruntime-dev or scripts/cpp_deps put under a prefix (CMAKE_PREFIX_PATH). headpool-config.cmake
+# says in headpool_ONNXRUNTIME_… where both were when headpool was built, for where no such prefix has them.
+find_package(onnxruntime CONFIG QUIET HINTS ${headpool_ONNXRUNTIME_LIBRARY_DIR})
 if(TARGET onnxruntime::onnxruntime)
   set(ONNXRuntime_FOUND TRUE)
   return()
 endif()
-find_path(ONNXRUNTIME_INCLUDE_DIR onnxruntime_cxx_api.h HINTS ENV ONNXRUNTIME_INCLUDE_DIR
+find_path(ONNXRUNTIME_INCLUDE_DIR onnxruntime_cxx_api.h HINTS ENV ONNXRUNTIME_INCLUDE_DIR ${headpool_ONNXRUNTIME_INCLUDE_DIR}
           PATH_SUFFIXES onnxruntime onnxruntime/core/session)
-find_library(ONNXRUNTIME_LIBRARY NAMES onnxruntime libonnxruntime.so.1)
+find_library(ONNXRUNTIME_LIBRARY NAMES onnxruntime libonnxruntime.so.1 HINTS ${headpool_ONNXRUNTIME_LIBRARY_DIR})
 include(FindPackageHandleStandardArgs)
-find_package_handle_standard_args(ONNXRuntime REQUIRED_VARS ONNXRUNTIME_LIBRARY ONNXRUNTIME_INCLUDE_DIR)
+find_package_handle_standard_args(ONNXRuntime REQUIRED_VARS ONNXRUNTIME_LIBRARY ONNXRUNTIME_INCLUDE_DIR
+  REASON_FAILURE_MESSAGE "add the folder whose include and lib have ONNX Runtime's headers and library to CMAKE_PREFIX_PATH")
 if(ONNXRuntime_FOUND)
   add_library(onnxruntime::onnxruntime SHARED IMPORTED)
   set_target_properties(onnxruntime::onnxruntime PROPERTIES IMPORTED_LOCATION "${ONNXRUNTIME_LIBRARY}"

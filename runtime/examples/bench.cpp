@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
 #include <cstdlib>
 #include <ctime>
 #include <fstream>
@@ -17,6 +16,9 @@
 #include <nlohmann/json.hpp>
 #include <random>
 #include <sstream>
+
+#include "arguments.hpp"
+#include "output.hpp"
 
 namespace {
 
@@ -77,9 +79,10 @@ Json subject(const std::string& bundle, const headpool::ModelInfo& info) {
               {"heads", info.heads},
               {"pattern", info.pattern},
               {"cache", info.cache},
-              {"dtype", info.dtype},
+              {"dtype", info.dtype + (info.quantize.empty() ? "" : ", " + info.quantize + " weights")},
               {"weight_bytes", info.weight_bytes},
-              {"kv_bytes_per_token", info.kv_bytes_per_token}};
+              {"kv_bytes_per_token", info.kv_bytes_per_token},
+              {"encoder", info.encoder_layers > 0}};
   for (const Json& variant : manifest["variants"])
     if (variant["name"] == info.variant) result["conversion"] = variant.value("conversion", Json());
   return result;
@@ -89,7 +92,7 @@ struct Samples {
   std::vector<double> decode, prefill, ttft;
 };
 
-Samples measure(headpool::Session& session, std::int64_t context, int samples) {
+Samples measure(headpool::Session& session, std::int64_t context, std::int64_t samples) {
   std::mt19937_64 random(0);
   std::uniform_int_distribution<headpool::Token> token(0, session.model().info().vocab_size - 1);
   const auto batch = static_cast<std::size_t>(session.batch());
@@ -114,7 +117,7 @@ Samples measure(headpool::Session& session, std::int64_t context, int samples) {
     taken.prefill.push_back(filled);
     taken.ttft.push_back(seconds_since(start));
   }
-  for (int i = -WARMUP; i < samples; ++i) {
+  for (std::int64_t i = -WARMUP; i < samples; ++i) {
     const auto start = Clock::now();
     session.decode(next);
     const double time = seconds_since(start);
@@ -131,10 +134,38 @@ std::string now() {
   return text;
 }
 
+std::vector<std::int64_t> read_contexts(const std::string& list) {
+  std::vector<std::int64_t> contexts;
+  std::istringstream words(list + ",");
+  for (std::string word; std::getline(words, word, ',');) {
+    contexts.push_back(number("CONTEXT", word, 1, INT32_MAX));
+    if (std::count(contexts.begin(), contexts.end(), contexts.back()) > 1)
+      throw headpool::ArgumentError("CONTEXT " + word + " is given twice");
+  }
+  return contexts;
+}
+
+headpool::SessionOptions room_for(std::int64_t context, std::int64_t batch) {
+  headpool::SessionOptions options;
+  options.batch = batch, options.capacity = (context + 8) / 8 * 8;
+  return options;
+}
+
+// What cannot be measured is refused before anything is.
+void check_longest(const headpool::Model& model, std::int64_t context, std::int64_t batch) {
+  const std::int64_t limit = model.info().max_positions;
+  if (context >= limit)
+    throw headpool::ArgumentError("a context of " + std::to_string(context) + " tokens and the one decoded after it is more " +
+                                  "than the model's " + std::to_string(limit) + "; choose contexts up to " +
+                                  std::to_string(limit - 1));
+  headpool::Session(model, room_for(context, batch));
+}
+
 void run(const std::string& bundle, const headpool::ModelOptions& how, const std::string& out,
-         const std::vector<std::int64_t>& contexts, int samples, std::int64_t batch) {
-  if (std::filesystem::exists(out)) throw headpool::ArgumentError(out + " exists; name another file");
+         const std::vector<std::int64_t>& contexts, std::int64_t samples, std::int64_t batch) {
+  const Output output(out);
   const headpool::Model model = headpool::Model::open(bundle, how);
+  check_longest(model, *std::max_element(contexts.begin(), contexts.end()), batch);
   const headpool::BackendInfo& backend = model.backend();
   Json result{{"schema", 1}, {"created", now()}, {"machine", machine(model)}, {"cells", Json::array()}};
   result["versions"] = {{"headpool", HEADPOOL_VERSION}, {backend.library, backend.version}};
@@ -142,8 +173,7 @@ void run(const std::string& bundle, const headpool::ModelOptions& how, const std
   Json settings{{"threads", model.threads()}};
   if (backend.library == "onnxruntime") settings["optimisation"] = "all";
   for (const std::int64_t context : contexts) {
-    headpool::SessionOptions options;
-    options.batch = batch, options.capacity = (context + 8) / 8 * 8;
+    const headpool::SessionOptions options = room_for(context, batch);
     headpool::Session session(model, options);
     settings["chunk"] = options.chunk;
     const Samples taken = measure(session, context, samples);
@@ -165,31 +195,23 @@ void run(const std::string& bundle, const headpool::ModelOptions& how, const std
     std::printf("%6lld tokens  decode p50 %.3f ms  p90 %.3f  p99 %.3f  min %.3f\n", static_cast<long long>(context),
                 percentile(50), percentile(90), percentile(99), percentile(0));
   }
-  const std::string unfinished = out + ".unfinished";
-  std::ofstream(unfinished) << result.dump(1) << '\n';
-  std::filesystem::rename(unfinished, out);
+  output.write(result.dump(1) + "\n");
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  headpool::ModelOptions how;
-  if (argc > 2 && std::string(argv[1]) == "--backend") how.backend = argv[2], argv += 2, argc -= 2;
-  if (argc < 5) {
-    std::fputs("usage: bench [--backend NAME] BUNDLE VARIANT OUT.json CONTEXT,… [SAMPLES [THREADS [BATCH]]]\n", stderr);
-    return 2;
-  }
-  const auto number = [&](int index, long otherwise) { return argc > index ? std::atol(argv[index]) : otherwise; };
-  try {
-    std::vector<std::int64_t> contexts;
-    std::istringstream words(argv[4]);
-    for (std::string word; std::getline(words, word, ',');) contexts.push_back(std::atoll(word.c_str()));
-    if (contexts.empty() || *std::min_element(contexts.begin(), contexts.end()) < 1 || number(5, 104) < 1)
-      throw headpool::ArgumentError("contexts and samples are whole numbers from 1");
-    how.variant = argv[2], how.threads = static_cast<int>(number(6, 0));
-    run(argv[1], how, argv[3], contexts, static_cast<int>(number(5, 104)), number(7, 1));
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "bench: %s\n", error.what());
-    return 2;
-  }
+  return run_example("bench", argc, argv, [](Words words) {
+    headpool::ModelOptions how;
+    how.backend = take_backend(words);
+    expect_count(words, 4, 7, "bench [--backend NAME] BUNDLE VARIANT OUT.json CONTEXT,… [SAMPLES [THREADS [BATCH]]]");
+    const auto optional = [&](std::size_t index, const char* what, std::int64_t least, std::int64_t most,
+                              std::int64_t otherwise) {
+      return words.size() > index ? number(what, words[index], least, most) : otherwise;
+    };
+    const std::vector<std::int64_t> contexts = read_contexts(words[3]);
+    const std::int64_t samples = optional(4, "SAMPLES", 1, 1000000, 104);
+    how.variant = words[1], how.threads = static_cast<int>(optional(5, "THREADS", 0, 1024, 0));
+    run(words[0], how, words[2], contexts, samples, optional(6, "BATCH", 1, 65536, 1));
+  });
 }

@@ -6,11 +6,9 @@
 //     generate --backend tensorrt-rtx bundle …          on the engines that headpool build made
 //
 // https://github.com/mlc-ai/tokenizers-cpp reads the tokenizer.json in a bundle: cmake -DTOKENIZERS_CPP=/path/to/its/checkout
-#include <cstdio>
-#include <cstdlib>
 #include <headpool/generate.hpp>
-#include <string>
-#include <vector>
+
+#include "arguments.hpp"
 
 #ifdef HEADPOOL_TOKENIZERS_CPP
 #include <tokenizers_cpp.h>
@@ -21,7 +19,7 @@
 
 namespace {
 
-void run(const std::string& bundle, const headpool::ModelOptions& how, long count, const std::vector<std::string>& words) {
+void run(const std::string& bundle, const headpool::ModelOptions& how, std::int64_t count, const Words& words) {
   // 1. The prompt as token ids, and what prints new ones.
   std::vector<headpool::Token> prompt;
   std::function<void(headpool::Token)> print = [](headpool::Token token) {
@@ -45,11 +43,7 @@ void run(const std::string& bundle, const headpool::ModelOptions& how, long coun
     shown = text;
   };
 #else
-  for (const std::string& word : words) {
-    char* end = nullptr;
-    prompt.push_back(std::strtoll(word.c_str(), &end, 10));
-    if (*end) throw headpool::ArgumentError(word + " is no token id; text needs a build with tokenizers-cpp");
-  }
+  for (const std::string& word : words) prompt.push_back(number("without tokenizers-cpp, token id", word, 0, INT32_MAX));
 #endif
 
   // 2. The model, and a session that has room for what is to come. More sessions of the model would share its weights.
@@ -66,9 +60,9 @@ void run(const std::string& bundle, const headpool::ModelOptions& how, long coun
   const std::span<const headpool::Token> prompts[] = {prompt};
   headpool::generate(session, prompts, options, [&](std::span<const headpool::Token> tokens) {
     print(tokens[0]);
-    std::fflush(stdout);
-    return true;  // false would stop here
+    return std::fflush(stdout) == 0;  // false stops here
   });
+  if (std::ferror(stdout)) throw std::runtime_error("the tokens cannot be written");
   std::fprintf(stderr, "\n%lld tokens in the cache: %.1f kB of K and V\n", static_cast<long long>(session.lengths()[0]),
                static_cast<double>(session.kv_bytes()) / 1e3);
 }
@@ -76,17 +70,11 @@ void run(const std::string& bundle, const headpool::ModelOptions& how, long coun
 }  // namespace
 
 int main(int argc, char** argv) {
-  headpool::ModelOptions how;
-  if (argc > 2 && std::string(argv[1]) == "--backend") how.backend = argv[2], argv += 2, argc -= 2;
-  if (argc < 5) {
-    std::fputs("usage: generate [--backend NAME] BUNDLE VARIANT NEW-TOKENS PROMPT…\n", stderr);
-    return 2;
-  }
-  how.variant = argv[2];
-  try {
-    run(argv[1], how, std::strtol(argv[3], nullptr, 10), {argv + 4, argv + argc});
-  } catch (const headpool::Error& error) {
-    std::fprintf(stderr, "generate: %s\n", error.what());
-    return 2;
-  }
+  return run_example("generate", argc, argv, [](Words words) {
+    headpool::ModelOptions how;
+    how.backend = take_backend(words);
+    expect_count(words, 4, SIZE_MAX, "generate [--backend NAME] BUNDLE VARIANT NEW-TOKENS PROMPT…");
+    how.variant = words[1];
+    run(words[0], how, number("NEW-TOKENS", words[2], 1, INT32_MAX), {words.begin() + 3, words.end()});
+  });
 }

@@ -6,6 +6,8 @@
 #include <headpool/generate.hpp>
 #include <new>
 
+#include "feeding.hpp"
+
 struct hp_model {
   headpool::Model model;
 };
@@ -55,25 +57,26 @@ void expect(const char* function, Pointers... pointers) {
 
 // The caller's options as far as it knows them, zeros for the others.
 template <class Options>
-Options known(const Options* given) {
+Options known(const char* type, const Options* given) {
   Options options{};
   if (!given) return options;
   if (given->size < sizeof(std::size_t) || given->size > 4096)
-    throw headpool::ArgumentError("options of " + std::to_string(given->size) + " bytes; set their size, with HP_INIT");
+    throw headpool::ArgumentError("the size in an " + std::string(type) + " is " + std::to_string(given->size) + ", not " +
+                                  std::to_string(sizeof(Options)) + "; begin it with HP_INIT(" + type + ")");
   std::memcpy(static_cast<void*>(&options), given, std::min(given->size, sizeof(Options)));
   return options;
 }
 
 headpool::Sampling sampling_of(const hp_sampling* given) {
-  const hp_sampling options = known(given);
-  return {options.temperature, options.top_k, options.top_p == 0 ? 1 : options.top_p, options.seed};
+  const hp_sampling options = known("hp_sampling", given);
+  return {options.temperature, options.top_k, options.top_p, options.seed};
 }
 
 std::vector<std::span<const headpool::Token>> spans(const std::int64_t* const* prompts, const std::size_t* counts,
                                                     std::size_t batch) {
   std::vector<std::span<const headpool::Token>> result;
   for (std::size_t b = 0; b < batch; ++b) {
-    if (!prompts[b] && counts[b]) throw headpool::ArgumentError("prompt " + std::to_string(b) + " is NULL");
+    if (!prompts[b] && counts[b]) throw headpool::ArgumentError(headpool::detail::prompt_name(b, batch) + " is NULL");
     result.emplace_back(prompts[b], counts[b]);
   }
   return result;
@@ -104,7 +107,7 @@ const char* hp_last_error(void) { return last_error.c_str(); }
 hp_status hp_model_open(const char* bundle, const hp_model_options* options, hp_model** out) {
   return guarded([&] {
     expect("hp_model_open", bundle, out);
-    const hp_model_options o = known(options);
+    const hp_model_options o = known("hp_model_options", options);
     headpool::ModelOptions chosen{o.variant ? o.variant : "", o.threads, o.backend ? o.backend : ""};
     *out = new hp_model{headpool::Model::open(bundle, chosen)};
   });
@@ -115,7 +118,7 @@ void hp_model_free(hp_model* model) { delete model; }
 hp_status hp_model_get_info(const hp_model* model, hp_model_info* info) {
   return guarded([&] {
     expect("hp_model_get_info", model, info);
-    const std::size_t size = known(info).size;
+    const std::size_t size = known("hp_model_info", info).size;
     const headpool::ModelInfo& from = model->model.info();
     const headpool::BackendInfo& backend = model->model.backend();
     const hp_model_info all{size,
@@ -137,7 +140,8 @@ hp_status hp_model_get_info(const hp_model* model, hp_model_info* info) {
                             backend.name.c_str(),
                             backend.provider.c_str(),
                             backend.library.c_str(),
-                            backend.version.c_str()};
+                            backend.version.c_str(),
+                            from.quantize.c_str()};
     std::memcpy(info, &all, std::min(size, sizeof all));
   });
 }
@@ -145,7 +149,7 @@ hp_status hp_model_get_info(const hp_model* model, hp_model_info* info) {
 hp_status hp_session_create(const hp_model* model, const hp_session_options* options, hp_session** out) {
   return guarded([&] {
     expect("hp_session_create", model, out);
-    const hp_session_options o = known(options);
+    const hp_session_options o = known("hp_session_options", options);
     *out = new hp_session{headpool::Session(model->model, {o.batch ? o.batch : 1, o.capacity, o.chunk ? o.chunk : 512})};
   });
 }

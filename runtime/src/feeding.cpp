@@ -5,8 +5,6 @@
 namespace headpool::detail {
 namespace {
 
-constexpr Token PAD = 0;  // any valid token: what it writes is overwritten or masked
-
 Feed empty_feed(std::size_t batch, std::int64_t T) {
   const std::size_t count = batch * static_cast<std::size_t>(T);
   return {T, std::vector<Token>(count, PAD), std::vector<std::int64_t>(count), std::vector<std::int64_t>(batch)};
@@ -36,6 +34,10 @@ void add_rectangles(std::vector<Feed>& feeds, Prompts prompts, const std::vector
 }
 
 }  // namespace
+
+std::string prompt_name(std::size_t row, std::size_t batch, const std::string& what) {
+  return batch > 1 ? what + " " + std::to_string(row + 1) : "the " + what;
+}
 
 std::vector<Feed> right_padded(Prompts prompts, std::span<const std::int64_t> lengths, std::int64_t capacity,
                                std::int64_t chunk) {

@@ -4,9 +4,15 @@
 #pragma once
 
 #include <headpool/session.hpp>
+#include <string>
 #include <vector>
 
 namespace headpool::detail {
+
+constexpr Token PAD = 0;  // any valid token: what it writes is overwritten or masked
+
+// As people count: "the prompt", or "prompt 2" of several.
+std::string prompt_name(std::size_t row, std::size_t batch, const std::string& what = "prompt");
 
 // One call: tokens and positions [B, T], and how many tokens of each row are real.
 struct Feed {

@@ -5,6 +5,8 @@
 #include <numeric>
 #include <random>
 
+#include "feeding.hpp"
+
 namespace headpool {
 
 struct Sampler::State {
@@ -46,10 +48,11 @@ Sampler::Sampler(const Sampling& s, std::int64_t batch) : state_(std::make_uniqu
   if (!(std::isfinite(s.temperature) && s.temperature >= 0))
     throw ArgumentError("temperature " + std::to_string(s.temperature) + " is not a number from 0 (greedy) on");
   if (s.top_k < 0) throw ArgumentError("top-k " + std::to_string(s.top_k) + " is not a whole number from 0 (all tokens) on");
-  if (!(s.top_p > 0 && s.top_p <= 1)) throw ArgumentError("top-p " + std::to_string(s.top_p) + " is outside (0, 1]");
+  if (!(s.top_p >= 0 && s.top_p <= 1)) throw ArgumentError("top-p " + std::to_string(s.top_p) + " is outside [0, 1]");
   if (batch < 1 || batch > std::numeric_limits<std::int32_t>::max())
     throw ArgumentError("batch " + std::to_string(batch) + " is not a whole number from 1 to 2147483647");
   state_->sampling = s;
+  if (s.top_p == 0) state_->sampling.top_p = 1;
   state_->tokens.resize(static_cast<std::size_t>(batch));
   if (s.temperature > 0)
     for (std::int64_t b = 0; b < batch; ++b) state_->streams.push_back(stream(s.seed, static_cast<std::uint64_t>(b)));
@@ -60,6 +63,7 @@ Sampler& Sampler::operator=(Sampler&&) noexcept = default;
 Sampler::~Sampler() = default;
 
 std::span<const Token> Sampler::pick(std::span<const float> logits) {
+  if (!state_) throw ArgumentError("the sampler was moved from");
   const std::size_t batch = state_->tokens.size(), V = logits.size() / batch;
   if (!V || logits.size() % batch)
     throw ArgumentError(std::to_string(logits.size()) + " logits are not those of " + std::to_string(batch) + " sequences");
@@ -121,30 +125,39 @@ void Sampler::State::drop_all_but_top_p() {
   std::sort(choices.begin(), choices.end(), [](const Choice& a, const Choice& b) { return a.token < b.token; });
 }
 
+namespace {
+
+void check_room(const Session& session, Prompts prompts, std::int64_t count) {
+  const auto batch = static_cast<std::size_t>(session.batch());
+  for (std::size_t b = 0; b < std::min(batch, prompts.size()); ++b) {
+    const std::int64_t held = session.lengths()[b], fed = static_cast<std::int64_t>(prompts[b].size());
+    const auto need = static_cast<std::uint64_t>(held + fed) + static_cast<std::uint64_t>(count - 1);
+    if (need > static_cast<std::uint64_t>(session.capacity()))
+      throw CapacityError(detail::prompt_name(b, batch) + " of " + std::to_string(fed) + " tokens" +
+                          (held ? ", after " + std::to_string(held) + " in the cache," : "") + " and " + std::to_string(count) +
+                          " new ones need " + std::to_string(need) + " cache rows, the capacity is " +
+                          std::to_string(session.capacity()));
+  }
+}
+
+}  // namespace
+
 std::int64_t generate(Session& session, Prompts prompts, const GenerateOptions& options, const OnTokens& on_tokens) {
   if (options.max_new_tokens < 1)
     throw ArgumentError("max_new_tokens " + std::to_string(options.max_new_tokens) + " is not a whole number from 1");
-  const auto batch = static_cast<std::size_t>(session.batch());
-  Sampler sampler(options.sampling, session.batch());
-  for (std::size_t b = 0; b < std::min(batch, prompts.size()); ++b) {
-    const std::int64_t held = session.lengths()[b] + static_cast<std::int64_t>(prompts[b].size());
-    if (options.max_new_tokens - 1 > session.capacity() - held)
-      throw CapacityError("a prompt of " + std::to_string(held) + " tokens and " + std::to_string(options.max_new_tokens) +
-                          " new ones do not fit the capacity of " + std::to_string(session.capacity()) + " tokens");
-  }
-  std::vector<Token> shown(batch);
-  std::vector<char> ended(batch);
+  if (!on_tokens) throw ArgumentError("generate was given an empty callback");
+  Sampler sampler(options.sampling, std::max<std::int64_t>(1, session.batch()));
+  check_room(session, prompts, options.max_new_tokens);
+  std::vector<Token> next(static_cast<std::size_t>(session.batch()));
   std::span<const float> logits = session.prefill(prompts);
   for (std::int64_t count = 1;; ++count) {
     const std::span<const Token> tokens = sampler.pick(logits);
-    bool all = true;
-    for (std::size_t b = 0; b < batch; ++b) {
-      shown[b] = ended[b] ? ENDED : tokens[b];
-      if (std::find(options.stop_ids.begin(), options.stop_ids.end(), tokens[b]) != options.stop_ids.end()) ended[b] = 1;
-      all = all && ended[b];
-    }
-    if (!on_tokens(shown) || all || count == options.max_new_tokens) return count;
-    logits = session.decode(tokens);  // sequences that have ended go on unseen: a batch is in step
+    for (std::size_t b = 0; b < next.size(); ++b)
+      if (next[b] != ENDED) next[b] = tokens[b];
+    if (!on_tokens(next) || count == options.max_new_tokens) return count;
+    for (const Token stop : options.stop_ids) std::ranges::replace(next, stop, ENDED);
+    if (std::ranges::count(next, ENDED) == session.batch()) return count;
+    logits = session.decode(next);
   }
 }
 

@@ -1,6 +1,20 @@
 #include "guard.hpp"
 
-namespace headpool::detail {
+#include <algorithm>
+
+namespace headpool {
+namespace {
+
+std::string without_controls(std::string text) {
+  std::ranges::replace_if(text, [](char c) { return (c >= 0 && c < ' ') || c == 0x7F; }, ' ');
+  return text;
+}
+
+}  // namespace
+
+Error::Error(ErrorCode code, const std::string& message) : std::runtime_error(without_controls(message)), code_(code) {}
+
+namespace detail {
 
 std::string one_line(const std::string& text) {
   std::string line;
@@ -14,4 +28,5 @@ std::string one_line(const std::string& text) {
   return line;
 }
 
-}  // namespace headpool::detail
+}  // namespace detail
+}  // namespace headpool

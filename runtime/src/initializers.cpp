@@ -8,7 +8,9 @@
 namespace headpool::detail {
 namespace {
 
-[[noreturn]] void damaged() { throw BundleError("the graph's file is damaged; export the bundle again"); }
+struct Damaged {};
+
+[[noreturn]] void damaged() { throw Damaged(); }
 
 // The fields of a message, one after another (protobuf.dev/programming-guides/encoding). onnx.proto says what their numbers
 // mean.
@@ -103,13 +105,20 @@ void read_tensor(std::string_view tensor, std::vector<Initializer>& results) {  
 
 }  // namespace
 
-std::vector<Initializer> external_initializers(std::span<const std::byte> model) {
+std::vector<Initializer> external_initializers(std::span<const std::byte> model, const std::string& name) try {
   std::vector<Initializer> results;
-  for (Message m({reinterpret_cast<const char*>(model.data()), model.size()}); m.next();)
-    if (m.field == 7)  // ModelProto.graph
-      for (Message graph(m.bytes); graph.next();)
-        if (graph.field == 5) read_tensor(graph.bytes, results);  // GraphProto.initializer
+  bool graphs = false, opsets = false;
+  for (Message m({reinterpret_cast<const char*>(model.data()), model.size()}); m.next();) {
+    opsets = opsets || m.field == 8;  // ModelProto.opset_import, which is written after it
+    if (m.field != 7) continue;       // ModelProto.graph
+    graphs = true;
+    for (Message graph(m.bytes); graph.next();)
+      if (graph.field == 5) read_tensor(graph.bytes, results);  // GraphProto.initializer
+  }
+  if (!graphs || !opsets) damaged();
   return results;
+} catch (const Damaged&) {
+  throw BundleError(name + " is damaged; export the bundle again");
 }
 
 }  // namespace headpool::detail

@@ -15,7 +15,8 @@ struct Initializer {
   std::uint64_t offset, length;  // bytes of `file`
 };
 
-// Those of a serialised ModelProto that lie in other files. Throws BundleError where it is cut short or nonsense.
-std::vector<Initializer> external_initializers(std::span<const std::byte> model);
+// Those of a serialised ModelProto that lie in other files. Throws BundleError, which calls it `name`, where it is cut short or
+// nonsense.
+std::vector<Initializer> external_initializers(std::span<const std::byte> model, const std::string& name);
 
 }  // namespace headpool::detail

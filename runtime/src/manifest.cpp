@@ -48,6 +48,7 @@ Variant read_variant(const Json& data) {
   }
   info.cache = one_of(data, "cache", {"static", "concat"});
   info.dtype = one_of(data, "dtype", {"fp32", "fp16", "bf16"});
+  if (data.contains("quantize") && !data["quantize"].is_null()) info.quantize = one_of(data, "quantize", {"int8", "int4"});
   variant.in_place = info.cache == "static";
   variant.dtype = info.dtype == "fp32" ? DataType::fp32 : info.dtype == "fp16" ? DataType::fp16 : DataType::bf16;
   variant.all_logits = one_of(data, "logits", {"last", "all"}) == "all";
@@ -80,7 +81,7 @@ std::vector<Variant> parse_manifest(std::string_view text) try {
   if (variants.empty()) flaw("it has no variants");
   return variants;
 } catch (const Flaw& error) {
-  throw BundleError(std::string("headpool.json is damaged: ") + error.what());
+  throw BundleError(std::string("headpool.json is damaged: ") + error.what() + "; export the bundle again");
 }
 
 std::vector<Variant> read_manifest(const std::filesystem::path& bundle) {
@@ -94,15 +95,15 @@ std::vector<Variant> read_manifest(const std::filesystem::path& bundle) {
   return parse_manifest(read_text(path));
 }
 
-std::filesystem::path file_in(const std::filesystem::path& bundle, const std::string& name) {
-  if (!is_file_name(name)) throw BundleError(bundle.string() + ": " + shown(name) + " is not a file name in its own folder");
+std::filesystem::path file_in(const std::filesystem::path& bundle, const std::string& name, const char* remedy) {
+  const auto fail = [&](const std::string& what) { throw BundleError(bundle.string() + what + "; " + remedy); };
+  if (!is_file_name(name)) fail(": " + shown(name) + " is not a file name in its own folder");
   std::error_code failed;
   const std::filesystem::path path = bundle / name;
-  if (!std::filesystem::is_regular_file(path, failed)) throw BundleError(bundle.string() + " lacks " + shown(name));
+  if (!std::filesystem::is_regular_file(path, failed)) fail(" lacks " + shown(name));
   const auto real = std::filesystem::canonical(path, failed);
   const auto folder = failed ? std::filesystem::path() : std::filesystem::canonical(bundle, failed);
-  if (failed || real.parent_path() != folder)
-    throw BundleError(bundle.string() + ": " + shown(name) + " is a link that leaves its folder");
+  if (failed || real.parent_path() != folder) fail(": " + shown(name) + " is a link that leaves its folder");
   return path;
 }
 

@@ -46,7 +46,8 @@ struct Variant {
 std::vector<Variant> parse_manifest(std::string_view text);
 std::vector<Variant> read_manifest(const std::filesystem::path& bundle);
 
-// A file of the bundle by its name. Throws BundleError where it is missing or a link that leaves the folder.
-std::filesystem::path file_in(const std::filesystem::path& bundle, const std::string& name);
+// A file of the bundle by its name. Throws BundleError, with what to do, where it is missing or a link that leaves the folder.
+std::filesystem::path file_in(const std::filesystem::path& bundle, const std::string& name,
+                              const char* remedy = "export the bundle again");
 
 }  // namespace headpool::detail

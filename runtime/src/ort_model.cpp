@@ -30,19 +30,36 @@ Ort::Env& environment() {
   return *env;
 }
 
+[[noreturn]] void cut_short(const std::string& file, std::uintmax_t size) {
+  throw BundleError(one_line(file) + " is cut short, it has " + std::to_string(size) + " bytes; export the bundle again");
+}
+
+bool reaches(const Initializer& weight, std::uintmax_t size) {
+  return weight.offset <= size && weight.length <= size - weight.offset;
+}
+
+// What a graph reads from other files, all of which are there and long enough: ONNX Runtime would not say what to do.
+std::vector<Initializer> weights_of(const std::filesystem::path& bundle, const std::string& name) {
+  const auto graph = shared_file(file_in(bundle, name));
+  std::vector<Initializer> weights = external_initializers({graph->data(), graph->size()}, one_line(name));
+  for (const Initializer& weight : weights) {
+    const std::uintmax_t size = std::filesystem::file_size(file_in(bundle, weight.file));
+    if (!reaches(weight, size)) cut_short(weight.file, size);
+  }
+  return weights;
+}
+
 // headpool's operators, and the weights that they read where they lie, in memory of ours. (Other patterns' weights the runtime
 // copies into layouts of its own. So it does with AddExternalInitializersFromFilesInMemory, which would be simpler.)
-void use_own_operators(Ort::SessionOptions& options, const std::filesystem::path& bundle, OrtModel& state) {
+void use_own_operators(Ort::SessionOptions& options, const std::filesystem::path& bundle,
+                       const std::vector<Initializer>& weights, OrtModel& state) {
   Ort::ThrowOnError(RegisterCustomOps(options, OrtGetApiBase()));
   const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-  const auto graph = shared_file(file_in(bundle, state.variant.graph));
-  for (const Initializer& weight : external_initializers({graph->data(), graph->size()})) {
+  for (const Initializer& weight : weights) {
     const auto file = state.weights.try_emplace(weight.file).first;
     if (!file->second) file->second = shared_file(file_in(bundle, weight.file));
     const Memory& bytes = *file->second;
-    if (weight.offset > bytes.size() || weight.length > bytes.size() - weight.offset)
-      throw BundleError(one_line(weight.file) + " is cut short, it has " + std::to_string(bytes.size()) +
-                        " bytes; export the bundle again");
+    if (!reaches(weight, bytes.size())) cut_short(weight.file, bytes.size());  // the file is another one by now
     state.values.push_back(Ort::Value::CreateTensor(memory, bytes.data() + weight.offset, weight.length, weight.shape.data(),
                                                     weight.shape.size(), static_cast<ONNXTensorElementDataType>(weight.type)));
     options.AddInitializer(weight.name.c_str(), state.values.back());
@@ -78,7 +95,9 @@ void check_graph(const Ort::Session& runtime, const Tensors& inputs, const Tenso
     for (std::size_t i = 0; i < count; ++i) {
       const std::string name = name_of(i);
       const auto found = std::ranges::find(expected, name, &Named::name);
-      if (found == expected.end()) throw BundleError("headpool.json does not name the graph's " + one_line(name).substr(0, 60));
+      if (found == expected.end())
+        throw BundleError("headpool.json does not name the graph's " + one_line(name).substr(0, 60) +
+                          "; export the bundle again");
       expect_value(name, found->type, found->shape, type_of(i));
     }
   };
@@ -150,16 +169,17 @@ std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path
   for (const std::string& name : variant.weights) file_in(bundle, name);
   Ort::SessionOptions session;
   const auto load = [&](const std::string& name, const auto& work) {
-    const std::filesystem::path graph = file_in(bundle, name);
-    guarded("ONNX Runtime cannot run " + name + " (pattern " + variant.info.pattern + ", " + variant.info.dtype + ")",
-            [&] { work(graph); });
+    guarded("ONNX Runtime cannot run " + name + " (pattern " + variant.info.pattern + ", " + variant.info.dtype + ")", [&] {
+      const std::vector<Initializer> weights = weights_of(bundle, name);
+      work(bundle / name, weights);
+    });
   };
-  load(variant.graph, [&](const std::filesystem::path& graph) {
+  load(variant.graph, [&](const std::filesystem::path& graph, const std::vector<Initializer>& weights) {
     session.SetIntraOpNumThreads(state->threads);
     session.SetInterOpNumThreads(1);
     session.SetGraphOptimizationLevel(ORT_ENABLE_ALL);
     if (!variant.in_place) session.DisableMemPattern();  // concat has new shapes each step, and each would be planned
-    if (variant.info.pattern == "fused") use_own_operators(session, bundle, *state);
+    if (variant.info.pattern == "fused") use_own_operators(session, bundle, weights, *state);
     if (cuda) {
       add_cuda(session);
       state->zeroing.emplace(environment(), session);
@@ -168,7 +188,7 @@ std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path
     check_decoder(*state);
   });
   if (variant.encoder)
-    load(variant.encoder->graph, [&](const std::filesystem::path& graph) {
+    load(variant.encoder->graph, [&](const std::filesystem::path& graph, const auto&) {
       state->encoder = Ort::Session(environment(), graph.c_str(), session);
       check_encoder(*state);
     });

@@ -6,7 +6,8 @@ namespace headpool::detail {
 namespace {
 
 // What the encoder leaves for cross-attention is computed once a source and bound to the decoder's step. The decoder sees a
-// token a call from row 0 on, all sequences in step; its rows are the start token and what was decoded.
+// token a call from row 0 on; its rows are the start token and what was decoded. A sequence that stays while others go on gets
+// pads: a static cache has them overwritten, a concat cache keeps them, which nothing hides.
 class Seq2SeqRunner final : public Runner {
  public:
   Seq2SeqRunner(const OrtModel& model, std::int64_t batch, std::int64_t capacity)
@@ -15,21 +16,24 @@ class Seq2SeqRunner final : public Runner {
         decoder_(model, batch, capacity, 1),
         sources_(static_cast<std::size_t>(batch)),
         rows_(sources_),
-        step_{1, sources_, sources_, std::vector<std::int64_t>(sources_.size(), 1)},
+        step_{1, sources_, sources_, sources_},
         blocks_(encoder_.caches.size()) {}
 
   std::vector<Feed> plan(Prompts prompts, std::span<const std::int64_t>) override { return {whole(prompts)}; }
 
   void run(const Feed& feed, std::span<const std::int64_t>) override {
     if (rows_.front()) {
+      if (!model_.variant.in_place) expect_in_step(feed.counts);
       std::ranges::copy(feed.tokens, step_.tokens.begin());
+      std::ranges::copy(feed.counts, step_.counts.begin());
     } else {
       encode(feed);
       std::ranges::fill(step_.tokens, encoder_.start);
+      std::ranges::fill(step_.counts, 1);
     }
     std::ranges::copy(rows_, step_.positions.begin());
     decoder_.run(step_, rows_);
-    for (std::int64_t& rows : rows_) ++rows;
+    for (std::size_t b = 0; b < rows_.size(); ++b) rows_[b] += step_.counts[b];
   }
 
   std::span<const float> logits() const override { return decoder_.logits(); }
@@ -47,6 +51,13 @@ class Seq2SeqRunner final : public Runner {
     std::shared_ptr<std::byte> data;
     std::size_t bytes = 0;
   };
+
+  void expect_in_step(std::span<const std::int64_t> counts) const {
+    const std::int64_t most = std::ranges::max(rows_);
+    for (std::size_t b = 0; b < rows_.size(); ++b)
+      if (counts[b] && rows_[b] < most)
+        throw ArgumentError("a sequence that ended early cannot go on in an encoder-decoder's concat cache; reset the session");
+  }
 
   void encode(const Feed& feed) {
     constexpr auto INT = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;

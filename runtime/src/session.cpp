@@ -18,13 +18,16 @@ struct Session::State {
   void check_prompts(Prompts prompts) const;
   void check_sources(std::int64_t length) const;
   void feed(const Feed& feed);
+  void rewind(std::int64_t length);
+  std::span<const float> logits_of(std::int64_t sequence) const;
   bool pair() const { return model.info().encoder_layers > 0; }
   std::int64_t longest() const { return *std::max_element(lengths.begin(), lengths.end()); }
 
   Model model;
   std::int64_t batch, capacity;
   std::vector<std::int64_t> lengths;
-  Feed step;  // T = 1, every row real
+  std::vector<std::int64_t> answered;  // of each sequence, whether the last call gave it logits
+  Feed step;                           // T = 1
   std::unique_ptr<detail::Runner> runner;
 };
 
@@ -49,7 +52,8 @@ Session::State::State(Model m, const SessionOptions& options)
                               : loaded.most_tokens(batch);
   detail::guarded("no session", [&] {
     lengths.resize(static_cast<std::size_t>(batch));
-    step = {1, lengths, lengths, std::vector<std::int64_t>(lengths.size(), 1)};
+    answered = lengths;
+    step = {1, lengths, lengths, lengths};
     runner = loaded.runner(batch, capacity, chunk);
   });
 }
@@ -67,13 +71,14 @@ void Session::State::check_prompts(Prompts prompts) const {
   if (pair() && longest())
     throw ArgumentError("an encoder-decoder reads its source at once; reset the session before the next one");
   for (std::size_t b = 0; b < prompts.size(); ++b) {
-    if (prompts[b].empty()) throw ArgumentError("prompt " + std::to_string(b) + " has no tokens");
+    const std::string name = detail::prompt_name(b, prompts.size(), pair() ? "source" : "prompt");
+    if (prompts[b].empty()) throw ArgumentError(name + " has no tokens");
     check_tokens(prompts[b]);
     if (pair() && static_cast<std::int64_t>(prompts[b].size()) > capacity)
-      throw CapacityError("source " + std::to_string(b) + " of the encoder has " + std::to_string(prompts[b].size()) +
-                          " tokens, the capacity is " + std::to_string(capacity));
+      throw CapacityError(name + " of the encoder has " + std::to_string(prompts[b].size()) + " tokens, the capacity is " +
+                          std::to_string(capacity));
     if (static_cast<std::int64_t>(prompts[b].size()) > capacity - lengths[b])
-      throw CapacityError("prompt " + std::to_string(b) + " needs " + std::to_string(lengths[b]) + " + " +
+      throw CapacityError(name + " needs " + (lengths[b] ? std::to_string(lengths[b]) + " + " : "") +
                           std::to_string(prompts[b].size()) + " cache rows, the capacity is " + std::to_string(capacity));
   }
 }
@@ -92,23 +97,48 @@ void Session::State::prefill(Prompts prompts) {
   detail::guarded("the prefill failed", [&] {
     for (const Feed& part : runner->plan(prompts, lengths)) feed(part);
   });
+  std::ranges::fill(answered, 1);
 }
 
 void Session::State::decode(std::span<const Token> tokens) {
   if (static_cast<std::int64_t>(tokens.size()) != batch)
     throw ArgumentError("decode takes " + std::to_string(batch) + " tokens, one a sequence, got " +
                         std::to_string(tokens.size()));
-  check_tokens(tokens);
+  std::ranges::replace_copy(tokens, step.tokens.begin(), ENDED, detail::PAD);
+  std::ranges::transform(tokens, step.counts.begin(), [](Token token) { return token != ENDED; });
+  check_tokens(step.tokens);
+  if (std::ranges::count(tokens, ENDED) == batch) throw ArgumentError("decode was given no token: all sequences have ended");
   if (pair() && !longest()) throw ArgumentError("an encoder-decoder decodes after a source; give it one with prefill");
   if (longest() >= capacity) throw CapacityError("the cache is full: " + std::to_string(capacity) + " tokens a sequence");
-  std::copy(tokens.begin(), tokens.end(), step.tokens.begin());
   std::copy(lengths.begin(), lengths.end(), step.positions.begin());
   detail::guarded("the step failed", [&] { feed(step); });
+  std::ranges::copy(step.counts, answered.begin());
 }
 
 void Session::State::feed(const Feed& part) {
+  std::ranges::fill(answered, 0);
   runner->run(part, lengths);
   for (std::size_t b = 0; b < lengths.size(); ++b) lengths[b] += part.counts[b];
+}
+
+std::span<const float> Session::State::logits_of(std::int64_t sequence) const {
+  const std::string name = "sequence " + std::to_string(sequence);
+  if (sequence < 0 || sequence >= batch) throw ArgumentError(name + " is not one of 0 to " + std::to_string(batch - 1));
+  if (!answered[static_cast<std::size_t>(sequence)])
+    throw ArgumentError(name + " has no logits: the session's last call gave it none");
+  const auto V = static_cast<std::size_t>(model.info().vocab_size);
+  return runner->logits().subspan(static_cast<std::size_t>(sequence) * V, V);
+}
+
+void Session::State::rewind(std::int64_t length) {
+  const std::int64_t shortest = *std::min_element(lengths.begin(), lengths.end());
+  if (length < 0 || length > shortest)
+    throw ArgumentError("cannot rewind to " + std::to_string(length) + " tokens: the shortest sequence holds " +
+                        std::to_string(shortest));
+  if (length) check_sources(length);
+  runner->rewind(length);
+  std::ranges::fill(lengths, length);
+  std::ranges::fill(answered, 0);
 }
 
 Session::Session(Model model, const SessionOptions& options) : state_(std::make_unique<State>(std::move(model), options)) {}
@@ -116,47 +146,40 @@ Session::Session(Session&&) noexcept = default;
 Session& Session::operator=(Session&&) noexcept = default;
 Session::~Session() = default;
 
+Session::State& Session::state() const {
+  if (!state_) throw ArgumentError("the session was moved from");
+  return *state_;
+}
+
 std::span<const float> Session::prefill(Prompts prompts) {
-  state_->prefill(prompts);
+  state().prefill(prompts);
   return state_->runner->logits();
 }
 std::span<const float> Session::prefill(std::span<const Token> prompt) { return prefill({&prompt, 1}); }
 
 std::span<const float> Session::decode(std::span<const Token> tokens) {
-  state_->decode(tokens);
+  state().decode(tokens);
   return state_->runner->logits();
 }
 std::span<const float> Session::decode(Token token) { return decode({&token, 1}); }
 
-std::span<const float> Session::logits(std::int64_t sequence) const {
-  if (sequence < 0 || sequence >= state_->batch)
-    throw ArgumentError("sequence " + std::to_string(sequence) + " of a batch of " + std::to_string(state_->batch));
-  const auto V = static_cast<std::size_t>(state_->model.info().vocab_size);
-  return state_->runner->logits().subspan(static_cast<std::size_t>(sequence) * V, V);
-}
+std::span<const float> Session::logits(std::int64_t sequence) const { return state().logits_of(sequence); }
 
-void Session::rewind(std::int64_t length) {
-  const std::int64_t shortest = *std::min_element(state_->lengths.begin(), state_->lengths.end());
-  if (length < 0 || length > shortest)
-    throw ArgumentError("cannot rewind to " + std::to_string(length) + " tokens: the shortest sequence holds " +
-                        std::to_string(shortest));
-  if (length) state_->check_sources(length);
-  state_->runner->rewind(length);
-  std::fill(state_->lengths.begin(), state_->lengths.end(), length);
-}
-
+void Session::rewind(std::int64_t length) { state().rewind(length); }
 void Session::reset() { rewind(0); }
 
 const Model& Session::model() const noexcept { return state_->model; }
-std::int64_t Session::batch() const noexcept { return state_->batch; }
-std::int64_t Session::capacity() const noexcept { return state_->capacity; }
-std::span<const std::int64_t> Session::lengths() const noexcept { return state_->lengths; }
+std::int64_t Session::batch() const noexcept { return state_ ? state_->batch : 0; }
+std::int64_t Session::capacity() const noexcept { return state_ ? state_->capacity : 0; }
+std::span<const std::int64_t> Session::lengths() const noexcept {
+  return state_ ? std::span<const std::int64_t>(state_->lengths) : std::span<const std::int64_t>();
+}
 
 std::uint64_t Session::kv_bytes() const noexcept {
   std::uint64_t tokens = 0;
-  for (const std::int64_t length : state_->lengths)  // an encoder-decoder's start token is in the cache too
+  for (const std::int64_t length : lengths())  // an encoder-decoder's start token is in the cache too
     tokens += static_cast<std::uint64_t>(length + (length && state_->pair()));
-  return tokens * state_->model.info().kv_bytes_per_token;
+  return tokens ? tokens * state_->model.info().kv_bytes_per_token : 0;
 }
 
 }  // namespace headpool

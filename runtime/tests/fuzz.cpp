@@ -21,7 +21,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   } catch (const headpool::BundleError&) {
   }
   try {
-    headpool::detail::external_initializers({reinterpret_cast<const std::byte*>(data), size});
+    headpool::detail::external_initializers({reinterpret_cast<const std::byte*>(data), size}, "graph");
   } catch (const headpool::BundleError&) {
   }
   try {

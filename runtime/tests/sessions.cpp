@@ -76,6 +76,49 @@ void same_again(const headpool::Model& model) {
   CHECK(moved.kv_bytes() == 3 * 17 * model.info().kv_bytes_per_token);
 }
 
+// What was moved from answers without a crash, and can be assigned to.
+void moved_from(const headpool::Model& model) {
+  using namespace headpool;
+  Model kept = model;
+  const Model other = std::move(kept);
+  CHECK(&kept.info() == &other.info());
+  Session session(kept, options(1, 8)), target = std::move(session);
+  CHECK(session.batch() == 0 && session.capacity() == 0 && session.lengths().empty() && session.kv_bytes() == 0);
+  const Row prompt{1, 2};
+  const std::span<const Token> prompts[] = {prompt};
+  fails<ArgumentError>([&] { session.prefill(prompt); });
+  fails<ArgumentError>([&] { session.decode(1); });
+  fails<ArgumentError>([&] { session.logits(0); });
+  fails<ArgumentError>([&] { session.reset(); });
+  fails<ArgumentError>([&] { generate(session, prompts, {}, [](auto) { return true; }); });
+  session = std::move(target);
+  session.prefill(prompt);
+  Sampler sampler({}), taken = std::move(sampler);
+  fails<ArgumentError>([&] { sampler.pick(session.logits(0)); });
+  sampler = std::move(taken);
+  sampler.pick(session.logits(0));
+}
+
+void logits_of_the_last_call(const headpool::Model& model) {
+  using headpool::ArgumentError, headpool::ENDED;
+  headpool::Session session(model, options(2, 20));
+  const auto none = [&](std::int64_t sequence) { fails<ArgumentError>([&] { session.logits(sequence); }); };
+  const Row prompt{3, 4, 5};
+  const std::span<const Token> prompts[] = {prompt, prompt};
+  none(0), none(2), none(-1);
+  const float* all = session.prefill(prompts).data();
+  CHECK(session.logits(0).data() == all && session.logits(1).data() == all + model.info().vocab_size);
+  session.decode(Row{ENDED, 6});
+  none(0), session.logits(1);
+  CHECK(session.lengths()[0] == 3 && session.lengths()[1] == 4);
+  fails<ArgumentError>([&] { session.decode(Row{ENDED, ENDED}); });
+  session.logits(1);  // it fed nothing
+  session.rewind(3);
+  none(1);
+  session.reset();
+  none(0);
+}
+
 void mistakes(const headpool::Model& model) {
   using namespace headpool;
   Session session(model, options(1, 8));
@@ -83,6 +126,10 @@ void mistakes(const headpool::Model& model) {
   fails<ArgumentError>([&] { session.prefill(Row{}); });
   fails<ArgumentError>([&] { session.prefill(Row{1, wrong}); });
   fails<ArgumentError>([&] { session.decode(-1); });
+  const Row prompt{1};
+  const std::span<const Token> prompts[] = {prompt};
+  fails<ArgumentError>([&] { generate(session, prompts, {}, nullptr); });
+  fails<ArgumentError>([&] { generate(session, prompts, {}, {}); });
   if (model.info().encoder_layers) fails<ArgumentError>([&] { session.decode(1); });
   fails<ArgumentError>([&] { session.decode(Row{1, 2}); });
   fails<CapacityError>([&] { session.prefill(Row(9, 1)); });
@@ -129,6 +176,8 @@ int main(int argc, char** argv) {
     const headpool::Model model = headpool::Model::open(argv[1], how);
     CHECK(model.info().variant == info.variant && model.info().kv_bytes_per_token == info.kv_bytes_per_token);
     same_again(model);
+    moved_from(model);
+    logits_of_the_last_call(model);
     mistakes(model);
     many(model);
     together(model);
@@ -136,5 +185,6 @@ int main(int argc, char** argv) {
     std::printf("%s is sound\n", info.variant.c_str());
   }
   fails<headpool::ArgumentError>([&] { headpool::Model::open(argv[1], {"another", 1}); });
+  fails<headpool::ArgumentError>([&] { headpool::Model::open(argv[1], {"", 1025}); });
   fails<headpool::BundleError>([&] { headpool::Model::open(argv[0]); });
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as c
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -97,6 +98,27 @@ def test_headpool_reads_what_the_example_bench_writes(built: Path, bundle: Bundl
     assert sorted(tmp_path.iterdir()) == files
 
 
+def test_bench_says_how_weights_are_stored_as_profile_does(built: Path, tmp_path: Path, capfd) -> None:
+    """So that compare takes an int4 bundle's cells of both together, and those of an fp32 one not."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    hf.build("llama", sizes).save_pretrained(tmp_path / "model")
+    export(open_checkpoint(tmp_path / "model"), tmp_path / "int4", ExportOptions(patterns=("grouped",), quantize="int4"))
+    manifest = Path(shutil.copytree(tmp_path / "int4", tmp_path / "plain")) / "headpool.json"
+    manifest.write_text(manifest.read_text().replace('"quantize": "int4"', '"quantize": null'))
+    files = {name: tmp_path / f"{name}.json" for name in ("plain", "int4")}
+    for name, file in files.items():
+        run(built / "examples/bench", tmp_path / name, "", file, 8, 16, 1)
+    python = tmp_path / "python.json"
+    words = ["--contexts", "8", "--samples", "16", "--threads", "1", "--out", str(python)]
+    assert _run(["profile", str(tmp_path / "int4"), *words]) == 0
+    ours, theirs = (Results.load(file).cells[0].subject for file in (files["int4"], python))
+    assert dataclasses.replace(ours, bundle_hash=theirs.bundle_hash) == theirs
+    assert ours.dtype == "fp32, int4 weights"
+    assert _run(["compare", str(files["int4"]), str(python)]) == 0
+    assert _run(["compare", str(files["plain"]), str(python)]) == 2
+    assert "no cell in common" in capfd.readouterr().err
+
+
 def test_the_examples_on_a_backend(built: Path, bundle: Bundle, greedy: list[int], tmp_path: Path, capfd) -> None:
     with_engines = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
     fake_engines.add(with_engines, with_engines.variant("g2.grouped"), "tensorrt-rtx")
@@ -146,7 +168,9 @@ def test_programs_built_for_an_older_header(api: Api, bundle: Bundle) -> None:
     assert api.c.hp_session_batch(session) == 3
     api.c.hp_session_free(session)
     options.size = 0
-    with pytest.raises(RuntimeFailure, match=r"^options of 0 bytes; set their size, with HP_INIT$"):
+    with pytest.raises(
+        RuntimeFailure, match=r"^the size in an hp_session_options is 0, not 32; begin it with HP_INIT\(hp_session_options\)$"
+    ):
         api.check(api.c.hp_session_create(model.handle, c.byref(options), c.byref(session)))
     model.close()
 
@@ -156,17 +180,55 @@ def test_the_installed_package(built: Path, tools: dict[str, str], bundle: Bundl
     prefix, consumer = tmp_path / "prefix", tmp_path / "consumer"
     run(tools["cmake"], "--install", built, "--prefix", prefix)
     source = REPOSITORY / "runtime/examples/consumer"
-    run(tools["cmake"], "-S", source, "-B", consumer, f"-DCMAKE_PREFIX_PATH={prefix};{tools['deps']}")
+    run(tools["cmake"], "-S", source, "-B", consumer, f"-DCMAKE_PREFIX_PATH={prefix}")  # it knows where ONNX Runtime is
     run(tools["cmake"], "--build", consumer)
     for program in ("consumer", "consumer_static", "consumer_c"):
         assert run(consumer / program, bundle.path, *PROMPT) == f"{greedy[0]}\n"
     if shutil.which("pkg-config") is None:
         return
-    flags = run("pkg-config", "--cflags", "--libs", "headpool", PKG_CONFIG_PATH=str(next(prefix.glob("lib*/**/pkgconfig"))))
-    folder = next(prefix.glob("lib*/**/libheadpool.so")).parent
-    link = [*flags.split(), f"-Wl,-rpath,{folder}", f"-Wl,-rpath-link,{tools['deps']}/lib"]
-    run("c++", "-std=c++20", source / "main.cpp", "-o", tmp_path / "by-hand", *link)
-    assert run(tmp_path / "by-hand", bundle.path, *PROMPT) == f"{greedy[0]}\n"
+    pkgconfig = str(next(prefix.glob("lib*/**/pkgconfig")))
+    for library in ("shared", "static"):  # the linker takes the shared one where there are both
+        flags = run("pkg-config", f"--{library}", "--cflags", "--libs", "headpool", PKG_CONFIG_PATH=pkgconfig).split()
+        run("c++", "-std=c++20", source / "main.cpp", "-o", tmp_path / f"{library}_cpp", *flags)
+        run("cc", "-std=c99", source / "main.c", "-o", tmp_path / f"{library}_c", *flags)
+        for program in (tmp_path / f"{library}_cpp", tmp_path / f"{library}_c"):
+            assert run(program, bundle.path, *PROMPT) == f"{greedy[0]}\n"
+            assert subprocess.run([program, bundle.path, "5x"], capture_output=True).returncode == 1
+        for file in prefix.glob("lib*/**/libheadpool.so*"):
+            file.unlink()
+
+
+def test_a_package_whose_onnx_runtime_has_gone(built: Path, tools: dict[str, str], tmp_path: Path) -> None:
+    """It is found by CMAKE_PREFIX_PATH, else said in one sentence."""
+    prefix = tmp_path / "prefix"
+    run(tools["cmake"], "--install", built, "--prefix", prefix)
+    config = next(prefix.glob("lib*/**/headpool-config.cmake"))
+    config.write_text(config.read_text().replace(tools["deps"], "/gone"))
+    source = REPOSITORY / "runtime/examples/consumer"
+    run(tools["cmake"], "-S", source, "-B", tmp_path / "a", f"-DCMAKE_PREFIX_PATH={prefix};{tools['deps']}")
+    if Path("/usr/include/onnxruntime").exists():
+        return  # found there
+    command = [tools["cmake"], "-S", source, "-B", tmp_path / "b", f"-DCMAKE_PREFIX_PATH={prefix}"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    words = "add the folder whose include and lib have ONNX Runtime's headers and library to CMAKE_PREFIX_PATH"
+    assert done.returncode
+    assert words in " ".join(done.stderr.split())
+
+
+LANGUAGES = [("cc", "c90"), ("cc", "c99"), ("cc", "c11"), ("c++", "c++11"), ("c++", "c++20")]
+
+
+@pytest.mark.parametrize(("compiler", "standard"), LANGUAGES, ids=[standard for _, standard in LANGUAGES])
+def test_the_c_header_in_every_language(compiler: str, standard: str, tools: dict[str, str], tmp_path: Path) -> None:
+    """Without a warning, HP_INIT of every struct."""
+    types = ("hp_model_options", "hp_model_info", "hp_session_options", "hp_sampling")
+    structs = "".join(f"  {name} a_{name} = HP_INIT({name});\n" for name in types)
+    sizes = " + ".join(f"(a_{name}.size == sizeof({name}))" for name in types)
+    (tmp_path / "main.c").write_text(f"#include <headpool/headpool.h>\nint main(void) {{\n{structs}  return {sizes} - 4;\n}}\n")
+    language = "c++" if compiler == "c++" else "c"
+    words = ["-Wall", "-Wextra", "-pedantic", "-Werror", "-I", REPOSITORY / "runtime/include", "-o", tmp_path / "program"]
+    run(compiler, f"-std={standard}", "-x", language, *words, tmp_path / "main.c")
+    run(tmp_path / "program")
 
 
 def test_without_a_compiler_the_tests_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

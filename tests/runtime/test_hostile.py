@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes as c
 import json
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from typing import Any
 
 import damage
 import hf
+import onnx
 import pytest
-from capi import ARGUMENT, BACKEND, BUNDLE, CAPACITY, MEMORY, Api, RuntimeFailure
+from capi import ARGUMENT, BACKEND, BUNDLE, CAPACITY, MEMORY, Api, OnTokens, RuntimeFailure
 
 from exporter.checkpoint import open_checkpoint
 from exporter.export import ExportOptions, export
@@ -77,7 +79,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
 def test_a_manifest_that_is_not_as_export_writes_it(name: str, bundle: Path, api: Api) -> None:
     change, message = CHANGES[name]
     edit(bundle, change)
-    refused(api, bundle, BUNDLE, message)
+    refused(api, bundle, BUNDLE, message + ".*; export the bundle again$")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,8 @@ def test_sizes_that_the_graph_does_not_have(bundle: Path, api: Api) -> None:
 def test_names_of_several_lines(bundle: Path, api: Api) -> None:
     edit(bundle, lambda variant: variant.update(name="a\nb", pattern="c\nd"))
     refused(api, bundle, ARGUMENT, "choose from a b", "another")
-    (bundle / "model.g2.fused.onnx").write_bytes(b"no graph")
+    nodes = [onnx.helper.make_node("Nothing", ["a"], ["b"])]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [])), bundle / "model.g2.fused.onnx")
     refused(api, bundle, BACKEND, r"cannot run model\.g2\.fused\.onnx \(pattern c d, fp32\)")
 
 
@@ -135,14 +138,13 @@ def test_files_that_are_cut_short(variant: str, part: float, bundle: Path, api: 
     file = bundle / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * part)])
-    status, message = (BUNDLE, "is cut short") if variant == "g2.fused" else (BACKEND, "cannot run")
-    refused(api, bundle, status, message, variant)
+    refused(api, bundle, BUNDLE, r"^model\.safetensors is cut short, it has \d+ bytes; export the bundle again$", variant)
+    file.unlink()
+    refused(api, bundle, BUNDLE, r' lacks "model\.safetensors"; export the bundle again$', variant)
     file.write_bytes(whole)
     graph = bundle / f"model.{variant}.onnx"
     graph.write_bytes(graph.read_bytes()[: int(graph.stat().st_size * part)])
-    with pytest.raises(RuntimeFailure) as caught:
-        api.open(bundle, variant)
-    assert caught.value.status in (BUNDLE, BACKEND)
+    refused(api, bundle, BUNDLE, rf"^{graph.name} is damaged; export the bundle again$", variant)
 
 
 def test_random_changes_of_a_manifest(bundle: Path, api: Api) -> None:
@@ -153,9 +155,48 @@ def test_random_changes_of_a_manifest(bundle: Path, api: Api) -> None:
     assert 0 < statuses.count(0) < 250  # some values mean nothing to the runtime
 
 
+def test_numbers_of_threads(bundle: Path, api: Api) -> None:
+    for threads in (-1, 1025, 2**31 - 1):
+        words = f"^threads {threads} is not a whole number from 0 \\(one a physical core\\) to 1024$"
+        with pytest.raises(RuntimeFailure, match=words) as caught:
+            api.open(bundle, threads=threads)
+        assert caught.value.status == ARGUMENT
+
+
+def test_how_weights_are_stored_that_nobody_knows(bundle: Path, api: Api) -> None:
+    edit(bundle, lambda variant: variant.update(quantize="int2"))
+    refused(api, bundle, BUNDLE, '^headpool.json is damaged: quantize is "int2"; export the bundle again$')
+    edit(bundle, lambda variant: variant.pop("quantize"))  # as older exports wrote it
+    assert api.open(bundle).info().quantize == b""
+
+
+def test_names_of_folders_of_several_lines(bundle: Path, tmp_path: Path, api: Api) -> None:
+    """Every message is one line, and a path in it is not maimed otherwise."""
+    refused(api, tmp_path / "a\nb\x1b[31mé", BUNDLE, r"/a b \[31mé is not a bundle: it does not exist; make one with")
+    moved = bundle.rename(tmp_path / "of\ntwo lines")
+    (moved / "model.safetensors").unlink()
+    refused(api, moved, BUNDLE, r'/of two lines lacks "model\.safetensors"; export the bundle again$')
+
+
+def test_a_callback_that_is_null(bundle: Path, api: Api) -> None:
+    session = api.open(bundle).session(capacity=8)
+    tokens = (c.c_int64 * 2)(1, 2)
+    pointers, counts = (c.POINTER(c.c_int64) * 1)(tokens), (c.c_size_t * 1)(2)
+    rest = (c.c_int64(2), None, None, c.c_size_t(0))
+    for pointer in (None, OnTokens()):
+        assert api.c.hp_generate(session.handle, pointers, counts, c.c_size_t(1), *rest, pointer, None) == ARGUMENT
+        assert api.c.hp_last_error() == b"hp_generate was given NULL"
+    assert session.lengths.tolist() == [0]
+    pointers = (c.POINTER(c.c_int64) * 1)()
+    assert api.c.hp_generate(session.handle, pointers, counts, c.c_size_t(1), *rest, OnTokens(lambda *_: 1), None) == ARGUMENT
+    assert api.c.hp_last_error() == b"the prompt is NULL"
+
+
 def test_pointers_that_are_null(api: Api) -> None:
     for call in ("hp_model_open", "hp_session_create", "hp_session_prefill", "hp_session_decode", "hp_sampler_create"):
         assert getattr(api.c, call)(*[None] * 5) == ARGUMENT
         assert api.c.hp_last_error().decode() == f"{call} was given NULL"
+    assert [api.c.hp_session_batch(None), api.c.hp_session_capacity(None), api.c.hp_session_kv_bytes(None)] == [0, 0, 0]
+    assert not api.c.hp_session_lengths(None)
     for call in ("hp_model_free", "hp_session_free", "hp_sampler_free"):
         getattr(api.c, call)(None)

@@ -21,6 +21,7 @@ WAYS: list[dict[str, Any]] = [
     {"temperature": 1.3, "top_k": 20, "top_p": 0.9},
     {"temperature": 0.7, "top_p": 1e-9},
     {"temperature": 1.0, "top_k": 1},
+    {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
 ]
 
 
@@ -46,6 +47,13 @@ def test_the_distribution_is_pythons(way: dict[str, Any], api: Api) -> None:
     assert len(wanted) == 1 or stats.chisquare(observed, wanted).pvalue > 1e-3
 
 
+def test_a_top_p_of_0_drops_nothing_as_1_does(api: Api) -> None:
+    """A struct of zeros but for the temperature; a C++ program says the same."""
+    all_of_them, zero = (api.pick(some_logits(), 500, temperature=3.0, seed=2, top_p=top_p) for top_p in (1.0, 0.0))
+    assert (zero == all_of_them).all()
+    assert len(np.unique(zero)) > 30
+
+
 def test_seeds_and_sequences(api: Api) -> None:
     logits = np.repeat(some_logits(), 3, axis=0)
     drawn = api.pick(logits, 40, temperature=1.0, seed=1)
@@ -66,7 +74,7 @@ def test_greedy_takes_the_first_of_equals(api: Api) -> None:
         ({"temperature": -0.5}, "temperature -0.500000 is not a number from 0"),
         ({"temperature": float("nan")}, "temperature nan is not a number"),
         ({"temperature": 1.0, "top_k": -1}, "top-k -1 is not a whole number from 0"),
-        ({"temperature": 1.0, "top_p": 1.5}, r"top-p 1.500000 is outside \(0, 1\]"),
+        ({"temperature": 1.0, "top_p": 1.5}, r"top-p 1.500000 is outside \[0, 1\]"),
     ],
 )
 def test_refusals(way: dict[str, Any], message: str, api: Api) -> None:
@@ -105,7 +113,14 @@ def test_generation_ends_where_it_should(session: CppSession) -> None:
     session.reset()
     assert session.generate(prompts, 20, until=lambda row: row == tokens[2]) == tokens[:3]
     session.reset()
-    with pytest.raises(RuntimeFailure, match="do not fit the capacity of 40 tokens") as caught:
+    words = r"^prompt 1 of 3 tokens and 39 new ones need 41 cache rows, the capacity is 40$"
+    with pytest.raises(RuntimeFailure, match=words) as caught:
         session.generate(prompts, 39)
     assert caught.value.status == CAPACITY
     assert session.lengths.tolist() == [0, 0]
+    session.generate(prompts, 30)
+    words = (
+        r"^prompt 1 of 3 tokens, after 32 in the cache, and 9223372036854775807 new ones need 9223372036854775841 cache rows, "
+    )
+    with pytest.raises(RuntimeFailure, match=words):
+        session.generate(prompts, 2**63 - 1)

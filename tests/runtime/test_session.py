@@ -89,7 +89,7 @@ def test_every_row_of_the_capacity_can_be_used_and_no_more(
     with pytest.raises(RuntimeFailure, match=r"^the cache is full: 50 tokens a sequence$"):
         session.decode(np.array([1, 2]))
     session.rewind(10)
-    with pytest.raises(RuntimeFailure, match=r"^prompt 1 needs 10 \+ 41 cache rows, the capacity is 50$"):
+    with pytest.raises(RuntimeFailure, match=r"^prompt 2 needs 10 \+ 41 cache rows, the capacity is 50$"):
         session.prefill([np.ones(1, np.int64), np.ones(41, np.int64)])
     assert session.lengths.tolist() == [10, 10]
 
@@ -221,14 +221,19 @@ def test_greedy_tokens_of_a_real_model(smollm2: Path, api: Api, tmp_path: Path) 
         assert session.generate(prompts, 16) == greedy(bundle, variant.name, prompts, 16)
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
 @pytest.mark.parametrize("pattern", ["fused", "gqa"])
-def test_quantised_weights(pattern: str, api: Api, tmp_path: Path) -> None:
+def test_quantised_weights(pattern: str, quantize: str, api: Api, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     hf.build("llama", sizes).save_pretrained(tmp_path / "model")
-    options = ExportOptions(patterns=(pattern,), quantize="int4")
+    options = ExportOptions(patterns=(pattern,), quantize=quantize)  # type: ignore[arg-type]
     bundle = export(open_checkpoint(tmp_path / "model"), tmp_path / "bundle", options)
-    theirs, ours = open_session(bundle, capacity=60), api.open(bundle.path).session(capacity=60)
+    opened = api.open(bundle.path)
+    assert (opened.info().dtype, opened.info().quantize) == (b"fp32", quantize.encode())
+    theirs, ours = open_session(bundle, capacity=60), opened.session(capacity=60)
     prompt = [np.arange(3, 43)]  # many rows, then one at a time
     np.testing.assert_allclose(ours.prefill(prompt), theirs.prefill(prompt), atol=1e-5)
     for token in np.arange(50, 60):
         np.testing.assert_allclose(ours.decode(np.array([token])), theirs.decode(np.array([token])), atol=1e-5)
+    prompts = [np.random.default_rng(1).integers(0, 67, length) for length in (9, 30, 4)]
+    assert opened.session(batch=3, capacity=80).generate(prompts, 40) == greedy(bundle, bundle.variants[0].name, prompts, 40)

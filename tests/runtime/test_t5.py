@@ -14,12 +14,13 @@ import pytest
 import t5
 import torch
 from building import run
-from capi import ARGUMENT, BACKEND, BUNDLE, CAPACITY, MEMORY, Api, RuntimeFailure
+from capi import ARGUMENT, BACKEND, BUNDLE, CAPACITY, MEMORY, Api, CppSession, RuntimeFailure
 from test_hostile import edit, refused
 from test_t5_sessions import PATTERNS, SOURCES, STEPS, TARGETS, TOLERANCE, expected
 from test_t5_sessions import theirs as theirs
+from test_turns import ENDED, columns
 
-from exporter.bundle import Bundle
+from exporter.bundle import Bundle, Seq2SeqVariant
 from exporter.checkpoint import open_checkpoint
 from exporter.engines import open_session
 from exporter.export import ExportOptions, export
@@ -105,6 +106,66 @@ def test_on_a_fake_cuda(pattern: str, bundles: dict[str, Bundle], fake: Api) -> 
         session.reset()
 
 
+def ended_pairs(open_one: Callable[[int], CppSession]) -> tuple[CppSession, list[CppSession]]:
+    """Three sequences that have ended at different times, and each of them alone."""
+    together, alone = open_one(3), [open_one(1) for _ in range(3)]
+    texts = [columns(session.generate([source], 24))[0] for session, source in zip(alone, THREE, strict=True)]
+    stops = [texts[0][2], texts[1][5]]
+    for session in alone:
+        session.reset()
+    found = columns(together.generate(THREE, 24, stops))
+    assert found == [columns(s.generate([p], 24, stops))[0] for s, p in zip(alone, THREE, strict=True)]
+    assert len({len(text) for text in found}) > 1
+    assert together.lengths.tolist() == [session.lengths[0] for session in alone]
+    assert together.kv_bytes() == sum(session.kv_bytes() for session in alone)
+    return together, alone
+
+
+@pytest.mark.parametrize("backend", ["", "onnxruntime-cuda"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_encoder_decoders_go_on_after_their_ends(pattern: str, backend: str, bundles: dict[str, Bundle], fake: Api) -> None:
+    opened = fake.open(bundles["static"].path, f"g2.{pattern}", backend=backend)
+    together, alone = ended_pairs(lambda batch: opened.session(batch=batch, capacity=80))
+    for tokens in ([5, 6, 7], [8, ENDED, 9], [ENDED, 4, 4], [3, 3, 3]):
+        logits = together.decode(np.array(tokens))
+        for b, token in enumerate(tokens):
+            if token != ENDED:
+                np.testing.assert_allclose(logits[b], alone[b].decode(np.array([token]))[0], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_concat_cache_of_an_encoder_decoder_is_in_step(pattern: str, bundles: dict[str, Bundle], api: Api) -> None:
+    opened = api.open(bundles["concat"].path, f"g2.{pattern}")
+    together, alone = ended_pairs(lambda batch: opened.session(batch=batch, capacity=80))
+    lengths = together.lengths
+    words = "^a sequence that ended early cannot go on in an encoder-decoder's concat cache; reset the session$"
+    with pytest.raises(RuntimeFailure, match=words) as caught:
+        together.decode(np.array([5, 6, 7]))
+    assert caught.value.status == ARGUMENT
+    assert together.lengths.tolist() == lengths.tolist()
+    alive = lengths - [len(source) for source in THREE]
+    tokens = np.where(alive == alive.max(), 5, ENDED)
+    logits = together.decode(tokens)  # those that are the furthest
+    for b in np.flatnonzero(tokens != ENDED):
+        np.testing.assert_allclose(logits[b], alone[b].decode(np.array([5]))[0], rtol=0, atol=2e-4)
+    together.reset()
+    ended_pairs(lambda batch: together if batch == 3 else opened.session(capacity=80))
+
+
+def test_a_concat_cache_rewound_to_what_all_hold_goes_on(bundles: dict[str, Bundle], api: Api) -> None:
+    opened = api.open(bundles["concat"].path, "g2.grouped")
+    together, alone = opened.session(batch=2, capacity=80), opened.session(capacity=80)
+    together.prefill([SOURCES[1]] * 2)
+    alone.prefill(SOURCES[1:])
+    for tokens in ([3, 3], [4, ENDED], [5, ENDED]):
+        together.decode(np.array(tokens))
+    alone.decode(np.array([3]))
+    together.rewind(len(SOURCES[1]) + 1)
+    for token in (7, 8):
+        expected = alone.decode(np.array([token]))
+        np.testing.assert_allclose(together.decode(np.array([token] * 2)), expected.repeat(2, 0), rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("cache", ["static", "concat"])
 def test_programs(cache: str, bundles: dict[str, Bundle], built: Path) -> None:
     """Sessions as an application uses them; what a step allocates; the example."""
@@ -130,7 +191,7 @@ def fails(status: int, message: str, call: Callable[..., object], *arguments: ob
 def test_what_a_session_refuses(bundles: dict[str, Bundle], api: Api) -> None:
     session = api.open(bundles["concat"].path, "g2.grouped").session(capacity=20)
     fails(ARGUMENT, "^an encoder-decoder decodes after a source; give it one with prefill$", session.decode, np.array([1]))
-    fails(CAPACITY, "^source 0 of the encoder has 41 tokens, the capacity is 20$", session.prefill, SOURCES[:1])
+    fails(CAPACITY, "^the source of the encoder has 41 tokens, the capacity is 20$", session.prefill, SOURCES[:1])
     session.prefill(SOURCES[1:])
     fails(ARGUMENT, "^an encoder-decoder reads its source at once; reset the session", session.prefill, SOURCES[1:])
     for _ in range(11):
@@ -192,7 +253,28 @@ def test_sizes_that_the_encoder_does_not_have(copied: Path, api: Api) -> None:
     edit(copied, change)
     refused(api, copied, BUNDLE, "the graph's last_hidden_state is not what headpool.json says; export the bundle again")
     (copied / "encoder.g2.grouped.onnx").write_bytes(b"no graph")
-    refused(api, copied, BACKEND, r"cannot run encoder\.g2\.grouped\.onnx \(pattern grouped, fp32\)")
+    refused(api, copied, BUNDLE, r"^encoder\.g2\.grouped\.onnx is damaged; export the bundle again$")
+
+
+@pytest.mark.parametrize("part", [0, 0.3, 0.999])
+def test_files_that_are_cut_short(part: float, copied: Path, api: Api) -> None:
+    """Those of the encoder as well, which is loaded after the decoder."""
+    variant = Bundle.open(copied).variant("g2.grouped")
+    assert isinstance(variant, Seq2SeqVariant)
+    for name in (variant.encoder, variant.graph):
+        whole = (copied / name).read_bytes()
+        (copied / name).write_bytes(whole[: int(len(whole) * part)])
+        refused(api, copied, BUNDLE, rf"^{name} is damaged; export the bundle again$", "g2.grouped")
+        (copied / name).write_bytes(whole)
+    weights = sorted(copied.glob("*.safetensors"))
+    for file in weights:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: int(len(whole) * part)])
+        refused(api, copied, BUNDLE, rf"^{file.name} is cut short, it has \d+ bytes; export the bundle again$", "g2.grouped")
+        file.unlink()
+        refused(api, copied, BUNDLE, f' lacks "{file.name}"; export the bundle again$', "g2.grouped")
+        file.write_bytes(whole)
+    assert weights
 
 
 @pytest.mark.parametrize("part", ["encoder_inputs", "encoder_outputs", ""])

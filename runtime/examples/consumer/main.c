@@ -10,7 +10,14 @@ int main(int argc, char** argv) {
   hp_model_info info = HP_INIT(hp_model_info);
   int64_t prompt[64];
   size_t count = 0;
-  for (int i = 2; i < argc && count < 64; ++i) prompt[count++] = atoll(argv[i]);
+  for (int i = 2; i < argc; ++i) {
+    char* end = argv[i];
+    if (count < 64) prompt[count++] = strtoll(argv[i], &end, 10);
+    if (end == argv[i] || *end) {
+      fprintf(stderr, "%s is no token id, or one too many\n", argv[i]);
+      return HP_ARGUMENT;
+    }
+  }
   const int64_t* prompts[] = {prompt};
   hp_status status = hp_model_open(argc > 1 ? argv[1] : "bundle", NULL, &model);
   if (!status) status = hp_model_get_info(model, &info);

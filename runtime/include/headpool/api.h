@@ -1,4 +1,4 @@
-// Version and visibility, for C and C++.
+/* Version and visibility, for C and C++. */
 #ifndef HEADPOOL_API_H
 #define HEADPOOL_API_H
 

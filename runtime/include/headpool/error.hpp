@@ -20,7 +20,8 @@ enum class ErrorCode {
 
 class HEADPOOL_API Error : public std::runtime_error {
  public:
-  Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  // Control characters, which a name of a file may have, become spaces.
+  Error(ErrorCode code, const std::string& message);
   ErrorCode code() const noexcept { return code_; }
 
  private:

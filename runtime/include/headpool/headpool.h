@@ -6,10 +6,11 @@
  *       fprintf(stderr, "%s\n", hp_last_error());
  *
  * Every function that can fail returns an hp_status and leaves its outputs as they were when it does; hp_last_error() then says
- * why. Handles are freed by the caller, in any order: a session keeps its model. NULL is freed as nothing.
+ * why. Handles are freed by the caller, in any order: a session keeps its model. NULL is freed as nothing. NULL where something
+ * is due is HP_ARGUMENT; a function that has no status to give answers a session that is NULL with 0 or NULL.
  *
  * Options are structs whose first member is their size, set by HP_INIT, so that a program built for an older version of this
- * header goes on working; NULL stands for the defaults.
+ * header goes on working; NULL stands for the defaults, and so does 0 or NULL in each other member.
  *
  * Threads: models may be used from several threads at once, a session or a sampler by one at a time, different ones together.
  */
@@ -28,7 +29,8 @@ extern "C" {
 
 /* The ABI version of the library that is running. */
 HEADPOOL_API uint32_t hp_abi_version(void);
-/* Of the library, and of the ONNX Runtime under it (NULL where that is too old). */
+/* Of the library, for example "0.1.0", never NULL; and of the ONNX Runtime under it, NULL where that is older than the one the
+ * library was built for (hp_last_error() says which). Both last as long as the program. */
 HEADPOOL_API const char* hp_version(void);
 HEADPOOL_API const char* hp_onnxruntime_version(void);
 
@@ -37,16 +39,17 @@ enum {
   HP_OK = 0,
   HP_ARGUMENT = 1, /* the caller's: a token outside the vocabulary, a wrong number of prompts, NULL where something is due */
   HP_BUNDLE = 2,   /* the bundle is missing, damaged, of another schema, or points outside its folder */
-  HP_CAPACITY = 3, /* the cache is full, or would be */
+  HP_CAPACITY = 3, /* the tokens do not fit the session's capacity; nothing was fed: rewind, or make a session with more */
   HP_BACKEND = 4,  /* it is not in this library, has no GPU, cannot load the graph or the engine, or failed in a step */
   HP_MEMORY = 5,   /* not enough of it */
   HP_INTERNAL = 6  /* anything else */
 };
 
-/* The message of the last failure in this thread: one line, valid until the next. */
+/* The message of the last failure in this thread, one line, valid until the next; "" where there was none. Never NULL. */
 HEADPOOL_API const char* hp_last_error(void);
 
-#define HP_INIT(type) {sizeof(type)} /* hp_session_options options = HP_INIT(hp_session_options); */
+/* hp_session_options options = HP_INIT(hp_session_options); of the four structs below: their size, and zeros. */
+#define HP_INIT(type) HP_INIT_##type
 
 typedef struct hp_model hp_model;
 typedef struct hp_session hp_session;
@@ -55,9 +58,13 @@ typedef struct hp_sampler hp_sampler;
 typedef struct {
   size_t size;
   const char* variant; /* NULL or "": the bundle's first */
-  int32_t threads;     /* of one operator; 0: the physical cores that this process may use */
-  const char* backend; /* NULL or "": "onnxruntime"; "onnxruntime-cuda"; "tensorrt", "tensorrt-rtx" where built with that SDK */
+  int32_t threads;     /* of one operator, at most 1024; 0: the physical cores that this process may use */
+  /* NULL or "": "onnxruntime", the CPU. "onnxruntime-cuda", the first GPU: where the library of onnxruntime-gpu is, without
+   * pattern fused and without concat caches. "tensorrt", "tensorrt-rtx": where built with that SDK, engines of decoder-only
+   * models that headpool build made for this GPU. */
+  const char* backend;
 } hp_model_options;
+#define HP_INIT_hp_model_options {sizeof(hp_model_options), NULL, 0, NULL}
 
 HEADPOOL_API hp_status hp_model_open(const char* bundle, const hp_model_options* options, hp_model** out);
 HEADPOOL_API void hp_model_free(hp_model* model);
@@ -65,7 +72,7 @@ HEADPOOL_API void hp_model_free(hp_model* model);
 /* Texts and lists live as long as the model. */
 typedef struct {
   size_t size;
-  const char *variant, *pattern, *cache, *dtype;
+  const char *variant, *pattern, *cache, *dtype; /* headpool/model.hpp's ModelInfo, as what follows */
   int64_t vocab_size, max_positions, heads, layers;
   const int64_t* kv_heads; /* [layers] */
   const int64_t* stop_ids;
@@ -74,17 +81,23 @@ typedef struct {
   int32_t threads;
   int64_t encoder_layers; /* of an encoder-decoder, whose other sizes are its decoder's; 0: it has no encoder */
   const char *backend, *provider, *library, *library_version; /* headpool/model.hpp's BackendInfo */
+  const char* quantize;                                       /* "int8" or "int4", how its matrices are stored; "": in dtype */
 } hp_model_info;
+#define HP_INIT_hp_model_info \
+  {sizeof(hp_model_info), NULL, NULL, NULL, NULL, 0, 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL}
 
-/* Fills the members that `info->size` has room for. */
+/* Fills the members that `info->size` has room for. No text is NULL; lists are where they are empty. */
 HEADPOOL_API hp_status hp_model_get_info(const hp_model* model, hp_model_info* info);
 
 typedef struct {
   size_t size;
-  int64_t batch;    /* sequences, at most 65536; 0: 1; of TensorRT an engine's */
-  int64_t capacity; /* tokens of a sequence; 0, or more than the model's max_positions: those; of TensorRT an engine's */
-  int64_t chunk;    /* most tokens of a sequence in one call of the graph; 0: 512 */
+  int64_t batch; /* sequences, at most 65536; 0: 1; of TensorRT an engine's */
+  /* Tokens of a sequence, prompts and new ones together, of an encoder-decoder the source's too. More than the model's
+   * max_positions: those. 0: those as well, of an encoder-decoder at most 8192, of TensorRT an engine's. */
+  int64_t capacity;
+  int64_t chunk; /* most tokens of a sequence in one call of the graph; 0: 512 */
 } hp_session_options;
+#define HP_INIT_hp_session_options {sizeof(hp_session_options), 0, 0, 0}
 
 HEADPOOL_API hp_status hp_session_create(const hp_model* model, const hp_session_options* options, hp_session** out);
 HEADPOOL_API void hp_session_free(hp_session* session);
@@ -94,17 +107,20 @@ HEADPOOL_API void hp_session_free(hp_session* session);
  * next call. */
 HEADPOOL_API hp_status hp_session_prefill(hp_session* session, const int64_t* const* prompts, const size_t* counts,
                                           size_t batch, const float** logits);
-/* Feeds one token to each sequence. */
+/* Feeds one token to each sequence; none to one whose token is HP_ENDED, which stays as it is and whose logits mean nothing. It
+ * needs room for one token all the same, and one sequence at least has to go on. *logits as of hp_session_prefill. */
+#define HP_ENDED (-1)
 HEADPOOL_API hp_status hp_session_decode(hp_session* session, const int64_t* tokens, size_t batch, const float** logits);
 /* Forgets all but the first `length` tokens of every sequence. An encoder's inputs stay whole, or go with 0. */
 HEADPOOL_API hp_status hp_session_rewind(hp_session* session, int64_t length);
 
+/* Of a session that is NULL: 0, 0, 0 and NULL. */
 HEADPOOL_API int64_t hp_session_batch(const hp_session* session);
 HEADPOOL_API int64_t hp_session_capacity(const hp_session* session);       /* tokens of a sequence */
 HEADPOOL_API uint64_t hp_session_kv_bytes(const hp_session* session);      /* of the tokens now in the cache */
 HEADPOOL_API const int64_t* hp_session_lengths(const hp_session* session); /* [batch], valid until the next call */
 
-/* All zeros but for the size is greedy. */
+/* All zeros but for the size is greedy. headpool/generate.hpp's Sampling. */
 typedef struct {
   size_t size;
   double temperature; /* 0: the most likely token */
@@ -112,16 +128,22 @@ typedef struct {
   double top_p;       /* 0 or 1: all */
   uint64_t seed;
 } hp_sampling;
+#define HP_INIT_hp_sampling {sizeof(hp_sampling), 0, 0, 0, 0}
 
 HEADPOOL_API hp_status hp_sampler_create(const hp_sampling* sampling, int64_t batch, hp_sampler** out);
 HEADPOOL_API void hp_sampler_free(hp_sampler* sampler);
 /* The next token of each sequence into tokens[batch], from logits [batch, vocab_size]. */
 HEADPOOL_API hp_status hp_sampler_pick(hp_sampler* sampler, const float* logits, size_t vocab_size, int64_t* tokens);
 
-/* Called with the new token of each sequence (−1 of one that has ended); 0 goes on, anything else stops. */
+/* Called with the new token of each sequence, HP_ENDED of one that has met a stop token before, valid during the call; 0 goes
+ * on, anything else stops. */
 typedef int32_t (*hp_on_tokens)(void* user, const int64_t* tokens, size_t batch);
 
-/* Feeds the prompts and generates, a sequence until one of `stop_ids`, all until `max_new_tokens`. */
+/* Feeds the prompts, as hp_session_prefill does, and generates, a sequence until it draws one of `stop_ids` (which `on_tokens`
+ * gets too), all until `max_new_tokens`. A sequence's last token is not fed, and what it holds does not change after its end
+ * while others go on: its next prompt begins with that token where it is to be seen. HP_CAPACITY before the first token where
+ * a sequence's tokens, its prompt and max_new_tokens − 1 are more than the capacity. `sampling` may be NULL (greedy), and so
+ * may `stop_ids` where there are none; `on_tokens` may not. */
 HEADPOOL_API hp_status hp_generate(hp_session* session, const int64_t* const* prompts, const size_t* counts, size_t batch,
                                    int64_t max_new_tokens, const hp_sampling* sampling, const int64_t* stop_ids,
                                    size_t stop_id_count, hp_on_tokens on_tokens, void* user);

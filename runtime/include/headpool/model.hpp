@@ -16,10 +16,11 @@ using Token = std::int64_t;
 
 // What a bundle says about one variant.
 struct ModelInfo {
-  std::string variant;  // "g4", or "g4.fused" where the bundle holds several patterns
-  std::string pattern;  // fused, grouped, gqa, attention or repeat
-  std::string cache;    // static or concat
-  std::string dtype;    // fp32, fp16 or bf16
+  std::string variant;   // "g4", or "g4.fused" where the bundle holds several patterns
+  std::string pattern;   // fused, grouped, gqa, attention or repeat
+  std::string cache;     // static or concat
+  std::string dtype;     // fp32, fp16 or bf16
+  std::string quantize;  // int8 or int4, how its matrices are stored; empty: in dtype
   std::int64_t vocab_size = 0;
   std::int64_t max_positions = 0;        // tokens of a sequence that the model was made for
   std::int64_t heads = 0;                // query heads
@@ -40,7 +41,7 @@ struct BackendInfo {
 
 struct ModelOptions {
   std::string variant;  // empty: the bundle's first
-  int threads = 0;      // of one operator; 0: the physical cores that this process may use
+  int threads = 0;      // of one operator, at most 1024; 0: the physical cores that this process may use
   // onnxruntime (so does empty): the CPU. onnxruntime-cuda: the first GPU, by the provider that onnxruntime-gpu's library has;
   // static caches, every pattern but fused. Where this library was built with that SDK, tensorrt or tensorrt-rtx, which run the
   // bundle's engines (headpool build) on the calling thread's GPU.
@@ -50,7 +51,7 @@ struct ModelOptions {
 // The variants that the bundle in folder `bundle` holds. Throws BundleError.
 HEADPOOL_API std::vector<ModelInfo> variants(const std::filesystem::path& bundle);
 
-// A handle: copies are the same model, which lives as long as any of them or any session does.
+// A handle: copies are the same model, which lives as long as any of them or any session does. Moving one copies it.
 //
 // Threads: all of it may be used from several threads at once. Sessions of one model that run at the same time share its
 // `threads` threads; a model opened a second time has threads of its own and still shares the weights in pattern fused.
@@ -58,6 +59,8 @@ class HEADPOOL_API Model {
  public:
   // Reads headpool.json in folder `bundle` and loads a variant. Throws BundleError, BackendError, MemoryError, ArgumentError.
   static Model open(const std::filesystem::path& bundle, const ModelOptions& options = {});
+  Model(const Model&) = default;
+  Model& operator=(const Model&) = default;
 
   const ModelInfo& info() const noexcept;
   int threads() const noexcept;

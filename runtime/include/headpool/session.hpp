@@ -24,6 +24,8 @@ struct SessionOptions {
 
 using Prompts = std::span<const std::span<const Token>>;
 
+inline constexpr Token ENDED = -1;  // in place of the token of a sequence that has ended
+
 // B sequences in step, each with a length of its own, over one cache in memory that is reserved once and used as it fills.
 //
 // A static cache is written in place; decoding allocates nothing but where the cache grows, by a sixteenth at a time. A concat
@@ -36,6 +38,9 @@ using Prompts = std::span<const std::span<const Token>>;
 //
 // Threads: a session may be moved to another thread, but is used by one at a time. Different sessions, of one model too, may
 // run at the same time.
+//
+// A session that was moved from is of batch 0, holds nothing, and throws ArgumentError of all that computes, until it is
+// assigned to; only model() must not be asked.
 class HEADPOOL_API Session {
  public:
   // Throws ArgumentError, MemoryError. A TensorRT engine is loaded by the first session that needs it: BundleError,
@@ -54,10 +59,15 @@ class HEADPOOL_API Session {
 
   // Feeds one token to each sequence. Returns logits [B, V], in fp32 the very memory that the graph wrote; valid until the next
   // call. Throws as prefill does, and ArgumentError of an encoder-decoder without a source.
+  //
+  // A sequence whose token is ENDED stays as it is, and its logits mean nothing; it needs room for one token all the same, and
+  // one sequence at least has to go on. It goes on itself with its next token or prompt; but in an encoder-decoder's concat
+  // cache, which holds all sequences in step, first the session has to be reset, or rewound to what all of them hold.
   std::span<const float> decode(std::span<const Token> tokens);
   std::span<const float> decode(Token token);  // of a batch of 1
 
-  // The logits [V] of one sequence that the last call returned.
+  // The logits [V] of one sequence, from 0, that the last call returned. Throws ArgumentError where there are none: before the
+  // first call, after rewind and reset, after a call that failed on the way, and of a sequence whose token was ENDED.
   std::span<const float> logits(std::int64_t sequence) const;
 
   // Forgets all but the first `length` tokens of every sequence. Throws ArgumentError where one holds fewer, and of an
@@ -73,6 +83,7 @@ class HEADPOOL_API Session {
 
  private:
   struct State;
+  State& state() const;
   std::unique_ptr<State> state_;
 };
 

@@ -75,7 +75,7 @@ class TensorRTModel final : public Model::State {
   }
 
   std::shared_ptr<const Engine> engine(const EngineRecord& record) const {
-    const std::filesystem::path path = file_in(record.folder, record.file);
+    const std::filesystem::path path = file_in(record.folder, record.file, "build it again");
     const std::lock_guard lock(mutex_);
     std::shared_ptr<const Engine>& engine = engines_[path];
     if (!engine) engine = load(record, path);
