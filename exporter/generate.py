@@ -84,7 +84,9 @@ def generate(
     """Feed B prompts (1-D int64) and yield int64 [B] for each new token, as soon as it is known.
 
     A sequence ends with the stop token it drew (which is yielded) and has ENDED from then on; the stream ends when all have,
-    or after `max_new_tokens`. The last token is not fed. Raises EngineError before the first token when that many do not fit.
+    or after `max_new_tokens`. The last token is not fed. A batch goes in step, so that one which has ended takes in tokens that
+    nobody sees while others go on: reset the session before the next prompts of a batch. Raises EngineError before the first
+    token when that many do not fit.
     """
     if max_new_tokens < 1:
         raise UserError(f"max-new-tokens {max_new_tokens} is not a whole number from 1")

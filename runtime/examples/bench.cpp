@@ -14,6 +14,7 @@
 #include <fstream>
 #include <headpool/generate.hpp>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <random>
 #include <sstream>
 
@@ -64,6 +65,13 @@ Json machine(const headpool::Model& model) {
           {"load", load}};
 }
 
+// Of attention in a step for each token of context: a product and a sum for each channel of every query head's K and V.
+std::int64_t attention_operations(const headpool::ModelInfo& info) {
+  const auto kv_heads = std::accumulate(info.kv_heads.begin(), info.kv_heads.end(), std::int64_t{0});
+  const auto channels = static_cast<std::int64_t>(info.kv_bytes_per_token) / (info.dtype == "fp32" ? 4 : 2) / kv_heads;
+  return 2 * static_cast<std::int64_t>(info.kv_heads.size()) * info.heads * channels;
+}
+
 // What a figure names of the variant, from the bundle's own manifest.
 Json subject(const std::string& bundle, const headpool::ModelInfo& info) {
   std::ifstream file(bundle + "/headpool.json");
@@ -82,7 +90,8 @@ Json subject(const std::string& bundle, const headpool::ModelInfo& info) {
               {"dtype", info.dtype + (info.quantize.empty() ? "" : ", " + info.quantize + " weights")},
               {"weight_bytes", info.weight_bytes},
               {"kv_bytes_per_token", info.kv_bytes_per_token},
-              {"encoder", info.encoder_layers > 0}};
+              {"encoder", info.encoder_layers > 0},
+              {"attention_operations", attention_operations(info)}};
   for (const Json& variant : manifest["variants"])
     if (variant["name"] == info.variant) result["conversion"] = variant.value("conversion", Json());
   return result;
