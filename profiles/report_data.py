@@ -74,9 +74,9 @@ class Slope:
         return rounded(self.value, self.low, self.high)
 
     @property
-    def ratio(self) -> float | None:
-        """Over its floor; None where that is not known, or the slope may be none at all."""
-        return self.value / self.floor if self.floor and self.sure else None
+    def ratio(self) -> str:
+        """Over its floor, in the digits that were measured; empty where that is not known, or the slope may be none."""
+        return rounded(*(end / self.floor for end in (self.value, self.low, self.high))) if self.floor and self.sure else ""
 
 
 def slope_of(line: Sequence[Row]) -> Slope | None:

@@ -187,8 +187,7 @@ def _slope(line: Sequence[Row]) -> tuple[str, str, str, str]:
         return "", "", "", ""
     low, high = (rounded(end, slope.low, slope.high) for end in (slope.low, slope.high))
     text = slope.text if slope.sure else f"{slope.text} (within the noise)"
-    floor, ratio = f"{slope.floor:.3g}" if slope.floor else "", f"{slope.ratio:.2f}" if slope.ratio else ""
-    return text, f"{low} to {high}", floor, ratio
+    return text, f"{low} to {high}", f"{slope.floor:.3g}" if slope.floor else "", slope.ratio
 
 
 def _times(row: Row) -> tuple[str, ...]:

@@ -141,7 +141,7 @@ def _slopes(rows: Sequence[Row], found: Headline) -> list[str]:
         if slope is not None:
             slopes.append(slope)
             cost = f"{slope.text} ms" if slope.sure else "nothing measurable"
-            least = f", {slope.ratio:.2f} times the least it can" if slope.ratio else ""
+            least = f", {slope.ratio} times the least it can" if slope.ratio else ""
             texts.append(f"{cost} with {_heads(line[0])}{least}")
     if not slopes:
         return []

@@ -256,9 +256,9 @@ def test_a_slope_stands_beside_the_larger_of_memorys_and_arithmetics(factory):
     assert bytes_9 / 9 / 31e9 < operations / 100e9 < bytes_9 / 31e9  # each bounds one of them
     found = slope_of([row for row in rows if row.groups == "1"])
     assert found is not None
-    assert found.ratio == pytest.approx(found.value / (operations / 100e9 * 1e6))
+    assert float(found.ratio) == pytest.approx(found.value / (operations / 100e9 * 1e6), rel=0.05)  # it is rounded
     page = render([results])
-    assert f"{found.ratio:.2f} times the least it can" in page
+    assert f"{found.ratio} times the least it can" in page
     assert "100 billion float32 operations" in page
     without = rows_of([dataclasses.replace(results, arithmetic=None)])
     assert {row.token_floor for row in without} == {None}  # memory's alone might be too low
