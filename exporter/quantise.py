@@ -11,6 +11,7 @@ import functools
 import torch
 
 from exporter.checkpoint.expected import EMBEDDING, HEAD
+from exporter.checkpoint.safetensors_io import refuse_non_finite
 from exporter.config import ModelConfig
 from exporter.errors import UserError
 from exporter.seq2seq_config import Seq2SeqConfig
@@ -88,7 +89,10 @@ def _lazily(tensor: LazyTensor, kind: str) -> tuple[LazyTensor, LazyTensor]:
 
 
 def _quantise(tensor: LazyTensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantise(tensor.read(), kind)
+    """Raises CheckpointError where a weight is NaN or infinite: what is made of it has a name that no checkpoint knows."""
+    weight = tensor.read()
+    refuse_non_finite(tensor.name, weight)
+    return quantise(weight, kind)
 
 
 def quantise(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,6 +53,8 @@ class Tokenizer:
         core.no_truncation()  # a prompt is refused when it is too long, never cut
         try:
             settings = json.loads(files.get(SETTINGS, b"{}"))
+            if not isinstance(settings, dict):
+                raise TypeError(f"it holds a {type(settings).__name__}")
             template = files[TEMPLATE].decode("utf-8") if TEMPLATE in files else _template(settings.get("chat_template"))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{name}: {SETTINGS} or {TEMPLATE} is damaged: {type(error).__name__}: {error}") from None
@@ -85,13 +87,14 @@ class Tokenizer:
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        special = {key: _content(value) for key, value in self.settings.items() if key.endswith("_token") and value}
         try:
+            special = {key: _content(value) for key, value in self.settings.items() if key.endswith("_token") and value}
             return environment.from_string(self.template).render(
                 messages=messages, add_generation_prompt=True, tools=None, documents=None, **special
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise UserError(f"the chat template of {self.name} failed: {type(error).__name__}: {error}") from None
+        except Exception as error:  # the template is a program, of whoever made the model
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the chat template of {self.name} failed: {type(error).__name__}: {reason}") from None
 
 
 def check_tokenizer(files: Mapping[str, bytes], name: str) -> None:

@@ -109,7 +109,8 @@ def rows_of(results: Sequence[Results]) -> list[Row]:
     """All cells of all runs, ordered by kind, batch, context, series and KV heads (most first)."""
     found = [(run, *both) for run, result in enumerate(results) for both in _with_floors(result, results)]
     pairs = [(run, cell) for run, cell, _ in found]
-    chosen = [name for name in DIMENSIONS if _tells_apart(name, pairs)]
+    places = _place_labels(results)
+    chosen = [name for name in (*DIMENSIONS, lambda run, cell: places[run]) if _tells_apart(name, pairs)]
     for extra in (None, *LAST_RESORTS):
         chosen += [extra] if extra else []
         labels = [" · ".join([cell.subject.pattern, *(name(run, cell) for name in chosen)]) for run, cell in pairs]
@@ -147,8 +148,17 @@ def _token_floor(cell: Cell, bandwidth: float, operations: float | None) -> floa
     return max(memory, cell.batch * cell.subject.attention_operations / operations)
 
 
+def _place_labels(results: Sequence[Results]) -> list[str]:
+    """Of each run, where it was measured: as much of it as some runs differ in."""
+    columns = list(zip(*map(_place, results), strict=True))
+    differ = [len(set(column)) > 1 for column in columns]
+    return [", ".join(str(part) for part, shown in zip(_place(result), differ, strict=True) if shown) for result in results]
+
+
 def _place(result: Results) -> tuple[object, ...]:
-    return result.machine.cpu, result.machine.cpus, result.machine.gpus, result.settings.get("threads")
+    machine, threads = result.machine, result.settings.get("threads")
+    gpus = " + ".join(machine.gpus) or "no GPU"
+    return machine.cpu, f"{machine.cpus} CPUs", gpus, f"{threads or 'all'} threads"
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

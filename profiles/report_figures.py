@@ -121,8 +121,8 @@ def latency_by_context(rows: Sequence[Row], styles: Styles) -> Figure | None:
     )
     if any(slope[-2] for slope in slopes):
         words += (
-            " The slope's floor is the larger of those bytes over the read bandwidth and of attention's arithmetic, which is the same "
-            "for every number of KV heads, over the machine's."
+            " The slope's floor is the larger of those bytes over the read bandwidth and of attention's arithmetic, which is "
+            "the same for every number of KV heads, over the machine's."
         )
     ours = ("ms for each 1,000 tokens more", "95 % interval", "floor of that, ms", "× floor")
     table = _filled((KV_HEADS, "series", "batch", "p50 ms at context", *ours), slopes)

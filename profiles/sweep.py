@@ -104,6 +104,11 @@ def _text(checkpoint: Checkpoint, count: int) -> np.ndarray | None:
         raise UserError(f"{checkpoint.name} has no {TOKENIZER}, which quality is measured with; add it, or --quality-tokens 0")
     tokens = Tokenizer.from_files(checkpoint.side_files, checkpoint.name).encode(default_text()[: 8 * count], special=False)
     check_text(tokens[:count])
+    if (most := int(tokens[:count].max())) >= checkpoint.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {checkpoint.name} has token id {most}, which is outside its vocabulary of "
+            f"{checkpoint.config.vocab_size}; sweep without quality: --quality-tokens 0"
+        )
     return tokens[:count]
 
 

@@ -149,7 +149,7 @@ def stored_dtype(tensor: LazyTensor, dtype: torch.dtype | None) -> torch.dtype:
 
 def _stream(file: BinaryIO, name: str, tensor: LazyTensor, dtype: torch.dtype, on_bytes: Callable[[int], None]) -> None:
     for block in tensor.blocks():
-        _refuse_non_finite(name, block)
+        refuse_non_finite(name, block)
         if block.dtype != dtype:
             block = block.to(dtype)
             if not _finite(block):
@@ -162,10 +162,11 @@ def _stream(file: BinaryIO, name: str, tensor: LazyTensor, dtype: torch.dtype, o
 def check_finite(tensor: LazyTensor) -> None:
     """Read the tensor through and raise CheckpointError where a value is NaN or infinite."""
     for block in tensor.blocks():
-        _refuse_non_finite(tensor.name, block)
+        refuse_non_finite(tensor.name, block)
 
 
-def _refuse_non_finite(name: str, block: torch.Tensor) -> None:
+def refuse_non_finite(name: str, block: torch.Tensor) -> None:
+    """Raises CheckpointError where a value of the tensor `name` is NaN or infinite."""
     if not _finite(block):
         raise CheckpointError(
             f"tensor {name!r} holds NaN or infinite values; the checkpoint is damaged or its training diverged"

@@ -106,6 +106,7 @@ def sweep_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> N
       headpool sweep config.json out --groups 16,4,1 --dtype fp16 --breakdown 1024
       headpool sweep config.json out --groups 8 --ffn relu,gelu,geglu,swiglu --patterns fused
     """
+    from exporter.bundle import bundles_in
     from exporter.checkpoint import open_source
     from exporter.config import group_counts
     from exporter.export import ExportOptions
@@ -123,9 +124,10 @@ def sweep_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> N
     check_output(out, checkpoint)
     with progress_bar() as progress:
         results = sweep(source, out, options.build(SweepOptions, {**given, **stages}), progress, models)
-    files = {
+    bundles = [str(path) for path in bundles_in(out)]  # one for each FFN
+    files: dict[str, Any] = {
         "out": str(out),
-        "bundle": str(out / "bundle"),
+        **({"bundles": bundles} if given["ffn"] else {"bundle": bundles[0]}),
         "report": str(out / "report.html"),
         "results": str(out / "results.json"),
     }
@@ -201,7 +203,11 @@ def _named(cell: Any) -> dict[str, Any]:
     return {name: getattr(subject, name) for name in names} | places
 
 
-def _show(results: Any, as_json: bool, files: dict[str, str], ffns: Sequence[dict[str, Any]] = ()) -> None:
+def _lines(files: dict[str, Any]) -> list[str]:
+    return [f"{name}: {', '.join(path) if isinstance(path, list) else path}" for name, path in files.items()]
+
+
+def _show(results: Any, as_json: bool, files: dict[str, Any], ffns: Sequence[dict[str, Any]] = ()) -> None:
     """The table for a person, with the files' names and the FFNs under it; with --json the medians, since the file holds the
     samples."""
     from profiles.noise import busy
@@ -210,7 +216,7 @@ def _show(results: Any, as_json: bool, files: dict[str, str], ffns: Sequence[dic
 
     if not as_json:
         table_console().print(results_view(results))
-        finish(False, {}, [*(f"{name}: {path}" for name, path in files.items()), *(ffn["text"] for ffn in ffns)])
+        finish(False, {}, [*_lines(files), *(ffn["text"] for ffn in ffns)])
         return
     shown = ("p50", "p90", "p99", "max")  # p99 from 100 samples on
     cells = [

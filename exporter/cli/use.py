@@ -107,6 +107,8 @@ def eval_command(
     from exporter.serve import Model, check_scoring
 
     model = Model.find(path, variant)
+    if model.variant is None and (backend, threads) != (options.BACKENDS[0], None):
+        raise UserError(f"{path} is a checkpoint, which is scored in eager torch; --backend and --threads are of a bundle")
     compared = Model.find(reference) if reference is not None else None
     check_scoring(model, compared, window)
     ids = model.tokenizer().encode(_read(text) if text else default_text(), special=False)[:limit]
@@ -115,7 +117,7 @@ def eval_command(
     with model.session(window, backend, threads) as session, progress_bar() as progress:
         loss = cross_entropy(session, ids, window, max(1, window // 2), lambda done, n: progress("scoring", done, n))
         data = {"path": str(path), "nats_per_token": loss.nats_per_token, "tokens": loss.tokens}
-        lines = [f"cross-entropy {loss.nats_per_token:.4f} nats a token over {loss.tokens} tokens"]
+        lines = [f"cross-entropy {loss.nats_per_token:.4f} nats a token over {loss.tokens} token{'s' * (loss.tokens > 1)}"]
         if compared is not None:
             with compared.session(window, backend, threads) as other:
                 windows = cut(ids, window, len(ids) // window or 1)

@@ -150,7 +150,7 @@ def _floor(cells: Sequence[Cell], run: Results) -> list[str]:
     smollm = f"; one of SmolLM2 {_span(own)}" if own else ""
     return [
         f"A decode step of a {model} in `{pattern}` takes {spans}{smollm}.",
-        f"Our targets for the former: {_targets(cells)}.",
+        f"Our targets for the former, of its median: {_targets(cells)}.",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import hf
@@ -15,8 +16,10 @@ from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
 from exporter.cli import _run
 from exporter.engines import open_session
+from exporter.errors import UserError
 from exporter.export import ExportOptions, export
 from exporter.quantise import QUANTIZE, dequantise, quantise, rounded
+from exporter.weights import ComputedTensor
 from graphs.quantise import BITS, BLOCK
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "num_key_value_heads": 2}
@@ -154,6 +157,18 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path, capfd: pytest
         assert message in err
         assert err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["narrow"]
+
+
+def test_a_damaged_weight_goes_by_the_name_it_has(folders: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(folders["llama"])
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = ComputedTensor(
+        name, torch.float32, checkpoint.weights[name].shape, lambda: checkpoint.weights[name].read() * np.nan
+    )
+    checkpoint = dataclasses.replace(checkpoint, weights={**checkpoint.weights, name: broken})
+    with pytest.raises(UserError, match=f"^tensor '{name}' holds NaN or infinite values; "):
+        export(checkpoint, tmp_path / "out", ExportOptions(patterns=("grouped",), quantize="int8"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_rounded_weights_are_what_is_stored(folders: dict[str, Path]) -> None:

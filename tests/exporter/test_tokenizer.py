@@ -129,6 +129,7 @@ def test_where_a_chat_template_may_stand() -> None:
     ("template", "message"),
     [
         ("{{ raise_exception('only user turns') }}", "chat template of m failed: TemplateError: only user turns"),
+        ("{{ 1 / 0 }}", "chat template of m failed: ZeroDivisionError: division by zero"),
         ("{% if %}", "chat template of m failed: TemplateSyntaxError"),
         ("{{ messages.append(1) }}", "chat template of m failed: SecurityError"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "chat template of m failed: SecurityError"),
@@ -146,6 +147,14 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
         Tokenizer.open(tmp_path)
+    with_template = {"tokenizer.json": FILES["tokenizer.json"], "chat_template.jinja": b"J"}
+    with pytest.raises(
+        UserError, match=r"^m: tokenizer_config.json or chat_template.jinja is damaged: TypeError: it holds a list$"
+    ):
+        Tokenizer.from_files({**with_template, "tokenizer_config.json": b"[]"}, "m")
+    nameless = Tokenizer.from_files({**with_template, "tokenizer_config.json": b'{"bos_token": {"x": 1}}'}, "m")
+    with pytest.raises(UserError, match=r"^the chat template of m failed: KeyError: 'content'$"):
+        nameless.chat(MESSAGES)
     for settings_file in (b"[1]", b"{", b'{"chat_template": 3}', b'{"chat_template": [{}]}'):
         with pytest.raises(UserError, match="is damaged"):
             Tokenizer.from_files({"tokenizer.json": FILES["tokenizer.json"], "tokenizer_config.json": settings_file}, "m")

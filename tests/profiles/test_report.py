@@ -342,6 +342,19 @@ def test_two_runs_of_one_thing_are_told_apart(factory):
     assert Page(render([a, b])).text.count("Run 2, 2026-11-22T01:00:00+00:00") == 1
 
 
+def test_machines_are_told_apart(factory):
+    """Else a line, and its slope, would go from a context on one to a context on the other."""
+    other = dataclasses.replace(factory.MACHINE, cpu="Other CPU", cpus=8)
+    runs = [
+        factory.sweep(contexts=(128,)),
+        factory.sweep(contexts=(4096,), machine=other),
+        factory.sweep(contexts=(1024,), machine=other, settings={"threads": 1}),
+    ]
+    series = {row.series for row in rows_of(runs) if row.subject.pattern == "gqa"}
+    places = ("Test CPU 9000, 2 CPUs, all threads", "Other CPU, 8 CPUs, all threads", "Other CPU, 8 CPUs, 1 threads")
+    assert series == {f"gqa · {place}" for place in places}
+
+
 def test_what_differs_names_the_series(factory):
     cells = [factory.cell(factory.subject(g, cache=cache)) for g in (9, 1) for cache in ("static", "concat")]
     assert {row.series for row in rows_of([factory.sweep(cells=tuple(cells))])} == {"grouped · static", "grouped · concat"}

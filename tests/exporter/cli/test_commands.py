@@ -65,6 +65,7 @@ def test_sweep_over_ffns_of_equal_parameters(headpool, made: Path, tmp_path: Pat
     data = json.loads(out.splitlines()[-1])
     assert [(entry["kind"], entry["d_ff"]) for entry in data["ffn"]] == [("relu", 60), ("swiglu", 40)]
     relu, swiglu = data["ffn"]
+    assert data["bundles"] == [str(tmp_path / "out" / f"bundle-{kind}") for kind in ("relu", "swiglu")]
     assert relu["ffn_parameters"] == swiglu["ffn_parameters"] == 2 * 2 * 48 * 60
     assert relu["parameters"] == swiglu["parameters"]
     assert [cell["variant"] for cell in data["cells"]] == ["g2", "g2"]

@@ -112,6 +112,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["eval", "nothing"], "nothing does not exist"),
     (["eval", "{made}"], "{made} is not a bundle: it has no headpool.json, but holds {made}/bundle; give that"),
     (["eval", MODEL, "--variant", "g2"], "model is a checkpoint; --variant names a graph of a bundle"),
+    (
+        ["eval", MODEL, "--threads", "3"],
+        "{made}/model is a checkpoint, which is scored in eager torch; --backend and --threads are",
+    ),
+    (["eval", MODEL, "--backend", "tensorrt"], "is a checkpoint, which is scored in eager torch"),
     (["eval", MODEL + "/config.json"], "config.json is not a checkpoint"),
     (["eval", BUNDLE, *SHORT, "--text", "nothing.txt"], "nothing.txt: No such file or directory"),
     (["eval", BUNDLE, *SHORT, "--text", MODEL], "model: Is a directory"),
