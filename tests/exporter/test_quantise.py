@@ -162,9 +162,8 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path, capfd: pytest
 def test_a_damaged_weight_goes_by_the_name_it_has(folders: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folders["llama"])
     name = "model.layers.1.mlp.up_proj.weight"
-    broken = ComputedTensor(
-        name, torch.float32, checkpoint.weights[name].shape, lambda: checkpoint.weights[name].read() * np.nan
-    )
+    whole = checkpoint.weights[name]
+    broken = ComputedTensor(name, torch.float32, whole.shape, lambda: whole.read() * torch.nan)
     checkpoint = dataclasses.replace(checkpoint, weights={**checkpoint.weights, name: broken})
     with pytest.raises(UserError, match=f"^tensor '{name}' holds NaN or infinite values; "):
         export(checkpoint, tmp_path / "out", ExportOptions(patterns=("grouped",), quantize="int8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def test_more_heads_are_said_to_be_repeated(headpool, made: Path, tmp_path: Path
     assert (code, out) == (0, f"{tmp_path}/mha: 2 → 6 KV heads of 6 query heads, by repetition\n")
     code, out, _ = headpool("convert", made / "model", tmp_path / "same", "--groups", "2")
     assert (code, out) == (0, f"{tmp_path}/same: 2 → 2 KV heads of 6 query heads: none changed\n")
+
+
+def test_a_tokenizer_of_another_model_is_noticed_before_anything_is_measured(headpool, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "model", tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["vocab"]["e"] = 900
+    file.write_text(json.dumps(tokenizer))
+    code, out, err = headpool("sweep", tmp_path / "model", tmp_path / "out", "--contexts", "4", "--quality-tokens", "60")
+    assert (code, out) == (2, "")
+    assert err.endswith(" has token id 900, which is outside its vocabulary of 67; sweep without quality: --quality-tokens 0\n")
 
 
 def test_repeats_in_lists_are_measured_once(headpool, made: Path, tmp_path: Path) -> None:
