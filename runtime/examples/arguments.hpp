@@ -23,9 +23,9 @@ inline std::int64_t number(const std::string& what, const std::string& word, std
 }
 
 // Takes --backend NAME from the beginning of `words`; without it, "". Throws ArgumentError of any other option.
-inline std::string take_backend(Words& words) {
+inline std::string take_backend(Words& words, const char* usage) {
   if (words.empty() || !words[0].starts_with("--")) return "";
-  if (words[0] != "--backend") throw headpool::ArgumentError("option " + words[0] + " is unknown; there is --backend NAME");
+  if (words[0] != "--backend") throw headpool::ArgumentError("option " + words[0] + " is unknown; usage: " + usage);
   if (words.size() < 2 || words[1].empty())
     throw headpool::ArgumentError("--backend lacks a name; choose from onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx");
   const std::string name = words[1];

@@ -43,7 +43,8 @@ void run(const std::string& bundle, const headpool::ModelOptions& how, std::int6
     shown = text;
   };
 #else
-  for (const std::string& word : words) prompt.push_back(number("without tokenizers-cpp, token id", word, 0, INT32_MAX));
+  for (const std::string& word : words)
+    prompt.push_back(number("built without -DTOKENIZERS_CPP (see README), token id", word, 0, INT32_MAX));
 #endif
 
   // 2. The model, and a session that has room for what is to come. More sessions of the model would share its weights.
@@ -72,8 +73,9 @@ void run(const std::string& bundle, const headpool::ModelOptions& how, std::int6
 int main(int argc, char** argv) {
   return run_example("generate", argc, argv, [](Words words) {
     headpool::ModelOptions how;
-    how.backend = take_backend(words);
-    expect_count(words, 4, SIZE_MAX, "generate [--backend NAME] BUNDLE VARIANT NEW-TOKENS PROMPT…");
+    constexpr const char* USAGE = "generate [--backend NAME] BUNDLE VARIANT NEW-TOKENS PROMPT…";
+    how.backend = take_backend(words, USAGE);
+    expect_count(words, 4, SIZE_MAX, USAGE);
     how.variant = words[1];
     run(words[0], how, number("NEW-TOKENS", words[2], 1, INT32_MAX), {words.begin() + 3, words.end()});
   });

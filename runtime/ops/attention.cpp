@@ -10,17 +10,19 @@
 namespace headpool {
 namespace {
 
-constexpr size_t SPLIT_ROWS = 512;   // cache rows of a decode task at least; shorter ones cost more than they balance
-constexpr size_t PREFILL_ROWS = 64;  // query rows of a prefill task
-constexpr size_t TASKS = 16;         // tasks of a decode step that are enough to keep the threads even
+constexpr size_t SPLIT_ROWS = 512;     // cache rows of a decode task at least; shorter ones cost more than they balance
+constexpr size_t PREFILL_ROWS = 64;    // query rows of a prefill task
+constexpr int64_t MOST_HEADS = 65536;  // so that no product with a tensor's size overflows
+constexpr size_t TASKS = 16;           // tasks of a decode step that are enough to keep the threads even
 
 struct AttentionKernel : Kernel<AttentionKernel> {
   explicit AttentionKernel(const OrtKernelInfo* raw) {
     const Ort::ConstKernelInfo info(raw);
-    H = info.GetAttribute<int64_t>("num_heads");
-    G = info.GetAttribute<int64_t>("kv_num_heads");
+    const auto heads = info.GetAttribute<int64_t>("num_heads"), kv_heads = info.GetAttribute<int64_t>("kv_num_heads");
+    expect(0 < kv_heads && kv_heads <= heads && heads <= MOST_HEADS && heads % kv_heads == 0,
+           "headpool::FusedAttention: kv_num_heads must divide num_heads, from 1 to 65536");
+    H = heads, G = kv_heads;
     scale = info.GetAttribute<float>("scale");
-    expect(H > 0 && G > 0 && H % G == 0, "headpool::FusedAttention: kv_num_heads must divide num_heads");
   }
 
   void compute(OrtKernelContext* raw) {

@@ -10,10 +10,13 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
                                                                                const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(ORT_API_VERSION);
   if (!api) return base->GetApi(1)->CreateStatus(ORT_FAIL, "headpool's operators need a newer ONNX Runtime");
-  Ort::InitApi(api);
   static OrtCustomOpDomain* domain = nullptr;
   static std::mutex mutex;  // sessions may be opened in several threads
   const std::lock_guard lock(mutex);
+#ifndef RegisterCustomOps  // part of libheadpool it has another name, and what InitApi sets is set: other threads may be
+                           // reading it
+  if (!domain) Ort::InitApi(api);
+#endif
   OrtStatus* status = nullptr;
   if (!domain) {
     status = api->CreateCustomOpDomain("headpool", &domain);

@@ -90,7 +90,8 @@ std::vector<Variant> read_manifest(const std::filesystem::path& bundle) {
   if (!std::filesystem::is_regular_file(path, failed)) {
     const bool folder = std::filesystem::is_directory(bundle, failed), exists = std::filesystem::exists(bundle, failed);
     const char* lack = folder ? "has no headpool.json" : exists ? "is a file" : "does not exist";
-    throw BundleError(bundle.string() + " is not a bundle: it " + lack + "; make one with 'headpool export'");
+    throw BundleError((bundle.empty() ? "\"\"" : bundle.string()) + " is not a bundle: it " + lack +
+                      "; make one with 'headpool export'");
   }
   return parse_manifest(read_text(path));
 }

@@ -159,6 +159,7 @@ std::shared_ptr<std::byte> OrtModel::zeros(std::size_t bytes) const {
 std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path& bundle, Variant chosen, int threads,
                                                      bool cuda) {
   start_onnxruntime();
+  environment();  // before the first value: what is wrong with one goes through its logger
   if (cuda) expect_cuda_runs(chosen);
   BackendInfo backend{"onnxruntime", "CPUExecutionProvider", "onnxruntime", OrtGetApiBase()->GetVersionString()};
   if (cuda) backend.name = "onnxruntime-cuda", backend.provider = "CUDAExecutionProvider";

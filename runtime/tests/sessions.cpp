@@ -164,6 +164,20 @@ void together(const headpool::Model& model) {
   CHECK(a == b);
 }
 
+// Two threads that open the same variant, each for itself.
+void opened_together(const std::string& bundle, const headpool::ModelOptions& how) {
+  const auto work = [&](std::vector<Row>& out) {
+    for (int i = 0; i < 3; ++i) {
+      headpool::Session session(headpool::Model::open(bundle, how), options(1, 100));
+      out = texts(session, {{3, 1, 4, 1, 5}}, 20);
+    }
+  };
+  std::vector<Row> a, b;
+  std::thread one(work, std::ref(a)), other(work, std::ref(b));
+  one.join(), other.join();
+  CHECK(a == b);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -181,6 +195,7 @@ int main(int argc, char** argv) {
     mistakes(model);
     many(model);
     together(model);
+    opened_together(argv[1], how);
     for (int i = 0; i < MODELS; ++i) headpool::Session(headpool::Model::open(argv[1], how)).prefill(Row{1});
     std::printf("%s is sound\n", info.variant.c_str());
   }

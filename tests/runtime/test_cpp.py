@@ -133,7 +133,12 @@ def test_the_examples_on_a_backend(built: Path, bundle: Bundle, greedy: list[int
     results = [Results.load(file) for file in files.values()]
     assert [(r.cells[0].backend, r.cells[0].provider, r.cells[0].versions, r.machine.gpus) for r in results] == [
         ("headpool::runtime onnxruntime", "CPUExecutionProvider", {"onnxruntime": version("onnxruntime")}, ()),
-        ("headpool::runtime onnxruntime-cuda", "CUDAExecutionProvider", {"onnxruntime": version("onnxruntime")}, ()),
+        (
+            "headpool::runtime onnxruntime-cuda",
+            "CUDAExecutionProvider",
+            {"onnxruntime": version("onnxruntime")},
+            ("CUDAExecutionProvider",),  # which says no more of its GPU
+        ),
         ("headpool::runtime tensorrt-rtx", "NVIDIA Fake (sm89)", {"tensorrt_rtx": "1.2.3.4"}, ("NVIDIA Fake (sm89)",)),
     ]
     assert _run(["compare", str(files["onnxruntime"]), str(files["tensorrt-rtx"])]) == 0

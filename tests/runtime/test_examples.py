@@ -81,7 +81,7 @@ def test_words_that_are_not_due(example: str, built: Path, bundle: Bundle) -> No
         assert refused(program, bundle.path, "", "out.json", 8, 16, 1, 1, 1) == usage
     nameless = "--backend lacks a name; choose from onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx"
     assert refused(program, "--backend") == refused(program, "--backend", "", bundle.path, "", 1, 1) == nameless
-    assert refused(program, "--backed", "x", bundle.path) == "option --backed is unknown; there is --backend NAME"
+    assert refused(program, "--backed", "x", bundle.path) == f"option --backed is unknown; {usage}"
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,11 @@ def test_words_that_are_not_due(example: str, built: Path, bundle: Bundle) -> No
         (("12x", 1), 'NEW-TOKENS "12x" is not a whole number from 1 to 2147483647'),
         (("0", 1), 'NEW-TOKENS "0" is not a whole number from 1 to 2147483647'),
         (("99999999999999999999", 1), 'NEW-TOKENS "99999999999999999999" is not a whole number from 1 to 2147483647'),
-        ((4, "1", "2x"), 'without tokenizers-cpp, token id "2x" is not a whole number from 0 to 2147483647'),
-        ((4, "-1"), 'without tokenizers-cpp, token id "-1" is not a whole number from 0 to 2147483647'),
+        (
+            (4, "1", "2x"),
+            'built without -DTOKENIZERS_CPP (see README), token id "2x" is not a whole number from 0 to 2147483647',
+        ),
+        ((4, "-1"), 'built without -DTOKENIZERS_CPP (see README), token id "-1" is not a whole number from 0 to 2147483647'),
         ((4, 67), "token id 67 is outside the vocabulary of 67"),
         ((130, 1), "the prompt of 1 tokens and 130 new ones need 130 cache rows, the capacity is 128"),
     ],

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes as c
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,12 @@ def edit(bundle: Path, change: Callable[[Any], object]) -> None:
     data = json.loads((bundle / "headpool.json").read_text())
     change(data["variants"][0])
     (bundle / "headpool.json").write_text(json.dumps(data))
+
+
+def fused(bundle: Path) -> str:
+    """Its variant of that pattern."""
+    variants = json.loads((bundle / "headpool.json").read_text())["variants"]
+    return str(next(variant["name"] for variant in variants if variant["pattern"] == "fused"))
 
 
 def refused(api: Api, bundle: Path, status: int, message: str, variant: str = "") -> None:
@@ -145,6 +154,62 @@ def test_files_that_are_cut_short(variant: str, part: float, bundle: Path, api: 
     graph = bundle / f"model.{variant}.onnx"
     graph.write_bytes(graph.read_bytes()[: int(graph.stat().st_size * part)])
     refused(api, bundle, BUNDLE, rf"^{graph.name} is damaged; export the bundle again$", variant)
+
+
+def huge_dimension(model: onnx.ModelProto) -> None:
+    (norm,) = [tensor for tensor in model.graph.initializer if tensor.name == "model.layers.0.post_attention_layernorm.weight"]
+    norm.dims[0] = 2**62
+
+
+def heads(count: int) -> Callable[[onnx.ModelProto], None]:
+    """Counts that wrap around: 6 modulo 2⁶² and its like pass a check of sizes that are multiplied."""
+
+    def change(model: onnx.ModelProto) -> None:
+        nodes = [node for node in model.graph.node if node.op_type == "FusedAttention"]
+        (attribute,) = [attribute for attribute in nodes[0].attribute if attribute.name == "num_heads"]
+        attribute.i = count
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (huge_dimension, "ONNX Runtime cannot run model.onnx"),
+        (heads(6 - 2**63), "kv_num_heads must divide num_heads, from 1 to 65536"),
+        (heads(6 + 2**61), "kv_num_heads must divide num_heads, from 1 to 65536"),
+        (heads(0), "kv_num_heads must divide num_heads, from 1 to 65536"),
+    ],
+    ids=["dimension", "below", "above", "none"],
+)
+def test_numbers_of_a_graph_that_is_the_first_opened(change: Any, message: str, bundle: Path, built: Path) -> None:
+    """In a process of its own, so that a crash is one test's, and nothing was set up by another model."""
+    (graph,) = bundle.glob("*fused*.onnx")
+    model = onnx.load(graph, load_external_data=False)
+    change(model)
+    graph.write_bytes(model.SerializeToString())
+    program = (
+        "import sys; from pathlib import Path; import numpy as np; from capi import Api\n"
+        "api = Api(Path(sys.argv[1]))\n"
+        "api.open(Path(sys.argv[2]), sys.argv[3]).session(capacity=30).prefill([np.array([1, 2, 3])])"
+    )
+    command = [sys.executable, "-c", program, built / "src/libheadpool.so", bundle, fused(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+    assert done.returncode == 1, done
+    assert "capi.RuntimeFailure: " in done.stderr
+    assert message.replace("model.onnx", graph.name) in done.stderr.splitlines()[-1]
+
+
+def test_weights_whose_place_wraps_around(bundle: Path, api: Api) -> None:
+    (graph,) = bundle.glob("*fused*.onnx")
+    model = onnx.load(graph, load_external_data=False)
+    (norm,) = [tensor for tensor in model.graph.initializer if tensor.name == "model.layers.0.post_attention_layernorm.weight"]
+    (offset,) = [entry for entry in norm.external_data if entry.key == "offset"]
+    offset.value = str(2**64 - 4)
+    graph.write_bytes(model.SerializeToString())
+    with pytest.raises(RuntimeFailure) as caught:
+        api.open(bundle, fused(bundle))
+    assert caught.value.status == BUNDLE
 
 
 def test_random_changes_of_a_manifest(bundle: Path, api: Api) -> None:

@@ -3,6 +3,10 @@
 
 #include <headpool/api.h>
 
+#if __cplusplus < 202002L
+#error "headpool's C++ headers need C++20: compile with -std=c++20 (headpool/headpool.h is for C and older C++)"
+#endif
+
 #include <stdexcept>
 #include <string>
 
