@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ from packaging.requirements import Requirement
 
 from exporter.engines.base import SessionInfo
 from exporter.errors import EngineError
+from profiles.bandwidth import BandwidthProbe
 from profiles.measure import Plan, measure
 from profiles.peers import __main__ as command
 from profiles.peers import run as run_module
@@ -151,6 +153,7 @@ def fake_peers(tmp_path, monkeypatch):
     own = next(runtime for runtime in RUNTIMES if runtime.name == "headpool grouped")
     for module in (runtimes, command):
         monkeypatch.setattr(module, "RUNTIMES", (own, fake, gone))
+    monkeypatch.setattr(run_module, "BandwidthProbe", functools.partial(BandwidthProbe, array_bytes=8 << 20))
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     options = ["--config", str(tmp_path / "config.json"), "--groups", "2", "--contexts", "8", "--weights", "fp32"]
     return [str(tmp_path / "out"), *options, "--samples", "8", "--prefill", "0", "--threads", "1"]
