@@ -85,8 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--contexts", type=numbers, default=(512, 4096), help="tokens of context of a decode step")
     parser.add_argument("--weights", type=lambda text: tuple(text.split(",")), default=WEIGHTS, help="fp32,int4 or one of them")
     parser.add_argument("--samples", type=int, default=48, help="decode steps timed a runtime and place (default: 48)")
-    parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt of a first token; 0: none")
-    parser.add_argument("--prefill-samples", type=int, default=4, help="of each (default: 4)")
+    parser.add_argument(
+        "--prefill", type=int, default=2048, help="tokens of the prompt of a first token (default: 2048); 0: none"
+    )
+    parser.add_argument("--prefill-samples", type=int, default=3, help="of each (default: 3)")
     parser.add_argument("--threads", type=int, help="of every runtime; default: one a physical core")
     parser.add_argument("--runtimes", type=lambda text: text.split(","), help="; ".join(r.name for r in RUNTIMES))
     parser.add_argument("--prepare", action="store_true", help="export and check only, measure nothing")

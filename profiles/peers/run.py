@@ -34,7 +34,7 @@ MEMORY = 0.85  # of what is available: workers hold what they need, and little o
 
 @dataclass(frozen=True)
 class Options:
-    """What to compare. `prompt` is the length of prefills, 0: none."""
+    """What to compare. `prompt` is the length of prefills, 0: none; they are measured with fp32 weights only."""
 
     config: Path
     groups: tuple[int, ...]
@@ -44,11 +44,11 @@ class Options:
     prompt: int
     prefill_samples: int
 
-    @property
-    def plans(self) -> tuple[Plan, ...]:
+    def plans(self, weights: str) -> tuple[Plan, ...]:
         decode = Plan(self.contexts, kinds=("decode",), samples=self.samples)
-        prefill = [Plan((self.prompt,), kinds=("prefill", "ttft"), prefill_samples=self.prefill_samples)] if self.prompt else []
-        return (decode, *prefill)
+        if not self.prompt or weights != "fp32":
+            return (decode,)
+        return (decode, Plan((self.prompt,), kinds=("prefill", "ttft"), prefill_samples=self.prefill_samples))
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Comparison:
 
     def _part(self, weights: str, groups: int) -> Results:
         path = self.place.folder / f"{weights}-g{groups}.json"
-        plans = self.options.plans
+        plans = self.options.plans(weights)
         settings = {
             "plans": json.loads(json.dumps([dataclasses.asdict(plan) for plan in plans])),
             "threads": self.place.threads,
