@@ -115,7 +115,7 @@ def _table(weights: str, rows: list[Row], differences: Sequence[Row]) -> str:
     first = rows[0]["runtime"]
     lines += [" | ".join([*line("floor", [r for r in rows if r["runtime"] == first], slopes.get(first, []), "floor_ms"), ""])]
     for name, part in grouped(rows, lambda row: row["runtime"]).items():
-        off = figures(far.get(name.replace("`", ""), []), "difference", "{:.1g}".format)
+        off = figures(far.get(name.replace("`", ""), []), "difference", "{:.2g}".format)
         lines.append(" | ".join([*line(name, part, slopes.get(name, []), "ms"), off]))
     return "\n".join(f"| {text} |" for text in lines)
 

@@ -18,9 +18,8 @@ SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "PER
 def export(checkpoint: Path, out: Path, weights: str) -> None:
     """int4 with that tool's defaults for the rest: the embedding and the output head are int8."""
     format = INT4 if weights == "int4" else ("--weight-format", "fp32")
-    tool = Path(sys.executable).with_name("optimum-cli")
-    command = [str(tool), "export", "openvino", "-m", str(checkpoint), "--task", "text-generation-with-past", *format, str(out)]
-    subprocess.run(command, check=True)
+    tool = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino"]
+    subprocess.run([*tool, "-m", str(checkpoint), "--task", "text-generation-with-past", *format, str(out)], check=True)
 
 
 class Peer(Runner):
