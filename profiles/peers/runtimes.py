@@ -13,10 +13,10 @@ from exporter.checkpoint import open_source
 from exporter.engines.base import SessionInfo
 from exporter.files import new_folder
 from profiles.bundles import subject_of
+from profiles.peers import with_headpool
 from profiles.peers.models import GGUF
 from profiles.peers.process import ROOT, WorkerProcess
 from profiles.peers.session import PeerSession
-from profiles.peers.with_headpool import PATTERNS
 from profiles.results import Subject
 
 WEIGHTS = ("fp32", "int4")
@@ -50,7 +50,7 @@ class Runtime:
 
 HEADPOOL = "with_headpool"
 RUNTIMES = (
-    *(Runtime(f"headpool {pattern}", HEADPOOL, options={"pattern": pattern}) for pattern in PATTERNS),
+    *(Runtime(f"headpool {pattern}", HEADPOOL, options={"pattern": pattern}) for pattern in with_headpool.PATTERNS),
     Runtime("onnxruntime-genai", "with_genai", ".venv-peers-genai", "static"),
     Runtime("OpenVINO", "with_openvino", ".venv-peers-openvino", "state"),
     Runtime("llama.cpp", "with_llama_cpp", ".venv-peers-llama.cpp", "static", GGUF),
@@ -81,10 +81,13 @@ def make_model(runtime: Runtime, weights: str, groups: int, place: Place) -> Pat
     model = place.model(runtime, weights, groups)
     if not model.exists():
         with new_folder(model.parent) as folder:
+            checkpoint, out = place.checkpoint(groups) / runtime.source, folder / "model"
+            if runtime.own:
+                with_headpool.export(checkpoint, out, weights)  # here, where all it imports is already
+                return model
             worker = runtime.start(place)
             try:
-                checkpoint = place.checkpoint(groups) / runtime.source
-                worker.ask("export", checkpoint=str(checkpoint), out=str(folder / "model"), weights=weights)
+                worker.ask("export", checkpoint=str(checkpoint), out=str(out), weights=weights)
             finally:
                 worker.close()
     return model
