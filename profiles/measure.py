@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import psutil
@@ -31,6 +31,17 @@ Progress = Callable[[int, int, str], None]  # samples taken, samples in all, wha
 
 class OpenSession(Protocol):
     def __call__(self, *, batch: int, capacity: int, profile_to: Path | None = None) -> Session: ...
+
+
+@runtime_checkable
+class TimesItself(Protocol):
+    """A session in another process, which takes the times there: what lies between the two is in no sample."""
+
+    def timed_prefill(self, prompts: list[np.ndarray]) -> dict[str, float]:
+        """Seconds of `prefill` and of `ttft`, both of one run from an empty cache."""
+
+    def timed_steps(self, tokens: np.ndarray, settle: int, count: int) -> list[float]:
+        """Seconds of each of `count` decode steps after `settle` others; then the sequences are as long as before."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,10 @@ class _Bench:
     samples: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
     def prefill(self, clock: Clock) -> None:
+        if isinstance(self.session, TimesItself):
+            for kind, seconds in self.session.timed_prefill(self.prompts).items():
+                self.samples[kind].append(seconds)
+            return
         self.session.reset()
         start = clock()
         logits = self.session.prefill(self.prompts)
@@ -180,15 +195,19 @@ class _Bench:
             self.session.reset()
             self.session.prefill(self.prompts)
 
-    def step(self) -> None:
-        self.session.decode(self.tokens)
-        self.session.rewind(self.context)
-
-    def decode(self, clock: Clock) -> None:
-        start = clock()
-        self.session.decode(self.tokens)
-        self.samples["decode"].append(clock() - start)
-        self.session.rewind(self.context)
+    def decode(self, settle: int, count: int, clock: Clock) -> None:
+        """`count` samples after `settle` untimed steps."""
+        if isinstance(self.session, TimesItself):
+            self.samples["decode"] += self.session.timed_steps(self.tokens, settle, count)
+            return
+        for _ in range(settle):
+            self.session.decode(self.tokens)
+            self.session.rewind(self.context)
+        for _ in range(count):
+            start = clock()
+            self.session.decode(self.tokens)
+            self.samples["decode"].append(clock() - start)
+            self.session.rewind(self.context)
 
 
 def _measure_cohort(
@@ -229,19 +248,15 @@ def _sample_decode(
 ) -> None:
     for bench in benches:
         bench.fill()
-        for _ in range(plan.warmup):
-            bench.step()
+        bench.decode(plan.warmup, 0, clock)
     rounds = -(-plan.samples // plan.turn)
     probe()
     for number, turns in enumerate(_rounds(benches, rounds, plan, clock)):
         if number and number == rounds // 2:
             probe()
         for bench in turns:
-            for _ in range(plan.settle):
-                bench.step()
             count = min(plan.turn, plan.samples - number * plan.turn)
-            for _ in range(count):
-                bench.decode(clock)
+            bench.decode(plan.settle, count, clock)
             advance(bench, count)
     probe()
 
