@@ -220,6 +220,12 @@ def test_random_changes_of_a_manifest(bundle: Path, api: Api) -> None:
     assert 0 < statuses.count(0) < 250  # some values mean nothing to the runtime
 
 
+def test_a_capacity_past_the_models_context_is_that(bundle: Path, api: Api) -> None:
+    model = api.open(bundle)
+    most = model.info().max_positions
+    assert [model.session(capacity=count).capacity for count in (most - 1, most, most + 1, 0)] == [most - 1, most, most, most]
+
+
 def test_numbers_of_threads(bundle: Path, api: Api) -> None:
     for threads in (-1, 1025, 2**31 - 1):
         words = f"^threads {threads} is not a whole number from 0 \\(one a physical core\\) to 1024$"
