@@ -100,6 +100,7 @@ def with_plan(path: Path | None, source: Any, given: dict[str, Any]) -> dict[str
     where the command line has none of its own. Raises UserError where the plan is not for `source`."""
     if path is None:
         return given
+    from exporter.convert.calibration import CALIBRATIONS
     from exporter.convert.plan import KVPlan
 
     plan = KVPlan.load(path)
@@ -109,6 +110,11 @@ def with_plan(path: Path | None, source: Any, given: dict[str, Any]) -> dict[str
     if context.get_parameter_source("method") is not ParameterSource.DEFAULT:
         named = {}  # another method: what goes with it is the command line's too
     taken = {key: value for key, value in named.items() if context.get_parameter_source(key) is ParameterSource.DEFAULT}
+    text = plan.calibration if "calibration" in taken else None
+    if text and text not in CALIBRATIONS and not Path(text).is_file():
+        raise UserError(f"{path} was made with the calibration text {text}, which is not there; give one with --calibration")
+    if source.files and plan.kv_digest not in ("", source.kv_digest()):
+        click.echo(f"headpool: {path} was chosen for other weights than {source.name}'s, those of {plan.model}", err=True)
     groups = tuple(group for group in given.get("groups") or () if group != short(plan.kv_heads))
     return {**given, **taken, "groups": (*groups, short(plan.kv_heads))}
 
@@ -158,7 +164,7 @@ def _front_lines(points: list[dict[str, Any]]) -> list[str]:
     lines = ["KV cache   " + ("ms a token   " if "ms" in points[0] else "") + "sum of losses, nats a token"]
     for index in shown:
         point = points[index]
-        ms = f"{point['ms']:>10.2f}   " if "ms" in point else ""
+        ms = f"{point['ms']:>10.3g}   " if "ms" in point else ""
         lines.append(f"{point['kv_share']:>8.1%}   {ms}{point['sum_of_losses']:.3g}{'   ← chosen' * point['chosen']}")
     if len(shown) < len(points):
         lines.append(f"({len(points)} plans are on the front)")
@@ -168,10 +174,13 @@ def _front_lines(points: list[dict[str, Any]]) -> list[str]:
 def _plan_lines(plan: Any, out: Path) -> list[str]:
     found = plan.found
     lines = [f"KV heads by layer: {' '.join(map(str, plan.kv_heads))}"]
+    over = found.get("measured_ms", 0.0) > plan.target.get("target_ms", float("inf"))
     lines.append(f"measured as a whole: {found['loss']:.3g} nats a token from the original, by {plan.method}")
     if "measured_ms" in found:
         lines.append(
-            f"a step takes {found['measured_ms']:.2f} ms at {found['context']:,.0f} tokens, "
-            f"before {found['measured_ms_before']:.2f} ms"
+            f"a step takes {found['measured_ms']:.3g} ms at {found['context']:,.0f} tokens, "
+            f"before {found['measured_ms_before']:.3g} ms"
+            + f": more than the {plan.target['target_ms']:g} ms asked for, as layers do not add up exactly; ask for less"
+            * over
         )
     return [*lines, str(out)]

@@ -36,6 +36,7 @@ class KVPlan:
     seed: int
     target: dict[str, float]
     found: dict[str, float]
+    kv_digest: str = ""  # of the checkpoint (see Checkpoint.kv_digest); empty where that was not noted
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from exporter.checkpoint import Checkpoint, scan
 from exporter.config import ModelConfig, group_counts
-from exporter.convert.calibration import calibration_tokens
+from exporter.convert.calibration import CALIBRATIONS, calibration_tokens
 from exporter.convert.knapsack import Point, pareto_front
 from exporter.convert.methods import SHARINGS, Grouping, Method, check_method
 from exporter.convert.plan import KVPlan, read_object
@@ -53,6 +53,7 @@ class Measured:
     how: How
     tokens: tuple[tuple[int, ...], ...]
     losses: tuple[tuple[int, int, float], ...] = ()
+    text: str = ""  # sha256 of the calibration text; empty: it was none
     schema: int = SCHEMA
 
     def by_layer(self) -> dict[int, dict[int, float]]:
@@ -119,18 +120,24 @@ class Selection:
         return tuple(counts[choice] for counts, choice in zip(self.counts, point.choices, strict=True))
 
     def within_loss(self, front: list[Point], bound: float) -> tuple[Point, float]:
-        """The cheapest plan whose loss, measured as a whole, is at most `bound` nats a token, and that loss.
+        """The cheapest of the plans measured as a whole whose loss is at most `bound` nats a token, and that loss.
 
-        Losses of layers add up only nearly: where a plan's own is above the bound, the sum is held to a lower one.
+        Losses of layers add up only nearly. What a measured plan's own loss is of its sum says where on the front the next one
+        is looked for, between the dearest that is above the bound and the cheapest that is not; after TRIES plans, what holds
+        is enough.
         """
-        limit = bound
-        for _ in range(TRIES):
-            point = cheapest(front, limit)
-            loss = self.loss_of(point)
+        above, holds, found = -1, len(front) - 1, None  # the last has as many heads as there are
+        ratio, tries = 1.0, 0
+        while holds - above > 1 and (tries < TRIES or found is None):
+            guess = next(at for at, point in enumerate(front) if point.loss * ratio <= bound or at == holds)
+            at = min(max(guess, above + 1), holds - 1) if tries < TRIES else (above + holds) // 2
+            loss, tries = self.loss_of(front[at]), tries + 1
             if loss <= bound:
-                return point, loss
-            limit = min(point.loss, limit * bound / loss) * 0.95
-        return front[-1], self.loss_of(front[-1])  # as many heads as there are
+                holds, found = at, loss
+            else:
+                above = at
+            ratio = loss / front[at].loss if front[at].loss > 0 else ratio
+        return front[holds], self.loss_of(front[holds]) if found is None else found
 
     def loss_of(self, point: Point) -> float:
         """Nats a token of the plan as a whole, measured."""
@@ -146,15 +153,23 @@ class Selection:
             kv_heads=self.kv_heads_of(point),
             method=how.method,
             grouping=how.grouping,
-            calibration=how.calibration if how.method in SHARINGS else None,
+            calibration=self._calibration(),
             seed=how.seed,
             target=target,
             found=found,
+            kv_digest=self.checkpoint.kv_digest(),
         )
+
+    def _calibration(self) -> str | None:
+        """As the plan has it: a text by a path that holds wherever the plan is followed."""
+        given = self.how.calibration if self.how.method in SHARINGS else None
+        return given if given is None or given in CALIBRATIONS else str(Path(given).absolute())
 
     def _load(self) -> Measured:
         """What `store` holds, or a new start with tokens of its own."""
         digest = scan(self.checkpoint.files)
+        text = Path(self.source)
+        text_digest = scan([text]) if self.source not in CALIBRATIONS and text.is_file() else ""
         if self.store.exists():
             held = decode(Measured, read_object(self.store, "measurements"), str(self.store))
             if (held.sha256, held.how, held.schema) != (digest, self.how, SCHEMA):
@@ -163,10 +178,25 @@ class Selection:
                     f"{held.how.grouping}, calibration {held.how.calibration or 'self'}, seed {held.how.seed}, not of what is "
                     "asked for; choose another --measurements, or remove it"
                 )
+            if held.text != text_digest:
+                raise UserError(
+                    f"{self.store} holds measurements on another text than {text} holds now; choose another --measurements, or "
+                    "remove it"
+                )
+            if not self._sound(held):
+                raise UserError(
+                    f"{self.store} is damaged, its tokens or layers are not {held.model}'s; remove it to begin anew"
+                )
             return held
         tokens = calibration_tokens(self.checkpoint, self.source, self.how.seed, self.progress, MEASURED)
         assert tokens is not None
-        return Measured(self.checkpoint.name, digest, self.how, tuple(map(tuple, tokens.tolist())))
+        return Measured(self.checkpoint.name, digest, self.how, tuple(map(tuple, tokens.tolist())), text=text_digest)
+
+    def _sound(self, held: Measured) -> bool:
+        lengths, ids = {len(window) for window in held.tokens}, [token for window in held.tokens for token in window]
+        fits = len(lengths) == 1 and ids and min(ids) >= 0 and max(ids) < self.checkpoint.config.vocab_size
+        layers = range(self.checkpoint.config.num_layers)
+        return bool(fits) and all(layer in layers and count in self.counts[layer] for layer, count, _ in held.losses)
 
     def _save(self) -> None:
         with replacing(self.store) as temporary:
@@ -194,11 +224,6 @@ def check_reachable(costs: list[dict[int, int]], limit: float, unit: float, targ
             f"{target} {limit * unit:.4g} cannot be met: the least is {math.ceil(nearest * digits) / digits:g} {what}; "
             "choose that or more"
         )
-
-
-def cheapest(front: list[Point], bound: float) -> Point:
-    """The first point of a front whose loss is at most `bound`; the last, with the least loss, where none is."""
-    return next((point for point in front if point.loss <= bound), front[-1])
 
 
 def dearest(front: list[Point], limit: float) -> Point:

@@ -7,15 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from exporter.errors import UserError
 from exporter.files import replacing
 
 JSON, BOARD = "metrics.jsonl", "runs"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows so far, by step."""
+    """The rows so far, by step; not a last one that was cut short. Raises UserError."""
     path = folder / JSON
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); remove {folder} to begin anew") from None
 
 
 class Metrics:

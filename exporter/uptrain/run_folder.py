@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from exporter.files import new_folder
 from exporter.tokenizer import Tokenizer
 from exporter.uptrain.options import UptrainOptions
 from exporter.uptrain.sources import pieces
-from exporter.uptrain.tokens import Windows, write_tokens
+from exporter.uptrain.tokens import DTYPE, Windows, write_tokens
 
 SETTINGS, TOKENS = "run.json", "tokens.bin"
 
@@ -33,7 +32,7 @@ def prepare(
     folder: Path, checkpoint: Checkpoint, teacher: Checkpoint | None, options: UptrainOptions, progress: Progress
 ) -> None:
     """Make the folder, its tokens read once and for all; or see that the one there is of this very run. Raises UserError."""
-    settings = {
+    settings: dict[str, Any] = {
         "options": options.identity(),
         "model": fingerprint(checkpoint),
         "teacher": fingerprint(teacher) if teacher is not None else None,
@@ -56,17 +55,14 @@ def prepare(
         )
         if not written:
             raise UserError(f"data {', '.join(options.data)} is empty; give some text")
+        settings["tokens"] = written
         Windows.open(partial / TOKENS, options.window, options.held_out, options.seed)
         (partial / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
 
 
 def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Its config, and a hash of the first layer's K and V, which every conversion and every training changes."""
-    digest = hashlib.sha256()
-    for projection in ("k_proj", "v_proj"):
-        for block in checkpoint.weights[f"model.layers.0.self_attn.{projection}.weight"].blocks():
-            digest.update(block.float().numpy().tobytes())
-    return {"config": dataclasses.asdict(checkpoint.config), "sha256": digest.hexdigest()}
+    """What tells it from others."""
+    return {"config": dataclasses.asdict(checkpoint.config), "sha256": checkpoint.kv_digest()}
 
 
 @contextlib.contextmanager
@@ -87,9 +83,10 @@ def alone(folder: Path) -> Iterator[None]:
 
 def _check_same(folder: Path, settings: dict[str, Any]) -> None:
     anew = f"give what it was begun with to go on, or remove {folder} to begin anew"
+    path = folder / TOKENS
     try:
         there = json.loads((folder / SETTINGS).read_text("utf-8"))
-        options = there["options"]
+        options, tokens = there["options"], int(there["tokens"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds no run that can be read ({type(error).__name__}); remove it to begin anew") from None
     for name, value in settings["options"].items():
@@ -98,3 +95,5 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
     for name in ("model", "teacher"):
         if there.get(name) != settings[name]:
             raise UserError(f"{folder} holds a run of another {name}; {anew}")
+    if not path.is_file() or path.stat().st_size != tokens * DTYPE.itemsize:
+        raise UserError(f"{path} is damaged, it does not hold the run's {tokens} tokens; remove {folder} to begin anew")

@@ -150,10 +150,10 @@ def _useless(value: float) -> None:
 
 def _diverged(folder: Path, step: int, options: UptrainOptions) -> None:
     kept = state.latest(folder)
-    last = f"the checkpoint of step {kept} is kept in {folder}" if kept else f"there is no checkpoint yet in {folder}"
+    there = f"go on from step {kept}, which {folder} keeps," if kept else f"begin again ({folder} has no checkpoint yet)"
     raise UserError(
-        f"the loss or its gradient is not finite at step {step}; {last}: go on from there with a smaller lr "
-        f"(now {options.rate(step - 1):.2g}) by the same command, or remove {folder} to begin anew"
+        f"the loss or its gradient is not finite at step {step}; {there} by the same command with a smaller lr (now "
+        f"{options.rate(step - 1):.2g}), or remove {folder} to begin anew"
     )
 
 

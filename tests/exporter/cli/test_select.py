@@ -65,6 +65,18 @@ def test_a_plan_is_followed_to_every_pattern(headpool, made: Path, planned: Path
     assert not (tmp_path / "bundle" / "genai_config.json").exists()
 
 
+def test_a_plan_of_other_weights_or_without_its_text(headpool, refused, made: Path, planned: Path, tmp_path: Path) -> None:
+    plan = json.loads(planned.read_text())
+    planned.write_text(json.dumps(plan | {"kv_digest": "0" * 64}))
+    code, _, err = headpool("convert", made / "model", tmp_path / "out", "--plan", planned)
+    assert code == 0
+    assert f"{planned} was chosen for other weights than model's, those of model" in err
+    planned.write_text(json.dumps(plan | {"calibration": str(tmp_path / "gone.txt")}))
+    assert refused("convert", made / "model", tmp_path / "other", "--plan", planned) == (
+        f"{planned} was made with the calibration text {tmp_path / 'gone.txt'}, which is not there; give one with --calibration"
+    )
+
+
 def test_a_sweep_beside_the_plan(headpool, made: Path, planned: Path, tmp_path: Path) -> None:
     """The checkpoint's own heads and the plan on one page; a method that is named goes before the plan's."""
     arguments = ("--contexts", "4", "--samples", "2", "--kinds", "decode", "--threads", "1", "--quality-tokens", "40")

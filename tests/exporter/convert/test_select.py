@@ -151,6 +151,39 @@ def test_a_bound_on_the_loss_holds_for_the_whole_plan(tmp_path: Path) -> None:
     chosen.loss_of = lambda point: 3 * point.loss  # type: ignore[method-assign]  # losses that add up badly
     point, loss = chosen.within_loss(front, bound)
     assert 3 * point.loss == loss <= bound
+    assert all(3 * other.loss > bound for other in front if other.cost < point.cost)
+    chosen.loss_of = lambda point: 0.4 * point.loss  # type: ignore[method-assign]
+    point, loss = chosen.within_loss(front, bound)
+    assert 0.4 * point.loss == loss <= bound
+    assert all(0.4 * other.loss > bound for other in front if other.cost < point.cost)
+    chosen.loss_of = lambda point: 0.0 if point is front[-1] else bound * 2  # type: ignore[method-assign]
+    assert chosen.within_loss(front, bound) == (front[-1], 0.0)
+
+
+def test_measurements_of_another_text_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    store, text = tmp_path / "store.json", tmp_path / "text.txt"
+    hf.add_tokenizer(hf.save("llama", tmp_path))
+    source = open_checkpoint(tmp_path / "llama")
+    text.write_text("some text " * 200)
+    how = select.How("mean", calibration=str(text))
+    select.Selection(source, how, store, lambda *_: None).measure()
+    written = json.loads(store.read_text())
+    text.write_text("another text " * 200)
+    with pytest.raises(UserError, match=r"holds measurements on another text than \S*text.txt holds now; choose another"):
+        select.Selection(source, how, store, lambda *_: None).measure()
+    text.write_text("some text " * 200)
+    ragged = [written["tokens"][0][1:], *written["tokens"][1:]]
+    foreign = [[source.config.vocab_size, *written["tokens"][0][1:]], *written["tokens"][1:]]
+    for changes in (
+        {"tokens": []},
+        {"tokens": ragged},
+        {"tokens": foreign},
+        {"losses": [[2, 1, 0.1]]},
+        {"losses": [[0, 7, 0.1]]},
+    ):
+        store.write_text(json.dumps(written | changes))
+        with pytest.raises(UserError, match=r"is damaged, its tokens or layers are not llama's; remove it to begin anew"):
+            select.Selection(source, how, store, lambda *_: None).measure()
 
 
 def test_latency_is_shared_out_by_layer() -> None:

@@ -86,7 +86,7 @@ def test_a_run_goes_on_bit_for_bit(changes, saved, few, run, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
     assert state.latest(tmp_path / "out.run") == 3
     with open(tmp_path / "out.run" / "metrics.jsonl", "a") as file:  # as if a later step had been begun
-        file.write('{"step": 4, "loss": 99}\n')
+        file.write('{"step": 4, "loss": 99}\n{"step": 5, "lo')  # which a full disk cut short
     out = run("out", save_every=2, **changes)
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(out).items())
     assert figures(out, "step", "loss", "lr", "gradient_norm") == figures(whole, "step", "loss", "lr", "gradient_norm")
@@ -130,8 +130,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(saved, few, run, tmp_path, monk
         uptrain(saved, tmp_path / "out", few(save_every=2))
     folder = tmp_path / "out.run"
     assert str(refusal.value) == (
-        f"the loss or its gradient is not finite at step 5; the checkpoint of step 4 is kept in {folder}: go on from there "
-        f"with a smaller lr (now 0.0012) by the same command, or remove {folder} to begin anew"
+        f"the loss or its gradient is not finite at step 5; go on from step 4, which {folder} keeps, by the same "
+        f"command with a smaller lr (now 0.0012), or remove {folder} to begin anew"
     )
     out = run("out", save_every=2, lr=1e-4)
     assert [row["lr"] > 1e-4 for row in read_metrics(out)[1:]] == [True] * 4 + [False] * 2
@@ -151,12 +151,20 @@ def test_another_run_is_not_gone_on_with(saved, few, copy, tmp_path, monkeypatch
     file = copy / "model.safetensors"
     data = bytearray(file.read_bytes())
     [header] = struct.unpack("<Q", data[:8])
-    entry = json.loads(data[8 : 8 + header])["model.layers.0.self_attn.k_proj.weight"]
+    entry = json.loads(data[8 : 8 + header])["model.layers.1.self_attn.k_proj.weight"]
     data[8 + header + entry["data_offsets"][0]] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError, match="holds a run of another model; give what it was begun with"):
         uptrain(copy, tmp_path / "out", few())
     assert sorted((tmp_path / "out.run").rglob("*")) == kept
+    tokens = (tmp_path / "out.run" / "tokens.bin").read_bytes()
+    for broken in (tokens[:-4], None):
+        (tmp_path / "out.run" / "tokens.bin").unlink()
+        if broken:
+            (tmp_path / "out.run" / "tokens.bin").write_bytes(broken)
+        with pytest.raises(UserError, match=rf"damaged, it does not hold the run's {len(tokens) // 4} tokens; remove"):
+            uptrain(saved, tmp_path / "out", few())
+        (tmp_path / "out.run" / "tokens.bin").write_bytes(tokens)
     shard = max((tmp_path / "out.run" / "step-00000001").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-2000])
     with pytest.raises(UserError, match=r"checkpoint of step 1 in \S*/out.run cannot be read: .*; remove \S*/out.run to begin"):
