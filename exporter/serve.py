@@ -84,7 +84,9 @@ class Generation:
         self.prompts, self.sampler, self.variant = prompts, sampler, variant
         self.count = min(max_new_tokens, limit - longest + 1) if capacity is None else max_new_tokens
         self.cut = self.count < max_new_tokens
+        started = time.perf_counter()
         self.session = open_session(bundle, variant, backend=backend, batch=len(prompts.ids), capacity=rows, threads=threads)
+        self.load = time.perf_counter() - started
         self.new: list[list[int]] = [[] for _ in prompts.ids]
         self.seconds: list[float] = []  # of each token, the first after prefill
 
@@ -123,6 +125,7 @@ class Generation:
             "prompt_tokens": [len(prompt) for prompt in self.prompts.ids],
             "tokens": self.new,
             "texts": self.texts,
+            "load_seconds": self.load,
             "time_to_first_token_seconds": first,
             "seconds_per_token_p50": float(np.median(rest)) if rest else None,
             "kv_bytes": self.session.kv_bytes(),
@@ -136,7 +139,8 @@ class Generation:
         what = "token" if batch == 1 else f"step of {batch} tokens"
         speed = f", then {each * 1e3:.1f} ms a {what} ({batch / each:.1f} tokens/s)" if each else ""
         full = f"; stopped at the model's context of {self.variant.config.max_positions} tokens" if self._full else ""
-        return f"first token after {figures['time_to_first_token_seconds'] * 1e3:.0f} ms{speed}; {self.variant.name}{full}"
+        first = f"opened in {self.load:.2g} s, first token after {figures['time_to_first_token_seconds'] * 1e3:.0f} ms"
+        return f"{first}{speed}; {self.variant.name}{full}"
 
     @property
     def _full(self) -> bool:

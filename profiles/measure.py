@@ -174,6 +174,7 @@ class _Bench:
     context: int
     prompts: list[np.ndarray]
     tokens: np.ndarray
+    load: float
     samples: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
     def prefill(self, clock: Clock) -> None:
@@ -223,9 +224,11 @@ def _measure_cohort(
     with contextlib.ExitStack() as stack:
         benches = []
         for subject, open_session in chosen:
+            start = clock()
             session = open_session(batch=batch, capacity=plan.capacity_at(context))
+            load = clock() - start
             stack.callback(session.close)
-            benches.append(_Bench(subject, session, context, *random_tokens(session, context, plan.seed)))
+            benches.append(_Bench(subject, session, context, *random_tokens(session, context, plan.seed), load))
         stack.enter_context(_no_garbage_collection())
         if {"prefill", "ttft"} & set(plan.kinds):
             _sample_prefill(benches, plan, advance, clock)
@@ -292,6 +295,7 @@ def _cell(bench: _Bench, kind: str, plan: Plan, cohort: int) -> Cell:
         samples=tuple(bench.samples[kind]),
         burst=plan.turn if kind == "decode" else 1,
         cohort=cohort,
+        load=bench.load,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from exporter.errors import UserError
 from exporter.files import write_text
 from profiles import report_extras, report_figures, report_page, report_runs, report_words
 from profiles.noise import busy_runs
-from profiles.report_data import Row, rows_of
+from profiles.report_data import Row, grouped, rows_of
 from profiles.report_figures import Table
 from profiles.results import Results
 
@@ -64,14 +65,24 @@ def _subtitle(results: Sequence[Results]) -> str:
 
 
 def _subjects(rows: Sequence[Row]) -> Table:
-    unique = {(row.subject.bundle_hash, row.subject.variant): row for row in rows}
-    headings = ("variant", "KV heads", "query heads", "pattern", "cache", "dtype", "conversion", "bundle", "sha256 of bundle")
+    parts = grouped(rows, lambda row: (row.subject.bundle_hash, row.subject.variant))
+    headings = (
+        *("variant", "KV heads", "query heads", "pattern", "cache", "dtype", "conversion", "opened in", "bundle"),
+        "sha256 of bundle",
+    )
     lines = [
         (
             *(s.variant, s.groups_label, str(s.heads), s.pattern, s.cache, s.dtype, report_extras.method(row)),
-            *(s.bundle, s.bundle_hash[:16]),
+            *(_load(part), s.bundle, s.bundle_hash[:16]),
         )
-        for row in unique.values()
+        for part in parts.values()
+        for row in part[-1:]
         for s in [row.subject]
     ]
     return Table(headings, tuple(lines))
+
+
+def _load(rows: Sequence[Row]) -> str:
+    """The median of its sessions: the first of a run may have read its files from disk."""
+    seconds = [row.cell.load for row in rows if row.cell.load is not None]
+    return f"{statistics.median(seconds):.2g} s" if seconds else ""

@@ -88,6 +88,7 @@ class Cell:
     floor: float | None = None
     quality: dict[str, float] | None = None  # for example {"loss": 2.59}, in nats a token
     breakdown: dict[str, float] | None = None  # seconds of one decode step by class (see breakdown.py)
+    load: float | None = None  # seconds to open the session, of files that may lie in memory already
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -99,6 +100,8 @@ class Cell:
             raise UserError(f"variant {self.subject.variant!r}, {self.kind}: samples are not positive seconds")
         if self.floor is not None and not 0 < self.floor < 1e9:
             raise UserError(f"variant {self.subject.variant!r}: floor {self.floor} is not a positive number of seconds")
+        if self.load is not None and not 0 <= self.load < 1e9:
+            raise UserError(f"variant {self.subject.variant!r}: load {self.load} is not a number of seconds")
         if unknown := sorted(set(self.breakdown or ()) - set(BREAKDOWN_CLASSES)):
             raise UserError(one_of("breakdown class", unknown[0], BREAKDOWN_CLASSES))
         if min((self.breakdown or {"other": 0.0}).values(), default=0.0) < 0:

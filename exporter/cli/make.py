@@ -83,6 +83,9 @@ def convert_command(
         how = "" if record else ": none changed"
     else:
         how = f", by {record['method']}" if record else ""
+        if record and "calibration" in record:
+            groups = "the best groups" if record["grouping"] == "best" else "groups as they lie"
+            how += f", {groups}, " + ("no tokens" if record["calibration"] == "none" else f"tokens: {record['calibration']}")
     heads = f"{_heads(before.kv_heads)} → {_heads(after.kv_heads)} KV heads of {after.num_heads} query heads"
     gated = f", GLU attention with values of {glu_values}" if glu_values else ""
     finish(as_json, data, f"{out}: {heads}{gated}{how}")

@@ -83,7 +83,7 @@ def uptrain_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) ->
     plural = "es" * (passes != "1")
     lines = [
         f"{out}: {done.steps} step{'s' * (done.steps != 1)}, {done.tokens:,} tokens, {passes} pass{plural} over the data, "
-        f"{done.seconds:.0f} s",
+        f"{done.seconds:,.{0 if done.seconds >= 10 else 1}f} s in {done.dtype}",
         f"held-out cross-entropy {done.before:.4f} → {done.after:.4f} nats a token",
     ]
     finish(as_json, {"out": str(out), **dataclasses.asdict(done)}, lines)

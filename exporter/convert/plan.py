@@ -70,7 +70,11 @@ class KVPlan:
         data = read_object(path, "plan")
         if not {"kv_heads", "kv_heads_before"} & data.keys():
             raise UserError(f"{path} is not a plan; make one with 'headpool select'")
-        return decode(cls, data, str(path))
+        try:
+            return decode(cls, data, str(path))
+        except UserError as error:
+            text = str(error)
+            raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
 def shape(heads: int, kv_heads: tuple[int, ...]) -> str:

@@ -171,18 +171,20 @@ class Selection:
         text = Path(self.source)
         text_digest = scan([text]) if self.source not in CALIBRATIONS and text.is_file() else ""
         if self.store.exists():
-            held = decode(Measured, read_object(self.store, "measurements"), str(self.store))
-            if (held.sha256, held.how, held.schema) != (digest, self.how, SCHEMA):
+            data = read_object(self.store, "measurements")
+            if "losses" not in data:
+                raise UserError(f"{self.store} holds no measurements; choose another --measurements")
+            held, other = decode(Measured, data, str(self.store)), "; choose another --measurements, or remove it"
+            if held.sha256 != digest:
+                raise UserError(f"{self.store} holds measurements of other weights, {held.model}'s{other}")
+            if (held.how, held.schema) != (self.how, SCHEMA):
                 raise UserError(
                     f"{self.store} holds measurements of {held.model} by method {held.how.method}, grouping "
                     f"{held.how.grouping}, calibration {held.how.calibration or 'self'}, seed {held.how.seed}, not of what is "
-                    "asked for; choose another --measurements, or remove it"
+                    f"asked for{other}"
                 )
             if held.text != text_digest:
-                raise UserError(
-                    f"{self.store} holds measurements on another text than {text} holds now; choose another --measurements, or "
-                    "remove it"
-                )
+                raise UserError(f"{self.store} holds measurements on another text than {text} holds now{other}")
             if not self._sound(held):
                 raise UserError(
                     f"{self.store} is damaged, its tokens or layers are not {held.model}'s; remove it to begin anew"

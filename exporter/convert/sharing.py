@@ -73,7 +73,10 @@ def gram(rows: Tensor, moments: Tensor) -> Tensor:
 
 def reading(rows: Tensor, moments: Tensor) -> Tensor:
     """rows · moments; moments are real, which halves the work of complex rows."""
-    return torch.complex(rows.real @ moments, rows.imag @ moments) if rows.is_complex() else rows @ moments
+    flat = rows.flatten(0, -2)  # one product: a batch of them, each of a row or two, would read the moments as many times
+    if not rows.is_complex():
+        return (flat @ moments).view(rows.shape)
+    return torch.complex(flat.real.contiguous() @ moments, flat.imag.contiguous() @ moments).view(rows.shape)
 
 
 def square_root(weights: Tensor) -> tuple[Tensor, Tensor]:

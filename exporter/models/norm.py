@@ -31,4 +31,4 @@ class Norm(nn.Module):
     def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.kind == "layer":
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps)  # under autocast they differ

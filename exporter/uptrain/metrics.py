@@ -27,7 +27,8 @@ class Metrics:
     """Appends rows to a run's folder. What an interrupted call wrote of steps behind its last checkpoint is dropped first."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        kept = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step]
+        rows = read_metrics(folder)
+        kept = [json.dumps(row) + "\n" for row in rows if 0 < step >= row["step"]]  # from the start on, step 0 is written anew
         with replacing(folder / JSON) as temporary:
             temporary.write_text("".join(kept), "utf-8")
         self._file = open(folder / JSON, "a", encoding="utf-8")  # noqa: SIM115
@@ -35,7 +36,7 @@ class Metrics:
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / BOARD), purge_step=step + 1 if kept else None)
+            self._board = SummaryWriter(str(folder / BOARD), purge_step=step + bool(step) if rows else None)
 
     def write(self, row: dict[str, Any]) -> None:
         """`row` has numbers only; its `step` counts the steps done."""

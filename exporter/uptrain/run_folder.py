@@ -91,7 +91,8 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{folder} holds no run that can be read ({type(error).__name__}); remove it to begin anew") from None
     for name, value in settings["options"].items():
         if options.get(name) != value:
-            raise UserError(f"{folder} holds a run with {option(name)} {options.get(name)!r}, not {value!r}; {anew}")
+            held, asked = (",".join(map(str, v)) if isinstance(v, list) else v for v in (options.get(name), value))
+            raise UserError(f"{folder} holds a run with {option(name)} {held}, not {asked}; {anew}")
     for name in ("model", "teacher"):
         if there.get(name) != settings[name]:
             raise UserError(f"{folder} holds a run of another {name}; {anew}")

@@ -30,7 +30,8 @@ def pieces(sources: Iterable[str], field: str) -> Iterator[Piece]:
         if source.startswith(HUB):
             yield from _rows(source, _load(source), field)
         elif not (path := Path(source)).is_file():
-            raise UserError(f"data {source!r} is not a file; give a text file, a .jsonl file, or {HUB}NAME for datasets' own")
+            own = f"{HUB}{source} for a folder of datasets'" if path.is_dir() else f"{HUB}NAME for datasets' own"
+            raise UserError(f"data {source!r} is not a file; give a text file, a .jsonl file, or {own}")
         elif path.suffix.lower() in LINES:
             yield from _lines(path, field)
         elif path.suffix.lower() in BUILDERS:

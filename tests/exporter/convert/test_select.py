@@ -169,6 +169,9 @@ def test_measurements_of_another_text_and_damaged_ones_are_refused(tmp_path: Pat
     select.Selection(source, how, store, lambda *_: None).measure()
     written = json.loads(store.read_text())
     text.write_text("another text " * 200)
+    twin = dataclasses.replace(source, files=(text,))
+    with pytest.raises(UserError, match=r"holds measurements of other weights, llama's; choose another --measurements"):
+        select.Selection(twin, how, store, lambda *_: None).measure()
     with pytest.raises(UserError, match=r"holds measurements on another text than \S*text.txt holds now; choose another"):
         select.Selection(source, how, store, lambda *_: None).measure()
     text.write_text("some text " * 200)
@@ -220,7 +223,8 @@ def test_plans_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             KVPlan.load(path)
         assert "\n" not in str(caught.value)
-        return str(caught.value)
+        assert str(caught.value).startswith(str(path))
+        return str(caught.value).removeprefix(f"{path}: ")
 
     assert refused(kv_heads=[2, 4]) == "plan, layer 1: 4 KV heads do not divide 6 query heads; choose from 6, 3, 2, 1"
     assert refused(kv_heads=[2]) == "plan has KV heads for 1 of 2 layers; select it again"

@@ -54,6 +54,8 @@ def test_json_lines(tmp_path) -> None:
         (tmp_path / name).write_bytes(b"\xff\xfe")
         with pytest.raises(UserError, match=r"is not UTF-8 text$"):
             read(tmp_path / name)
+    with pytest.raises(UserError, match=rf"data '{tmp_path}' is not a file; .* or hf:{tmp_path} for a folder of datasets'"):
+        read(tmp_path)
     with pytest.raises(UserError, match=r"data 'nowhere.txt' is not a file; give a text file, a .jsonl file, or hf:NAME"):
         read("nowhere.txt")
 

@@ -137,6 +137,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(saved, few, run, tmp_path, monk
     assert [row["lr"] > 1e-4 for row in read_metrics(out)[1:]] == [True] * 4 + [False] * 2
 
 
+def test_a_run_that_has_no_checkpoint_yet_begins_again(saved, few, run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "step", lambda self, number: {"step": number + 1, "loss": float("nan")})
+    with pytest.raises(UserError, match=r"not finite at step 1; begin again \(\S*out.run has no checkpoint yet\) by the same"):
+        uptrain(saved, tmp_path / "out", few())
+    monkeypatch.undo()
+    rows = read_metrics(run("out"))
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+
+
 def test_another_run_is_not_gone_on_with(saved, few, copy, tmp_path, monkeypatch) -> None:
     interrupt(0, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
