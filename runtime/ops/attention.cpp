@@ -30,8 +30,8 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     const auto query = context.GetInput(0), key = context.GetInput(1), value = context.GetInput(2);
     const auto past_key = context.GetInput(3), past_value = context.GetInput(4), positions = context.GetInput(5);
     const auto cos = context.GetInput(6), sin = context.GetInput(7);
-    const auto k_shape = shape(past_key), v_shape = shape(past_value), tokens = shape(positions);
-    expect(k_shape.size() == 4 && v_shape.size() == 4 && tokens.size() == 2,
+    const Shape k_shape(past_key), v_shape(past_value), tokens(positions), q_shape(query);
+    expect(k_shape.rank() == 4 && v_shape.rank() == 4 && tokens.rank() == 2,
            "headpool::FusedAttention: a cache or position_ids has a wrong rank");
     Attention a{};
     a.query = floats(query);
@@ -39,21 +39,25 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     a.positions = positions.GetTensorData<int64_t>();
     a.scale = scale;
     a.cos = floats(cos), a.sin = floats(sin);
-    expect(!a.cos == !a.sin && (!a.cos || shape(cos).size() == 3),
-           "headpool::FusedAttention: cos or sin is missing or has a wrong rank");
-    if (a.cos) a.rotary = 2 * shape(cos).back();
-    const auto elements = [](const Ort::ConstValue& v) { return v.GetTensorTypeAndShapeInfo().GetElementCount(); };
+    expect(!a.cos == !a.sin, "headpool::FusedAttention: cos or sin is missing");
     const size_t rows = a.B * a.T;
+    if (a.cos) {
+      const Shape angles(cos);
+      expect(angles.rank() == 3, "headpool::FusedAttention: cos or sin has a wrong rank");
+      a.rotary = 2 * angles.back();
+      expect(a.rotary <= a.D && angles.elements() == rows * a.rotary / 2 && Shape(sin).elements() == angles.elements(),
+             "headpool::FusedAttention: cos or sin does not fit the other inputs");
+    }
     expect(static_cast<size_t>(k_shape[0]) == a.B && static_cast<size_t>(k_shape[1]) == G && v_shape[0] == k_shape[0] &&
-               v_shape[1] == k_shape[1] && v_shape[2] == k_shape[2] && elements(query) == rows * H * a.D &&
-               elements(key) == rows * G * a.D && elements(value) == rows * G * a.Dv && a.rotary <= a.D &&
-               (!a.cos || (elements(cos) == rows * a.rotary / 2 && elements(sin) == elements(cos))),
+               v_shape[1] == k_shape[1] && v_shape[2] == k_shape[2] && q_shape.elements() == rows * H * a.D &&
+               Shape(key).elements() == rows * G * a.D && Shape(value).elements() == rows * G * a.Dv,
            "headpool::FusedAttention: the shapes of its inputs contradict each other");
-    std::vector<int64_t> out{tokens[0], tokens[1], static_cast<int64_t>(H * a.Dv)};
-    if (shape(query).size() == 2) out = {tokens[0] * tokens[1], out[2]};
-    a.output = context.GetOutput(0, out).GetTensorMutableData<float>();
-    float* keys = in_place(past_key, context.GetOutput(1, k_shape));
-    float* values = in_place(past_value, context.GetOutput(2, v_shape));
+    const auto width = static_cast<int64_t>(H * a.Dv);
+    const int64_t flat[] = {tokens[0] * tokens[1], width}, deep[] = {tokens[0], tokens[1], width};
+    auto output = q_shape.rank() == 2 ? context.GetOutput(0, flat, 2) : context.GetOutput(0, deep, 3);
+    a.output = output.GetTensorMutableData<float>();
+    float* keys = in_place(past_key, context.GetOutput(1, k_shape.data(), 4), k_shape);
+    float* values = in_place(past_value, context.GetOutput(2, v_shape.data(), 4), v_shape);
     a.keys = keys, a.values = values;
     if (!rows) return;
     for (size_t b = 0; b < a.B; ++b) {
@@ -68,10 +72,10 @@ struct AttentionKernel : Kernel<AttentionKernel> {
 
  private:
   // The cache is written where it lies when the caller bound one buffer as input and as output; else it is copied first.
-  static float* in_place(const Ort::ConstValue& past, Ort::UnownedValue present) {
+  static float* in_place(const Ort::ConstValue& past, Ort::UnownedValue present, const Shape& shape) {
     float* to = present.GetTensorMutableData<float>();
     const float* from = past.GetTensorData<float>();
-    if (to != from) std::memcpy(to, from, past.GetTensorTypeAndShapeInfo().GetElementCount() * sizeof(float));
+    if (to != from) std::memcpy(to, from, shape.elements() * sizeof(float));
     return to;
   }
 
@@ -107,16 +111,18 @@ struct AttentionKernel : Kernel<AttentionKernel> {
   }
 
   static void attend(const Attention& a, const Tile& tile) {
-    thread_local std::vector<float> scratch;  // kept from step to step
-    scratch.resize(kernels().scratch_floats(a, tile));
-    kernels().attend(a, tile, scratch.data());
+    thread_local std::vector<float> memory;
+    kernels().attend(a, tile, buffer(memory, kernels().scratch_floats(a, tile)));
   }
 
   // One token a sequence: where the groups are few, the cache rows are split too and the parts merged.
   static void decode(const Ort::KernelContext& context, const Attention& a) {
     const size_t groups = a.B * a.G, R = a.H / a.G;
     const size_t longest = 1 + *std::max_element(a.positions, a.positions + a.B);
-    const size_t splits = std::clamp<size_t>(divide_up(TASKS, groups), 1, std::max<size_t>(1, longest / SPLIT_ROWS));
+    const size_t most = divide_up(TASKS, groups),
+                 splits = std::clamp<size_t>(most, 1, std::max<size_t>(1, longest / SPLIT_ROWS));
+    thread_local std::vector<float> memory;  // maximum, sum and output of each row of each task; from the start for any length
+    float* const parts = buffer(memory, most > 1 ? groups * most * R * (2 + a.Dv) : 0);
     if (splits == 1) {
       parallel(context, groups, [&](size_t task) {
         const size_t b = task / a.G;
@@ -124,10 +130,8 @@ struct AttentionKernel : Kernel<AttentionKernel> {
       });
       return;
     }
-    thread_local std::vector<float> parts;  // maximum, sum and output of each row of each task
     const size_t rows = groups * splits * R;
-    parts.resize(rows * (2 + a.Dv));
-    float *maximum = parts.data(), *sum = maximum + rows, *partial = sum + rows;
+    float *maximum = parts, *sum = maximum + rows, *partial = sum + rows;
     parallel(context, groups * splits, [&](size_t task) {
       const size_t b = task / splits / a.G, used = a.positions[b] + 1, step = divide_up(divide_up(used, splits), 64) * 64;
       const size_t s0 = std::min(used, task % splits * step), s1 = std::min(used, s0 + step), row = task * R;

@@ -95,12 +95,6 @@ struct Stage {
   size_t rows_per_unit() const { return std::max<size_t>(4, UNIT_BYTES / row_bytes(K, bits) / (gated() ? 2 : 1) / 4 * 4); }
 };
 
-template <class T>
-T* buffer(std::vector<T>& memory, size_t count) {  // kept from step to step
-  if (memory.size() < count) memory.resize(count);
-  return memory.data();
-}
-
 // y = act(y)
 void activate(float* y, size_t count, int64_t activation) {
   float gate[256];
@@ -194,29 +188,32 @@ class ChainKernel : public Kernel<ChainKernel> {
 
   void compute(OrtKernelContext* raw) {
     const Ort::KernelContext context(raw);
-    std::vector<float*> values(widths_.size());
-    const auto first = shape(context.GetInput(stages_.front().x));
-    expect(first.size() == 2, "headpool::LinearChain: x must have two dimensions");
+    thread_local std::vector<float*> values;  // kept from step to step
+    values.assign(widths_.size(), nullptr);
+    const Shape first(context.GetInput(stages_.front().x));
+    expect(first.rank() == 2, "headpool::LinearChain: x must have two dimensions");
     const size_t M = first[0];
     for (size_t i = 0; i < inputs_; ++i) {
       if (!widths_[i]) continue;
       const auto value = context.GetInput(i);
-      expect(value.GetTensorTypeAndShapeInfo().GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
-             "headpool::LinearChain: an input is not of floats");
-      expect(shape(value) == std::vector<int64_t>{first[0], static_cast<int64_t>(widths_[i])},
+      const Shape found(value);
+      expect(found.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, "headpool::LinearChain: an input is not of floats");
+      expect(found.is({first[0], static_cast<int64_t>(widths_[i])}),
              "headpool::LinearChain: an input does not fit the weights");
       values[i] = const_cast<float*>(floats(value));
     }
-    std::vector<Ort::UnownedValue> outputs;
-    for (size_t i = 0; i < outputs_.size(); ++i) {
-      outputs.push_back(context.GetOutput(i, {first[0], static_cast<int64_t>(widths_[outputs_[i]])}));
-      values[outputs_[i]] = outputs.back().GetTensorMutableData<float>();
-    }
+    for (size_t i = 0; i < outputs_.size(); ++i) values[outputs_[i]] = output(context, i, M).GetTensorMutableData<float>();
     if (!M) return;
-    M > FEW_ROWS ? many_rows(context, raw, outputs, M) : few_rows(context, values, M);
+    M > FEW_ROWS ? many_rows(context, raw, M) : few_rows(context, values, M);
   }
 
  private:
+  // The same at every call of a step.
+  Ort::UnownedValue output(const Ort::KernelContext& context, size_t i, size_t M) const {
+    const int64_t sizes[] = {static_cast<int64_t>(M), static_cast<int64_t>(widths_[outputs_[i]])};
+    return context.GetOutput(i, sizes, 2);
+  }
+
   void read_stages(const OrtKernelInfo* raw, const Ort::ConstKernelInfo& info) {
     const auto numbers = info.GetAttributes<int64_t>("stages");
     const auto epsilons = info.GetAttributes<float>("epsilons"), offsets = info.GetAttributes<float>("offsets");
@@ -244,14 +241,14 @@ class ChainKernel : public Kernel<ChainKernel> {
         const auto w = next(0, inputs_), s = next(NONE, inputs_), b = next(NONE, inputs_);
         const auto [biases, b_shape] = constant(info, b);
         const auto [matrix, N, K] = read_matrix(info, w, s, stage.bits);
-        expect(K > 0 && (!biases || b_shape == std::vector<int64_t>{N}) && (!i || K == static_cast<int64_t>(stage.K)),
+        expect(K > 0 && (!biases || b_shape.is({N})) && (!i || K == static_cast<int64_t>(stage.K)),
                "headpool::LinearChain: the weights of a stage contradict each other");
         stage.K = K;
         Layer layer{static_cast<size_t>(w), s, b, matrix, biases, static_cast<size_t>(N), 0, {}};
         if (stage.bits) layer.product = std::make_shared<QuantisedProduct>(raw, N, K, stage.bits);
         stage.layers.push_back(std::move(layer));
       }
-      expect(!norm || norm_shape == std::vector<int64_t>{static_cast<int64_t>(stage.K)},
+      expect(!norm || norm_shape.is({static_cast<int64_t>(stage.K)}),
              "headpool::LinearChain: the weight of a norm does not fit x");
       expect(stage.activation == NONE || (stage.residual == NONE && (stage.activated() || stage.gated())),
              "headpool::LinearChain: an activation is of one layer or of two, and has no residual");
@@ -278,15 +275,15 @@ class ChainKernel : public Kernel<ChainKernel> {
     int is_constant = 0;
     const Ort::ConstValue value = info.GetTensorConstantInput(index, &is_constant);
     expect(is_constant, "headpool::LinearChain: a weight is not constant");
-    expect(value.GetTensorTypeAndShapeInfo().GetElementType() == type, "headpool::LinearChain: a weight has another type");
+    expect(Shape(value).type() == type, "headpool::LinearChain: a weight has another type");
     return value;
   }
 
   // The data and shape of a weight of floats; null for NONE.
-  static std::pair<const float*, std::vector<int64_t>> constant(const Ort::ConstKernelInfo& info, int64_t index) {
+  static std::pair<const float*, Shape> constant(const Ort::ConstKernelInfo& info, int64_t index) {
     if (index == NONE) return {};
     const Ort::ConstValue value = weight(info, index, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-    return {floats(value), shape(value)};
+    return {floats(value), Shape(value)};
   }
 
   // The weights of a layer, and N and K.
@@ -295,13 +292,12 @@ class ChainKernel : public Kernel<ChainKernel> {
     const auto [scales, s_shape] = constant(info, s);
     if (!bits) {
       const auto [data, found] = constant(info, w);
-      expect(found.size() == 2, "headpool::LinearChain: the weights of a layer are no matrix");
+      expect(found.rank() == 2, "headpool::LinearChain: the weights of a layer are no matrix");
       return {{data, nullptr, 0}, found[0], found[1]};
     }
     const Ort::ConstValue q = weight(info, w, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
-    const auto found = shape(q);
-    expect(found.size() == 3 && found[2] == static_cast<int64_t>(row_bytes(BLOCK, bits)) &&
-               s_shape == std::vector<int64_t>{found[0], found[1]},
+    const Shape found(q);
+    expect(found.rank() == 3 && found[2] == static_cast<int64_t>(row_bytes(BLOCK, bits)) && s_shape.is({found[0], found[1]}),
            "headpool::LinearChain: quantised weights contradict their scales");
     return {{q.GetTensorData<uint8_t>(), scales, bits}, found[0], found[1] * static_cast<int64_t>(BLOCK)};
   }
@@ -326,11 +322,10 @@ class ChainKernel : public Kernel<ChainKernel> {
     if (relay.workers() > threads_) threads_ = relay.workers();
   }
 
-  void many_rows(const Ort::KernelContext& context, OrtKernelContext* raw, const std::vector<Ort::UnownedValue>& outputs,
-                 size_t M) {
+  void many_rows(const Ort::KernelContext& context, OrtKernelContext* raw, size_t M) {
     std::vector<const OrtValue*> values(widths_.size());
     for (size_t i = 0; i < inputs_; ++i) values[i] = context.GetInput(i);
-    for (size_t i = 0; i < outputs.size(); ++i) values[outputs_[i]] = outputs[i];
+    for (size_t i = 0; i < outputs_.size(); ++i) values[outputs_[i]] = output(context, i, M);
     std::vector<Ort::Value> own;
     Ort::AllocatorWithDefaultOptions allocator;
     const auto create = [&](size_t width) {

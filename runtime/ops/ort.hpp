@@ -4,8 +4,11 @@
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <exception>
+#include <initializer_list>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -21,7 +24,45 @@ inline void expect(bool holds, const char* what) {
 
 inline const float* floats(const Ort::ConstValue& value) { return value ? value.GetTensorData<float>() : nullptr; }
 
-inline std::vector<int64_t> shape(const Ort::ConstValue& value) { return value.GetTensorTypeAndShapeInfo().GetShape(); }
+// What a tensor is. The operators' have at most four dimensions, so that none is read into memory that must be found first.
+class Shape {
+ public:
+  Shape() = default;
+  explicit Shape(const Ort::ConstValue& value) {
+    expect(value != nullptr, "headpool: an input is missing");
+    const auto info = value.GetTensorTypeAndShapeInfo();
+    rank_ = info.GetDimensionsCount();
+    expect(rank_ <= std::size(sizes_), "headpool: an input has more than four dimensions");
+    Ort::ThrowOnError(Ort::GetApi().GetDimensions(info, sizes_, rank_));
+    type_ = info.GetElementType();
+  }
+
+  size_t rank() const { return rank_; }
+  int64_t operator[](size_t i) const { return sizes_[i]; }
+  int64_t back() const { return sizes_[rank_ - 1]; }
+  const int64_t* data() const { return sizes_; }
+  ONNXTensorElementDataType type() const { return type_; }
+
+  bool is(std::initializer_list<int64_t> sizes) const { return std::equal(sizes_, sizes_ + rank_, sizes.begin(), sizes.end()); }
+
+  size_t elements() const {
+    size_t count = 1;
+    for (size_t i = 0; i < rank_; ++i) count *= sizes_[i];
+    return count;
+  }
+
+ private:
+  size_t rank_ = 0;
+  int64_t sizes_[4];
+  ONNXTensorElementDataType type_ = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+};
+
+// At least `count` values that a thread keeps from step to step.
+template <class T>
+T* buffer(std::vector<T>& memory, size_t count) {
+  if (memory.size() < count) memory.resize(count);
+  return memory.data();
+}
 
 // work(i) for all i < total on the session's threads. What one of them throws is thrown when all have ended.
 template <class F>

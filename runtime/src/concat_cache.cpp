@@ -24,12 +24,12 @@ class ConcatCache final : public Cache {
   std::vector<Feed> plan(Prompts prompts, std::span<const std::int64_t> lengths) override {
     std::int64_t width = 0;
     for (const auto& prompt : prompts) width = std::max(width, static_cast<std::int64_t>(prompt.size()));
-    if (columns_ + width > most_) repack(std::vector<std::int64_t>(lengths.begin(), lengths.end()));
+    if (columns_ + width > most_) repack(lengths);
     return left_padded(prompts, lengths, chunk_);
   }
 
   void prepare(Call& call, std::span<const std::int64_t> lengths, std::span<const std::int64_t> counts) override {
-    if (columns_ + call.T() > most_) repack(std::vector<std::int64_t>(lengths.begin(), lengths.end()));
+    if (columns_ + call.T() > most_) repack(lengths);
     const auto total = static_cast<std::size_t>(columns_ + call.T()), T = static_cast<std::size_t>(call.T());
     for (std::size_t b = 0; b < batch_; ++b) {
       const std::size_t pads = counts.empty() ? 0 : T - static_cast<std::size_t>(counts[b]);
@@ -76,7 +76,7 @@ class ConcatCache final : public Cache {
   std::int64_t* mask() const { return reinterpret_cast<std::int64_t*>(mask_.data()); }
 
   // Row b keeps its first kept[b] real columns, at the end of as few columns as that takes.
-  void repack(const std::vector<std::int64_t>& kept) {
+  void repack(std::span<const std::int64_t> kept) {
     const std::int64_t columns = *std::max_element(kept.begin(), kept.end());
     for (std::size_t b = 0; b < batch_; ++b) {
       char* row = real(b);

@@ -22,6 +22,7 @@ class Message {
     if (rest_.empty()) return false;
     const std::uint64_t tag = varint();
     field = tag >> 3;
+    if (!field) damaged();  // zeros, as a hole in a file has them
     bytes = {};
     is_number = (tag & 7) == 0;
     switch (tag & 7) {

@@ -5,6 +5,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <headpool/error.hpp>
 #include <map>
@@ -55,6 +57,30 @@ struct Descriptor {
   }
 };
 
+// From `at` on, the first place of the file that is not in a hole; `end` where there is none. Holes read as zeros, which new
+// memory is: a sparse file of terabytes costs what lies in it.
+std::size_t next_data(int file, std::size_t at, std::size_t end) {
+#ifdef SEEK_DATA
+  const off_t found = lseek(file, static_cast<off_t>(at), SEEK_DATA);
+  if (found < 0 && errno == ENXIO) return end;
+  if (found >= 0) return std::min(static_cast<std::size_t>(found), end);
+#endif  // nor does every file system tell
+  return at;
+}
+
+void read_whole(int file, const Memory& memory, const std::filesystem::path& path) {
+  constexpr std::size_t AT_ONCE = 64 << 20;  // so that a hole is looked for now and then
+  for (std::size_t done = next_data(file, 0, memory.size()); done < memory.size();) {
+    const std::size_t most = std::min(AT_ONCE, memory.size() - done);
+    const ssize_t count = pread(file, memory.data() + done, most, static_cast<off_t>(done));
+    if (count <= 0) throw BundleError(path.string() + " cannot be read to its end");
+    done = next_data(file, done + static_cast<std::size_t>(count), memory.size());
+  }
+  struct stat status{};
+  if (fstat(file, &status) != 0 || static_cast<std::size_t>(status.st_size) < memory.size())  // cut while it was read
+    throw BundleError(path.string() + " cannot be read to its end");
+}
+
 }  // namespace
 
 std::shared_ptr<const Memory> shared_file(const std::filesystem::path& path) {
@@ -70,11 +96,7 @@ std::shared_ptr<const Memory> shared_file(const std::filesystem::path& path) {
   std::erase_if(files, [](const auto& entry) { return entry.second.expired(); });
   if (auto known = files[key].lock()) return known;
   auto memory = std::make_shared<Memory>(static_cast<std::size_t>(status.st_size));
-  for (std::size_t done = 0; done < memory->size();) {
-    const ssize_t count = read(file.number, memory->data() + done, memory->size() - done);
-    if (count <= 0) throw BundleError(path.string() + " cannot be read to its end");
-    done += static_cast<std::size_t>(count);
-  }
+  read_whole(file.number, *memory, path);
   files[key] = memory;
   return memory;
 }

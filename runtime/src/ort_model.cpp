@@ -1,6 +1,7 @@
 #include "ort_model.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 
 #include "cores.hpp"
@@ -49,6 +50,16 @@ std::vector<Initializer> weights_of(const std::filesystem::path& bundle, const s
   return weights;
 }
 
+// Where a weight lies in its file's bytes, or a copy of it: in a safetensors file tensors may begin at any byte, and floats are
+// read where whole ones lie.
+std::byte* aligned(const Initializer& weight, const Memory& file, std::vector<Memory>& copies) {
+  std::byte* data = file.data() + weight.offset;
+  if (weight.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || weight.offset % alignof(float) == 0) return data;
+  copies.emplace_back(weight.length);
+  std::memcpy(copies.back().data(), data, weight.length);
+  return copies.back().data();
+}
+
 // headpool's operators, and the weights that they read where they lie, in memory of ours. (Other patterns' weights the runtime
 // copies into layouts of its own. So it does with AddExternalInitializersFromFilesInMemory, which would be simpler.)
 void use_own_operators(Ort::SessionOptions& options, const std::filesystem::path& bundle,
@@ -60,8 +71,9 @@ void use_own_operators(Ort::SessionOptions& options, const std::filesystem::path
     if (!file->second) file->second = shared_file(file_in(bundle, weight.file));
     const Memory& bytes = *file->second;
     if (!reaches(weight, bytes.size())) cut_short(weight.file, bytes.size());  // the file is another one by now
-    state.values.push_back(Ort::Value::CreateTensor(memory, bytes.data() + weight.offset, weight.length, weight.shape.data(),
-                                                    weight.shape.size(), static_cast<ONNXTensorElementDataType>(weight.type)));
+    state.values.push_back(Ort::Value::CreateTensor(memory, aligned(weight, bytes, state.copies), weight.length,
+                                                    weight.shape.data(), weight.shape.size(),
+                                                    static_cast<ONNXTensorElementDataType>(weight.type)));
     options.AddInitializer(weight.name.c_str(), state.values.back());
   }
 }

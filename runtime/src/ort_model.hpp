@@ -41,8 +41,10 @@ struct OrtModel final : Model::State {
   // The model outlives it. Throws MemoryError, Ort::Exception.
   std::shared_ptr<std::byte> zeros(std::size_t bytes) const;
 
-  // In pattern fused, what `runtime` reads and what therefore outlives it: the weights' files by name, and tensors in them.
+  // In pattern fused, what `runtime` reads and what therefore outlives it: the weights' files by name, and tensors in them
+  // or in copies.
   std::map<std::string, std::shared_ptr<const Memory>> weights;
+  std::vector<Memory> copies;
   std::vector<Ort::Value> values;
   mutable Ort::Session runtime{nullptr};  // Run may be called from several threads
   mutable Ort::Session encoder{nullptr};  // of an encoder-decoder

@@ -23,7 +23,6 @@ class Seq2SeqRunner final : public Runner {
 
   void run(const Feed& feed, std::span<const std::int64_t>) override {
     if (rows_.front()) {
-      if (!model_.variant.in_place) expect_in_step(feed.counts);
       std::ranges::copy(feed.tokens, step_.tokens.begin());
       std::ranges::copy(feed.counts, step_.counts.begin());
     } else {
@@ -51,13 +50,6 @@ class Seq2SeqRunner final : public Runner {
     std::shared_ptr<std::byte> data;
     std::size_t bytes = 0;
   };
-
-  void expect_in_step(std::span<const std::int64_t> counts) const {
-    const std::int64_t most = std::ranges::max(rows_);
-    for (std::size_t b = 0; b < rows_.size(); ++b)
-      if (counts[b] && rows_[b] < most)
-        throw ArgumentError("a sequence that ended early cannot go on in an encoder-decoder's concat cache; reset the session");
-  }
 
   void encode(const Feed& feed) {
     constexpr auto INT = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;

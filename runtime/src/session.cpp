@@ -17,6 +17,7 @@ struct Session::State {
   void check_tokens(std::span<const Token> tokens) const;
   void check_prompts(Prompts prompts) const;
   void check_sources(std::int64_t length) const;
+  void check_in_step() const;
   void feed(const Feed& feed);
   void rewind(std::int64_t length);
   std::span<const float> logits_of(std::int64_t sequence) const;
@@ -92,6 +93,17 @@ void Session::State::check_sources(std::int64_t length) const {
                         " to " + std::to_string(most) + " tokens, stay whole, and all sequences in step");
 }
 
+// Nothing hides a pad in an encoder-decoder's concat cache, so a sequence that got one cannot go on.
+void Session::State::check_in_step() const {
+  if (!pair() || model.state_->variant.in_place) return;
+  const std::span<const std::int64_t> sources = runner->sources();
+  std::int64_t most = 0;
+  for (std::size_t b = 0; b < lengths.size(); ++b) most = std::max(most, lengths[b] - sources[b]);
+  for (std::size_t b = 0; b < lengths.size(); ++b)
+    if (step.counts[b] && lengths[b] - sources[b] < most)
+      throw ArgumentError("a sequence that ended early cannot go on in an encoder-decoder's concat cache; reset the session");
+}
+
 void Session::State::prefill(Prompts prompts) {
   check_prompts(prompts);
   detail::guarded("the prefill failed", [&] {
@@ -109,6 +121,7 @@ void Session::State::decode(std::span<const Token> tokens) {
   check_tokens(step.tokens);
   if (std::ranges::count(tokens, ENDED) == batch) throw ArgumentError("decode was given no token: all sequences have ended");
   if (pair() && !longest()) throw ArgumentError("an encoder-decoder decodes after a source; give it one with prefill");
+  check_in_step();
   if (longest() >= capacity) throw CapacityError("the cache is full: " + std::to_string(capacity) + " tokens a sequence");
   std::copy(lengths.begin(), lengths.end(), step.positions.begin());
   detail::guarded("the step failed", [&] { feed(step); });

@@ -113,6 +113,13 @@ void logits_of_the_last_call(const headpool::Model& model) {
   CHECK(session.lengths()[0] == 3 && session.lengths()[1] == 4);
   fails<ArgumentError>([&] { session.decode(Row{ENDED, ENDED}); });
   session.logits(1);  // it fed nothing
+  if (model.info().encoder_layers && model.info().cache == "concat") {
+    fails<ArgumentError>([&] { session.decode(Row{5, 6}); });  // the first has fallen behind
+    CHECK(session.logits(1).data() == all + model.info().vocab_size);
+    session.decode(Row{ENDED, 7});
+    session.rewind(3);
+    session.decode(Row{5, 6});  // in step again
+  }
   session.rewind(3);
   none(1);
   session.reset();

@@ -1,32 +1,20 @@
-// What a decode step costs beside ONNX Runtime's own Run: step BUNDLE VARIANT, of a pattern other than fused and a static
-// cache.
+// What a decode step costs beside ONNX Runtime's own Run: step BUNDLE VARIANT [BATCH]
 //
-// Prints JSON: microseconds of a step and of Run alone (medians), and how often each of them allocated with operator new.
+// Prints JSON: microseconds of a step and of Run alone (medians), how often each of them allocated with operator new, and how
+// often this library did so, by any means, while tokens were decoded. Of a concat cache, whose binding changes with each step,
+// only the last.
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <headpool/session.hpp>
-#include <new>
+#include <map>
 #include <nlohmann/json.hpp>
 
-namespace {
-
-std::atomic<long> allocations{0};
-
-}  // namespace
-
-[[gnu::noinline]] void* operator new(std::size_t size) {
-  ++allocations;
-  if (void* memory = std::malloc(size ? size : 1)) return memory;
-  throw std::bad_alloc();
-}
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+#include "allocations.hpp"
 
 namespace {
 
@@ -36,12 +24,13 @@ constexpr std::int64_t ROWS = 64;
 // ONNX Runtime as anyone would drive it: one binding, static caches as input and output.
 class Raw {
  public:
-  explicit Raw(const std::string& bundle, const std::string& variant) {
+  Raw(const std::string& bundle, const std::string& variant, std::int64_t batch) : batch_(batch) {
     std::ifstream file(bundle + "/headpool.json");
     const auto manifest = nlohmann::json::parse(file);
     for (const auto& item : manifest["variants"]) {
       if (item["name"] != variant) continue;
       options_.SetIntraOpNumThreads(1);
+      if (item["pattern"] == "fused") options_.RegisterCustomOpsLibrary(HEADPOOL_OPS);
       session_ = Ort::Session(env_, (bundle + "/" + item["graph"].get<std::string>()).c_str(), options_);
       binding_ = Ort::IoBinding(session_);
       for (const auto& value : item["inputs"]) bind(value, true);
@@ -50,7 +39,7 @@ class Raw {
   }
 
   void step(std::int64_t position) {
-    buffers_["position_ids"][0] = position;
+    std::fill_n(buffers_["position_ids"].begin(), batch_, position);
     session_.Run(run_, binding_);
   }
 
@@ -60,18 +49,24 @@ class Raw {
     std::vector<std::int64_t> shape;
     std::size_t count = 1;
     for (const auto& n : value["shape"]) {
-      shape.push_back(n.is_number() ? n.get<std::int64_t>() : n == "capacity" ? ROWS : 1);
+      shape.push_back(n.is_number() ? n.get<std::int64_t>() : n == "capacity" ? ROWS : n == "batch" ? batch_ : 1);
       count *= static_cast<std::size_t>(shape.back());
     }
     auto& buffer = buffers_[memory];
     buffer.resize(count);
-    const bool whole = value["dtype"] == "int64";
-    const auto tensor =
-        Ort::Value::CreateTensor(info_, buffer.data(), count * (whole ? 8 : 4), shape.data(), shape.size(),
-                                 whole ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+    const bool whole = value["dtype"] == "int64", half = value["dtype"] == "fp16";
+    const auto tensor = Ort::Value::CreateTensor(info_, buffer.data(),
+                                                 count * (whole  ? 8
+                                                          : half ? 2
+                                                                 : 4),
+                                                 shape.data(), shape.size(),
+                                                 whole  ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
+                                                 : half ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
+                                                        : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
     input ? binding_.BindInput(name.c_str(), tensor) : binding_.BindOutput(name.c_str(), tensor);
   }
 
+  std::int64_t batch_;
   Ort::Env env_{ORT_LOGGING_LEVEL_FATAL};
   Ort::SessionOptions options_;
   Ort::Session session_{nullptr};
@@ -87,11 +82,11 @@ struct Cost {
 
   template <class Step>
   void add(const Step& step) {
-    const long before = allocations;
+    const long before = allocations::all;
     const auto start = std::chrono::steady_clock::now();
     step();
     const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - start;
-    allocated += allocations - before;
+    allocated += allocations::all - before;
     times.push_back(time.count());
   }
 
@@ -101,28 +96,54 @@ struct Cost {
   }
 };
 
+// A session of its own model that has decoded 8 tokens a sequence.
+//
+// Decoded, as Raw does: ONNX Runtime plans memory for the shapes it sees first, and a prefill of several tokens has others.
+headpool::Session begun(char** argv, const std::vector<headpool::Token>& tokens) {
+  headpool::SessionOptions sizes;
+  sizes.batch = static_cast<std::int64_t>(tokens.size());
+  headpool::Session session(headpool::Model::open(argv[1], {argv[2], 1}), sizes);
+  const std::vector<std::span<const headpool::Token>> sources(tokens.size(), std::span(tokens).first(1));
+  if (session.model().info().encoder_layers) session.prefill(sources);  // of one token, as Raw's
+  for (int i = 0; i < 8; ++i) session.decode(tokens);
+  return session;
+}
+
+// Allocations of this library while the cache fills and grows to 120 tokens a sequence.
+long own(headpool::Session session, const std::vector<headpool::Token>& tokens) {
+  allocations::attributing = true;
+  while (session.lengths()[0] < 120) session.decode(tokens);
+  allocations::attributing = false;
+  return allocations::of_headpool;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  Raw raw(argv[1], argv[2]);
-  headpool::Session session(headpool::Model::open(argv[1], {argv[2], 1}));
-  // By decoding, as above: ONNX Runtime plans memory for the shapes it sees first, and a prefill of several tokens has others.
-  if (session.model().info().encoder_layers) session.prefill(std::vector<headpool::Token>{1});  // of one token, as above
-  for (int i = 0; i < 8; ++i) session.decode(1);
-  Cost alone, whole;
-  for (int i = 0; i < STEPS; ++i) {
-    const std::int64_t position = 8 + i % 50;
-    if (position == 8) session.rewind(8);
-    if (i < 100) {  // untimed
-      raw.step(position);
-      session.decode(1);
-      continue;
+  if (argc != 3 && argc != 4) return 2;
+  const std::vector<headpool::Token> tokens(argc == 4 ? std::strtoul(argv[3], nullptr, 10) : 1, 1);
+  nlohmann::json found;
+  headpool::Session session = begun(argv, tokens);
+  if (session.model().info().cache == "static") {
+    Raw raw(argv[1], argv[2], session.batch());
+    Cost alone, whole;
+    for (int i = 0; i < STEPS; ++i) {
+      const std::int64_t position = 8 + i % 50;
+      if (position == 8) session.rewind(8);
+      if (i < 100) {  // untimed
+        raw.step(position);
+        session.decode(tokens);
+        continue;
+      }
+      alone.add([&] { raw.step(position); });
+      whole.add([&] { session.decode(tokens); });
     }
-    alone.add([&] { raw.step(position); });
-    whole.add([&] { session.decode(1); });
+    found = {{"steps", whole.times.size()},
+             {"run_us", alone.median()},
+             {"step_us", whole.median()},
+             {"run_allocations", alone.allocated},
+             {"step_allocations", whole.allocated}};
   }
-  const long steps = static_cast<long>(whole.times.size());
-  std::printf("{\"steps\": %ld, \"run_us\": %.2f, \"step_us\": %.2f, \"run_allocations\": %ld, \"step_allocations\": %ld}\n",
-              steps, alone.median(), whole.median(), alone.allocated, whole.allocated);
+  found["own_allocations"] = own(begun(argv, tokens), tokens);
+  std::printf("%s\n", found.dump().c_str());
 }

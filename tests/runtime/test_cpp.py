@@ -52,10 +52,12 @@ def test_sessions_as_an_application_uses_them(built: Path, bundle: Bundle) -> No
     assert output.splitlines() == [f"{variant.name} is sound" for variant in bundle.variants]
 
 
-@pytest.mark.parametrize("variant", ["g2.grouped", "g1.attention", "g2.gqa"])
-def test_a_step_allocates_only_what_onnx_runtime_does(variant: str, built: Path, bundle: Bundle) -> None:
-    cost = json.loads(run(built / "tests/step", bundle.path, variant))
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("variant", ["g2.grouped", "g1.attention", "g2.gqa", "g2.fused"])
+def test_a_step_allocates_only_what_onnx_runtime_does(variant: str, batch: int, built: Path, bundle: Bundle) -> None:
+    cost = json.loads(run(built / "tests/step", bundle.path, variant, batch))
     assert cost["steps"] > 2000
+    assert cost["own_allocations"] == 0
     assert cost["step_allocations"] == cost["run_allocations"] > 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes as c
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,14 @@ from typing import Any
 
 import damage
 import hf
+import hostile_graphs
+import numpy as np
 import onnx
 import pytest
+from building import run
 from capi import ARGUMENT, BACKEND, BUNDLE, CAPACITY, MEMORY, Api, OnTokens, RuntimeFailure
 
+from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
 from exporter.export import ExportOptions, export
 
@@ -210,6 +215,67 @@ def test_weights_whose_place_wraps_around(bundle: Path, api: Api) -> None:
     with pytest.raises(RuntimeFailure) as caught:
         api.open(bundle, fused(bundle))
     assert caught.value.status == BUNDLE
+
+
+@pytest.fixture
+def concat(tmp_path: Path) -> Path:
+    return export(open_checkpoint(hf.save("llama", tmp_path)), tmp_path / "concat", ExportOptions(cache="concat")).path
+
+
+@pytest.mark.parametrize(("fixture", "pattern", "count"), [("bundle", "fused", 150), ("concat", "grouped", 50)])
+def test_mutated_graphs(
+    fixture: str, pattern: str, count: int, built: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Anything in a graph changed: the runtime refuses it or answers, in a process each, which must not crash."""
+    bundle = Bundle.open(request.getfixturevalue(fixture))
+    (variant,) = [variant for variant in bundle.variants if variant.pattern == pattern]
+    graph = bundle.graph_path(variant)
+    files = hostile_graphs.write(graph, count, tmp_path / "mutations")
+    output = run(built / "tests/hostile", bundle.path, variant.name, graph.name, *files)
+    answered, refused, failed = map(int, re.findall(r"(\d+) (?:answered|refused|failed)", output))
+    assert (answered + refused, failed) == (count, 0)
+    assert answered > count / 20  # as many show nothing that matters
+    assert refused > count / 2
+
+
+@pytest.mark.parametrize("extra", [1, 2])
+def test_tensors_that_begin_at_any_byte(extra: int, bundle: Path, api: Api) -> None:
+    """As in a safetensors file whose header nobody padded."""
+
+    def logits(variant: str) -> np.ndarray:
+        return api.open(bundle, variant).session(capacity=30).prefill([np.arange(5, 25)])
+
+    expected = {variant: logits(variant) for variant in ("g2.fused", "g2.grouped")}
+    weights = bundle / "model.safetensors"
+    data = weights.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    weights.write_bytes((size + extra).to_bytes(8, "little") + data[8 : 8 + size] + b" " * extra + data[8 + size :])
+    for graph in bundle.glob("*.onnx"):
+        model = onnx.load(graph, load_external_data=False)
+        places = [entry for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "offset"]
+        for place in places:
+            place.value = str(int(place.value) + extra)
+        assert len(places) > 10
+        graph.write_bytes(model.SerializeToString())
+    for variant, before in expected.items():
+        np.testing.assert_array_equal(logits(variant), before)
+
+
+def resident(of: str = "RssAnon") -> int:
+    """Bytes of this process's own memory that are there."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{of}:")]
+    return int(line.split()[1]) * 1024
+
+
+def test_a_file_that_is_mostly_a_hole(bundle: Path, api: Api) -> None:
+    """It costs what lies in it, not what its size says."""
+    os.truncate(bundle / "model.safetensors", 2**37)
+    before = resident()
+    session = api.open(bundle, fused(bundle)).session(capacity=30)
+    assert session.prefill([np.arange(5)]).std() > 0.3
+    assert resident() - before < 200e6
+    os.truncate(bundle / f"model.{fused(bundle)}.onnx", 2**37)
+    refused(api, bundle, BUNDLE, "is damaged; export the bundle again$", fused(bundle))
 
 
 def test_random_changes_of_a_manifest(bundle: Path, api: Api) -> None:

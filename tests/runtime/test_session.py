@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import tiny
+from building import run
 from capi import BACKEND, Api, CppSession, RuntimeFailure
 from test_ort_session import FORMS, Mirror
 
@@ -111,6 +112,21 @@ def test_half_precision(form: tuple[str, str], model: Decoder, api: Api, tmp_pat
     rows = [np.arange(3, 30), np.arange(20, 28)]
     expected = np.stack([tiny.full_logits(model, row)[-1] for row in rows])
     np.testing.assert_allclose(session.prefill(rows), expected, rtol=0, atol=tiny.HALF)
+
+
+def test_decoding_allocates_nothing_of_its_own(
+    bundles: dict[tuple[str, str], Path], model: Decoder, built: Path, tmp_path: Path
+) -> None:
+    """Nor in half precision, whose logits are converted, in a graph that gives all of them, or where a cache grows."""
+    folders = [tmp_path / name for name in ("half", "all")]
+    for folder in folders:
+        folder.mkdir()
+    half = whole(tiny.bundle(folders[0], model, dtype="fp16"))
+    every = whole(tiny.bundle(folders[1], model, logits="all"))
+    for path in (half, every, *(path for form, path in bundles.items() if form[1] == "concat")):
+        cost = json.loads(run(built / "tests/step", path, "v", 2))
+        assert cost["own_allocations"] == 0
+        assert cost.get("step_allocations") == cost.get("run_allocations"), path
 
 
 def test_graphs_that_give_all_logits(model: Decoder, api: Api, tmp_path: Path) -> None:
@@ -223,13 +239,14 @@ def test_greedy_tokens_of_a_real_model(smollm2: Path, api: Api, tmp_path: Path) 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 @pytest.mark.parametrize("pattern", ["fused", "gqa"])
-def test_quantised_weights(pattern: str, quantize: str, api: Api, tmp_path: Path) -> None:
+def test_quantised_weights(pattern: str, quantize: str, api: Api, built: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     hf.build("llama", sizes).save_pretrained(tmp_path / "model")
     options = ExportOptions(patterns=(pattern,), quantize=quantize)  # type: ignore[arg-type]
     bundle = export(open_checkpoint(tmp_path / "model"), tmp_path / "bundle", options)
     opened = api.open(bundle.path)
     assert (opened.info().dtype, opened.info().quantize) == (b"fp32", quantize.encode())
+    assert json.loads(run(built / "tests/step", bundle.path, bundle.variants[0].name))["own_allocations"] == 0
     theirs, ours = open_session(bundle, capacity=60), opened.session(capacity=60)
     prompt = [np.arange(3, 43)]  # many rows, then one at a time
     np.testing.assert_allclose(ours.prefill(prompt), theirs.prefill(prompt), atol=1e-5)

@@ -176,10 +176,10 @@ def test_programs(cache: str, bundles: dict[str, Bundle], built: Path) -> None:
         ours = [int(tokens[0]) for tokens in generate(python, SOURCES[1:], 12, stop_ids=(STOP,))]
     output = run(built / "examples/generate", bundle.path, "g2.grouped", 12, *SOURCES[1])
     assert [int(line) for line in output.splitlines() if line.isdigit()] == ours
-    if cache == "static":
-        for variant in ("g2.grouped", "g2.gqa"):
-            cost = json.loads(run(built / "tests/step", bundle.path, variant))
-            assert cost["step_allocations"] == cost["run_allocations"] > 0
+    for variant in ("g2.grouped", "g2.gqa"):
+        cost = json.loads(run(built / "tests/step", bundle.path, variant))
+        assert cost["own_allocations"] == 0
+        assert cache == "concat" or cost["step_allocations"] == cost["run_allocations"] > 0
 
 
 def fails(status: int, message: str, call: Callable[..., object], *arguments: object) -> None:

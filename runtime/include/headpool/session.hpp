@@ -28,9 +28,13 @@ inline constexpr Token ENDED = -1;  // in place of the token of a sequence that 
 
 // B sequences in step, each with a length of its own, over one cache in memory that is reserved once and used as it fills.
 //
-// A static cache is written in place; decoding allocates nothing but where the cache grows, by a sixteenth at a time. A concat
-// cache is written anew by each step, which is how graphs of that form work. On a GPU the cache lies in its memory, all of it
-// from the start; on TensorRT decoding replays one CUDA graph.
+// A static cache is written in place and grows by a sixteenth at a time; a concat cache is written anew by each step, which is
+// how graphs of that form work. On a GPU the cache lies in its memory, all of it from the start; on TensorRT decoding replays
+// one CUDA graph.
+//
+// Decoding on the CPU allocates nothing after each thread's first step: neither operator new nor malloc is called by this
+// library, its operators of pattern fused among it. ONNX Runtime does within its own calls: in every Run, and where memory is
+// bound anew, which is when a static cache grows, and at each step of a concat cache.
 //
 // An encoder-decoder reads a source in its first prefill: the encoder takes all of it at once, and the decoder the start token.
 // What is decoded then is its output. lengths() and capacity() count both, without the start token; the source stays whole
