@@ -23,6 +23,7 @@ from profiles import stats
 from profiles.benchmarks.decoder import LIMITS
 from profiles.machine import ROOT
 from profiles.noise import busy
+from profiles.report_data import grouped
 from profiles.results import Cell, Results
 from profiles.units import milliseconds
 
@@ -122,6 +123,7 @@ def _benchmarks(folder: Path, run: Results) -> str:
     lines = [
         _attention(_read(folder / "attention.json")),
         *_floor(_decoder(folder), run),
+        *_peers(folder / "peers.json"),
         _parity(_read(folder / "parity.json")),
     ]
     lines += [_export(_read(folder / "export.json"))]
@@ -152,6 +154,29 @@ def _floor(cells: Sequence[Cell], run: Results) -> list[str]:
         f"A decode step of a {model} in `{pattern}` takes {spans}{smollm}.",
         f"Our targets for the former, of its median: {_targets(cells)}.",
     ]
+
+
+def _peers(path: Path) -> list[str]:
+    """A line a kind of weights: how much faster headpool's fastest pattern is than the fastest other runtime of each place."""
+    if not path.exists():
+        return []
+    rows = [row for row in _read(path)["rows"] if row["what"] in ("decode", "ttft")]
+    lines = []
+    for weights, part in grouped(rows, lambda row: row["weights"]).items():
+        others = [row for row in part if not row["runtime"].startswith("headpool")]
+        best = {row["runtime"] for row in part if row.get("to_headpool") == 1}
+        *names, last = dict.fromkeys(row["runtime"] for row in others)
+        counts = " / ".join(map(str, dict.fromkeys(row["groups"] for row in others)))
+        places = []
+        for (what, context), place in grouped(others, lambda row: (row["what"], row["context"])).items():
+            next_best = [min(r["to_headpool"] for r in each) for each in grouped(place, lambda row: row["groups"]).values()]
+            step = "in a step after" if what == "decode" else "to the first token after"
+            places.append(f"{' / '.join(format(ratio, '.2f') for ratio in next_best)} × as fast {step} {context:,} tokens")
+        lines.append(
+            f"The same model and {weights} weights in {', '.join(names)} and {last}, all in turns: "
+            f"{' or '.join(best).replace('headpool ', '')}, beside the fastest of them, is {', '.join(places)} (G = {counts})."
+        )
+    return lines
 
 
 def _parity(record: dict[str, Any]) -> str:
