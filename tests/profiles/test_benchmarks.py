@@ -105,11 +105,11 @@ def test_logits_are_compared_along_every_path(tiny, cache, batch):
 
 def test_the_t5_benchmark(tmp_path):
     config, out = tmp_path / "config.json", tmp_path / "out.json"
-    small = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64}
+    small = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 12, "vocab_size": 64}
     config.write_text(json.dumps({**json.loads(t5_decoding.CONFIG.read_text()), **small}))
-    t5_decoding.main(out, config=config, groups=(4, 2, 1), source=40, target=37)
+    t5_decoding.main(out, config=config, groups=(12, 2, 1), source=40, target=37)
     record = json.loads(out.read_text())
-    assert [row["groups"] for row in record["rows"]] == [4, 2, 1]
+    assert [row["groups"] for row in record["rows"]] == [12, 2, 1]
     for row in record["rows"]:
         assert row["attention_gain"] == pytest.approx(record["rows"][0]["attention_ms"] / row["attention_ms"])
         assert row["sample_s"] > row["first_token_s"] + 36 * 0.2e-3 * row["step_ms"]
