@@ -62,7 +62,7 @@ def open_session(
     )
     if isinstance(variant, Seq2SeqVariant):
         bindings = (variant.encoder_inputs(), variant.encoder_outputs())
-        encoder = _load(bundle.path / variant.encoder, variant, bindings, threads, None, provider, optimisation)
+        encoder = _load(bundle.path / variant.encoder, variant, bindings, threads, None, provider, optimisation, keep=False)
         return OrtSeq2SeqSession(encoder, runtime, variant, batch, capacity, info)
     kind = StaticSession if variant.cache == "static" else ConcatSession
     return kind(runtime, variant, batch, capacity, info)
@@ -99,13 +99,17 @@ def _load(
     profile_to: str | Path | None,
     provider: str,
     optimisation: str,
+    keep: bool = True,
 ) -> onnxruntime.InferenceSession:
+    """With `keep` the memory of a run is there for the next one: not of an encoder, whose long inputs take gigabytes."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = OPTIMISATIONS[optimisation]
     options.log_severity_level = 4  # errors come as exceptions
-    options.enable_mem_pattern = variant.cache == "static"  # concat has new shapes each step, and each would be planned
+    options.enable_cpu_mem_arena = keep
+    # A new shape each step, of a concat cache, would be planned each time.
+    options.enable_mem_pattern = keep and variant.cache == "static"
     held: list[Any] = []
     if variant.pattern == "fused":
         held = _use_own_operators(options, graph)

@@ -202,6 +202,8 @@ std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path
   });
   if (variant.encoder)
     load(variant.encoder->graph, [&](const std::filesystem::path& graph, const auto&) {
+      session.DisableCpuMemArena();  // it would keep, for the next long input, the gigabytes of one
+      session.DisableMemPattern();
       state->encoder = Ort::Session(environment(), graph.c_str(), session);
       check_encoder(*state);
     });
