@@ -157,4 +157,20 @@ template <size_t W, class Pick>
   for (size_t i = 0; i < LANES; ++i) store(to + i * to_stride, a[i]);
 }
 
+inline void fill(float* to, size_t count, float value) {
+  for (size_t i = 0; i < count; ++i) to[i] = value;
+}
+
+inline void copy(float* to, const float* from, size_t count) { std::memcpy(to, from, count * sizeof(float)); }
+
+// f<4>(m), and f<rest>(m) at the end, so that all M rows are covered
+template <class F>
+inline void in_fours(size_t M, const F& f) {
+  size_t m = 0;
+  for (; m + 4 <= M; m += 4) f.template operator()<4>(m);
+  if (M - m == 3) f.template operator()<3>(m);
+  if (M - m == 2) f.template operator()<2>(m);
+  if (M - m == 1) f.template operator()<1>(m);
+}
+
 }  // namespace headpool::HEADPOOL_ISA
