@@ -241,6 +241,7 @@ void normalise(const Norm& norm, const float* from, float* to) {
 #define HEADPOOL_TEXT_(x) #x
 #define HEADPOOL_TEXT(x) HEADPOOL_TEXT_(x)
 extern const Kernels table;
-const Kernels table{HEADPOOL_TEXT(HEADPOOL_ISA), linear, gated, activate, normalise, quantise, rotate, attend, scratch_floats};
+const Kernels table{
+    HEADPOOL_TEXT(HEADPOOL_ISA), linear, gated, activate, normalise, quantise, rotate, keep, attend, scratch_floats};
 
 }  // namespace headpool::HEADPOOL_ISA

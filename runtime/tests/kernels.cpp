@@ -1,4 +1,5 @@
 // Every instruction set's kernels that this processor runs, against plain loops in double precision.
+#include "../ops/processor.hpp"
 #include "kernel_tests.hpp"
 
 namespace {
@@ -243,10 +244,9 @@ void test(const Kernels& kernels, const char* name, bool runs) {
 int main() {
   test(headpool::plain::table, "plain", true);
 #if defined(__x86_64__)
-  test(headpool::avx2::table, "avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
-  const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  test(headpool::avx512::table, "avx512", avx512);
-  test(headpool::avx512vnni::table, "avx512vnni", avx512 && __builtin_cpu_supports("avx512vnni"));
+  test(headpool::avx2::table, "avx2", runs_avx2());
+  test(headpool::avx512::table, "avx512", runs_avx512());
+  test(headpool::avx512vnni::table, "avx512vnni", runs_avx512vnni());
 #endif
   return failures ? 1 : 0;
 }
