@@ -35,7 +35,7 @@ CONTEXTS, FAR, MOST_LOSS = (512, 4096), 4096, 0.01
 SAMPLES = 32  # of a cell
 TOKENS, WINDOW = 8193, 1024  # of the text that the loss is measured on
 MEMORY = 1 << 40  # all in turns: sessions in `fused` share the weights of their bundle, which the plan does not know
-PROMISE = f"an int8 cache costs at most {MOST_LOSS} nats a token, and at {FAR:,} tokens a step over it is nowhere slower than over fp32"
+PROMISE = f"an int8 cache costs at most {MOST_LOSS} nats a token, and a step over it is nowhere slower at {FAR:,} tokens"
 
 
 def latency(config: Path, groups: tuple[int, ...], plan: Plan) -> Results:
