@@ -37,8 +37,9 @@ from exporter.tokenizer import check_tokenizer
 from exporter.trace import IR_DTYPES, canonical_graph
 from exporter.trace_seq2seq import canonical_graphs
 from exporter.weights import TORCH_DTYPES, Weights
+from graphs.caches import CACHES
 from graphs.canonical import GroupedAttention, standalone
-from graphs.lower import lower
+from graphs.lower import check_cache, lower
 from graphs.patterns import PATTERNS
 from graphs.quantise import parts, stored_as
 from graphs.verify import check_model
@@ -69,6 +70,7 @@ class ExportOptions:
     logits: contract.Logits = "last"
     storage: Storage = "copy"
     quantize: str | None = None  # int8, int4: the matrices; all else stays in `dtype`
+    cache_dtype: str | None = None  # fp16, int8: the caches, of the pattern fused; None: in `dtype`
 
     def __post_init__(self) -> None:
         choices: list[tuple[str, Any, Any]] = [("pattern", pattern, PATTERNS) for pattern in self.patterns]
@@ -77,6 +79,7 @@ class ExportOptions:
         choices += [("weights", self.storage, STORAGES)]
         choices += [("cache", self.cache, CACHE_FORMS)] if self.cache is not None else []
         choices += [("quantize", self.quantize, QUANTIZE)] if self.quantize is not None else []
+        choices += [("cache dtype", self.cache_dtype, CACHES)] if self.cache_dtype is not None else []
         for what, value, allowed in choices:
             if value not in allowed:
                 raise UserError(one_of(what, value, allowed))
@@ -138,6 +141,8 @@ def check_options(config: ModelConfig, options: ExportOptions) -> None:
         check_quantise(config)
     models = [config.with_kv_heads(count) for count in options.groups or (config.kv_heads,)]
     counts = sorted({count for model in models for count in model.kv_heads})
+    for pattern in options.patterns:
+        check_cache(pattern, options.cache_dtype)
     for pattern, count in itertools.product(options.patterns, counts):
         static = (options.cache or DEFAULT_CACHE[pattern]) == "static"
         sizes = {"head_dim": config.head_dim, "value_dim": config.value_dim}
@@ -196,7 +201,7 @@ def _write_graphs(
             name = label if len(options.patterns) == 1 else f"{label}.{pattern}"
             graphs = [f"{stem}.onnx" if total == 1 else f"{stem}.{name}.onnx" for stem in canonical[cache]]
             for graph, whole in zip(graphs, canonical[cache].values(), strict=True):
-                model = lower(whole, pattern, options.quantize, replaced(weights, options.quantize))
+                model = lower(whole, pattern, options.quantize, replaced(weights, options.quantize), options.cache_dtype)
                 _attach(model, weights, layout, folder)
                 ir.save(model, folder / graph)
                 check_model(folder / graph)
@@ -212,6 +217,7 @@ def _write_graphs(
                     cache=cache,
                     dtype=options.dtype,
                     quantize=options.quantize,
+                    cache_dtype=options.cache_dtype,
                     logits=options.logits,
                     weights=files,
                     weight_bytes=size,

@@ -73,7 +73,7 @@ def sweep(
             progress=lambda done, total, what: progress("measuring latency", done, total),
         )
         if text is not None:
-            results = results.with_quality(_quality(checkpoint, text, convert, options.export.quantize, results, progress))
+            results = results.with_quality(_quality(checkpoint, text, convert, options.export, results, progress))
         results.save(folder / "results.json")
         write_report([results], folder / "report.html")
     return results
@@ -93,7 +93,8 @@ def _check_backend(config: ModelConfig, options: SweepOptions) -> None:
         for pattern in options.export.patterns:
             cache = options.export.cache or DEFAULT_CACHE[pattern]
             provider = backend.options.get("provider", "CPUExecutionProvider")
-            check_runs(provider, config.with_kv_heads(kv_heads), pattern, cache, options.export.dtype)
+            kinds = options.export.dtype, options.export.cache_dtype
+            check_runs(provider, config.with_kv_heads(kv_heads), pattern, cache, *kinds)
 
 
 def _text(checkpoint: Checkpoint, count: int) -> np.ndarray | None:
@@ -116,13 +117,14 @@ def _quality(
     checkpoint: Checkpoint,
     tokens: np.ndarray,
     convert: Converter,
-    quantize: str | None,
+    options: ExportOptions,
     results: Results,
     progress: Progress,
 ) -> dict[str, dict[str, float]]:
     """For each variant, cross-entropy (nats a token) and the share of next tokens that are the original model's, on `tokens`.
 
-    Measured in float32 torch on the same converted weights, rounded where they are quantised, one KV-head count at a time.
+    Measured in float32 torch on the same converted weights, rounded where they are quantised, over a cache stored as theirs
+    are, one KV-head count at a time.
     """
     window = min(WINDOW, checkpoint.config.max_positions)
     windows = cut(tokens, window, max(1, len(tokens) // window))
@@ -132,9 +134,9 @@ def _quality(
         for index, count in enumerate(counts):
             progress("measuring quality", index, len(counts))
             config, weights = convert(count)
-            weights = weights if quantize is None else rounded(weights, quantize)
+            weights = weights if options.quantize is None else rounded(weights, options.quantize)
             converted = dataclasses.replace(checkpoint, config=config, weights=weights)
-            with open_torch(converted, capacity=window) as session:
+            with open_torch(converted, capacity=window, cache_dtype=options.cache_dtype) as session:
                 loss = cross_entropy(session, tokens, window, window // 2)
                 same = agreement(session, original, windows)
             found[count] = {"cross-entropy, nats a token": loss.nats_per_token, "same next token": same.same_token}

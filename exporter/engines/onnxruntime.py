@@ -21,6 +21,13 @@ from exporter.engines.ort_static import StaticSession
 from exporter.errors import EngineError, one_of
 
 CPU = "CPUExecutionProvider"
+TYPES = {  # as sessions call those of their inputs and outputs
+    "int64": "tensor(int64)",
+    "fp32": "tensor(float)",
+    "fp16": "tensor(float16)",
+    "bf16": "tensor(bfloat16)",
+    "int8": "tensor(int8)",
+}
 OPTIMISATIONS = {
     "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -132,7 +139,8 @@ def _load(
         ("inputs", bindings[0], runtime.get_inputs()),
         ("outputs", bindings[1], runtime.get_outputs()),
     ):
-        if [(b.name, list(b.shape)) for b in wanted] != [(value.name, list(value.shape)) for value in found]:
+        there = [(value.name, value.type, list(value.shape)) for value in found]
+        if [(b.name, TYPES[b.dtype], list(b.shape)) for b in wanted] != there:
             raise EngineError(f"{graph} has other {kind} than its manifest says; it belongs to another bundle, export it again")
     runtime.held = held  # memory of ours that it reads
     return runtime

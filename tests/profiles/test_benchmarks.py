@@ -15,7 +15,7 @@ from exporter.decode import decode
 from exporter.engines import open_session
 from exporter.errors import UserError
 from exporter.export import ExportOptions, export
-from profiles.benchmarks import decoder, glu_training, papers, quantised, t5_decoding
+from profiles.benchmarks import decoder, glu_training, kv_cache, papers, quantised, t5_decoding
 from profiles.benchmarks.logits import PATHS, STEPS, differences, transformers_logits
 from profiles.results import Results
 
@@ -201,3 +201,36 @@ def test_the_quantised_benchmark(tmp_path, capsys):
     assert quantised.is_kept(fast)
     assert not quantised.is_kept([*fast[:2], {**fast[2], "times": 1.4}])
     assert not quantised.is_kept([{**fast[0], "times": 0.9}, *fast[1:]])
+
+
+@pytest.mark.usefixtures("small_probe")
+def test_the_kv_cache_benchmark(tmp_path, capsys):
+    import hf
+
+    folder, out = tmp_path / "model", tmp_path / "out.json"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    hf.build("llama", sizes).save_pretrained(folder)
+    hf.add_tokenizer(folder)
+    plan = {"samples": 8, "burst": 2, "warmup": 0, "settle": 0}
+    kv_cache.main(out, folder, folder / "config.json", (4, 1), (8, 24), 300, **plan)
+    record = json.loads(out.read_text())
+    steps = {
+        (row["weights"], row["cache"], row["groups"], row["context"]): row for row in record["rows"] if row["what"] == "step"
+    }
+    kinds = [(weights, cache) for weights in ("fp32", "int4") for cache in ("fp32", "fp16", "int8")]
+    assert set(steps) == {(*kind, g, context) for kind in kinds for g in (4, 1) for context in (8, 24)}
+    for (weights, cache, g, context), row in steps.items():
+        assert row["kv_bytes_per_token"] == 2 * g * 2 * {"fp32": 64, "fp16": 32, "int8": 20}[cache]
+        assert row["times"] == pytest.approx(steps[weights, "fp32", g, context]["p50_ms"] / row["p50_ms"])
+    assert {cell["cohort"] for cell in record["run"]["cells"]} == {0}
+    assert record["settings"]["tokens"] == 300
+    loss = {row["cache"]: row["nats_per_token"] for row in record["rows"] if row["what"] == "loss"}
+    assert 0 < abs(loss["fp16"] - loss["fp32"]) < abs(loss["int8"] - loss["fp32"])
+    assert not record["kept"]  # there is no context of 4,096
+    assert f"kept: {record['kept']}" in capsys.readouterr().out
+
+    far = [{"what": "step", "cache": cache, "context": 4096, "times": 1.2} for cache in ("fp32", "int8")]
+    lost = [{"what": "loss", "cache": cache, "nats_per_token": loss} for cache, loss in (("fp32", 2), ("int8", 2.005))]
+    assert kv_cache.is_kept([*far, *lost])
+    assert not kv_cache.is_kept([far[0], {**far[1], "times": 0.99}, *lost])
+    assert not kv_cache.is_kept([*far, lost[0], {**lost[1], "nats_per_token": 2.02}])
