@@ -1,13 +1,15 @@
-"""What every room's tests share: the real model, and a bandwidth that is measured in no time."""
+"""What every room's tests share: the real model, bundles of it, and a bandwidth that is measured in no time."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from once import headpool, made_once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,6 +37,26 @@ def smollm2() -> Path:
     assert spec.origin is not None
     (path,) = Path(spec.origin).parent.glob("*.gguf")
     return path
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all of the tests' processes: pytest-xdist gives each its own folder in it."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def smollm2_mha(smollm2: Path, shared: Path) -> Path:
+    """SmolLM2 as multi-head attention: 3 → 9 KV heads, exactly."""
+    return made_once(shared / "smollm2-mha", lambda out: headpool("convert", smollm2, out, "--groups", 9))
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2_mha: Path, shared: Path) -> Path:
+    """Back to 3, and to 9, from the multi-head checkpoint; its own bytes linked. Every pattern in its own cache form."""
+    options = ("--groups", "9,3", "--pattern", "repeat,grouped,attention,gqa,fused", "--weights", "link")
+    return made_once(shared / "smollm2-bundle", lambda out: headpool("export", smollm2_mha, out, *options))
 
 
 @pytest.fixture(scope="session")

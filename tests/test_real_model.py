@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,42 +16,12 @@ TOKENS = 24
 PROMPT = "The capital of France is"
 
 
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory) -> Path:
-    """A folder of all of the tests' processes: pytest-xdist gives each its own folder in it."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
 @pytest.fixture(scope="module")
-def mha(smollm2, shared) -> Path:
-    """SmolLM2 as multi-head attention: 3 → 9 KV heads, exactly."""
-    return made_once(shared / "mha", "convert", str(smollm2), "--groups", "9")
-
-
-@pytest.fixture(scope="module")
-def bundle(mha, shared) -> Path:
-    """Back to 3, and to 9, from the multi-head checkpoint; its own bytes linked."""
-    return made_once(
-        shared / "bundle", "export", str(mha), "--groups", "9,3", "--pattern", ",".join(PATTERNS), "--weights", "link"
-    )
-
-
-def made_once(out: Path, command: str, source: str, *options: str) -> Path:
-    """Of the tests' processes the first that comes makes it, and the others wait."""
-    with out.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not out.exists():
-            assert _run([command, source, str(out), *options]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def greedy(mha) -> dict[str, list[int]]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(mha, dtype=torch.float32).eval()
+def greedy(smollm2_mha) -> dict[str, list[int]]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_mha, dtype=torch.float32).eval()
     assert model.config.num_key_value_heads == 9
     model.generation_config.eos_token_id = None
-    tokenizer = transformers.AutoTokenizer.from_pretrained(mha)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_mha)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
     return {"prompt": ids[0].tolist(), "tokens": out[0, ids.shape[1] :].tolist()}
@@ -65,14 +32,14 @@ def last_json(capsys) -> dict:
 
 
 @pytest.mark.parametrize(("kv_heads", "pattern"), [*((3, pattern) for pattern in PATTERNS), (9, "gqa"), (9, "fused")])
-def test_greedy_tokens_are_those_of_transformers(kv_heads, pattern, bundle, greedy, capsys):
+def test_greedy_tokens_are_those_of_transformers(kv_heads, pattern, smollm2_bundle, greedy, capsys):
     """At 9 and at 3: the heads of a group are equal, so pooling them back loses nothing. Every pattern and cache form at both,
     longer and from five prompts, is profiles/benchmarks/parity.py's."""
     if pattern == "fused":
         operators()
     arguments = [
         "run",
-        str(bundle),
+        str(smollm2_bundle),
         "--variant",
         f"g{kv_heads}.{pattern}",
         "--prompt",
@@ -91,8 +58,8 @@ def test_greedy_tokens_are_those_of_transformers(kv_heads, pattern, bundle, gree
     assert len(tokens) >= 12
 
 
-def test_eval_agrees_with_torch(bundle, smollm2, capsys):
-    arguments = ["eval", str(bundle), "--variant", "g3.grouped", "--tokens", "96", "--window", "64"]
+def test_eval_agrees_with_torch(smollm2_bundle, smollm2, capsys):
+    arguments = ["eval", str(smollm2_bundle), "--variant", "g3.grouped", "--tokens", "96", "--window", "64"]
     assert _run([*arguments, "--reference", str(smollm2), "--json"]) == 0
     report = last_json(capsys)
     assert 1.5 < report["nats_per_token"] < 4.5  # sensible text, not noise (ln 49152 = 10.8)
@@ -109,7 +76,7 @@ def test_inspect_says_what_it_is(smollm2, capsys):
     assert (model["ffn"], model["tied_embedding"]) == ("swiglu", True)
 
 
-def test_linked_weights_are_the_checkpoints_own(mha, bundle):
-    assert (bundle / "model.safetensors").samefile(mha / "model.safetensors")
-    own = sum(path.stat().st_size for path in bundle.iterdir() if path.stat().st_nlink == 1)
+def test_linked_weights_are_the_checkpoints_own(smollm2_mha, smollm2_bundle):
+    assert (smollm2_bundle / "model.safetensors").samefile(smollm2_mha / "model.safetensors")
+    own = sum(path.stat().st_size for path in smollm2_bundle.iterdir() if path.stat().st_nlink == 1)
     assert own < 40e6

@@ -43,7 +43,7 @@ class Gemm {
 
  private:
   bool bias_;
-  Ort::Op op_{nullptr};
+  StandardOp op_;
 };
 
 // ONNX Runtime's own product with quantised weights, for many rows too. Gemm has no form of that.
@@ -69,7 +69,7 @@ class QuantisedProduct {
   }
 
  private:
-  Ort::Op op_{nullptr};
+  StandardOp op_;
 };
 
 // Values are numbered: the node's inputs first, then what the stages give, in order.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <exception>
 #include <initializer_list>
@@ -13,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace headpool {
@@ -87,6 +89,27 @@ void parallel(const Ort::KernelContext& context, size_t total, const F& work) {
       total, 0, &shared);
   if (shared.error) std::rethrow_exception(shared.error);
 }
+
+// An operator of ONNX Runtime's own, in a kernel of ours. The list that it keeps of these goes when the process exits, maybe
+// before a model that the program holds in a global variable: from then on none is released.
+class StandardOp : public Ort::Op {
+ public:
+  StandardOp() : Ort::Op(nullptr) {}
+  StandardOp& operator=(Ort::Op&& made) {
+    static const AtExit before_the_list;  // which is there since the first was made
+    Ort::Op::operator=(std::move(made));
+    return *this;
+  }
+  ~StandardOp() {
+    if (exiting) static_cast<void>(release());
+  }
+
+ private:
+  static inline std::atomic<bool> exiting{false};
+  struct AtExit {
+    ~AtExit() { exiting = true; }
+  };
+};
 
 // Derived has compute(OrtKernelContext*); what it throws becomes ONNX Runtime's error.
 template <class Derived>

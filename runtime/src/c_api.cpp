@@ -27,7 +27,8 @@ thread_local std::string last_error;
 
 hp_status failed(hp_status status, const char* message) noexcept {
   try {
-    last_error = message;
+    last_error =
+        headpool::Error(static_cast<headpool::ErrorCode>(status), message).what();  // a callback's may be of several lines
   } catch (...) {
     last_error.clear();  // no memory for the message
   }
@@ -76,7 +77,10 @@ std::vector<std::span<const headpool::Token>> spans(const std::int64_t* const* p
                                                     std::size_t batch) {
   std::vector<std::span<const headpool::Token>> result;
   for (std::size_t b = 0; b < batch; ++b) {
-    if (!prompts[b] && counts[b]) throw headpool::ArgumentError(headpool::detail::prompt_name(b, batch) + " is NULL");
+    const std::string name = headpool::detail::prompt_name(b, batch);
+    if (!prompts[b] && counts[b]) throw headpool::ArgumentError(name + " is NULL");
+    if (counts[b] > PTRDIFF_MAX / sizeof(headpool::Token))
+      throw headpool::ArgumentError(name + " of " + std::to_string(counts[b]) + " tokens has no address");
     result.emplace_back(prompts[b], counts[b]);
   }
   return result;

@@ -9,7 +9,8 @@
 
 namespace headpool::detail {
 
-constexpr Token PAD = 0;  // any valid token: what it writes is overwritten or masked
+constexpr std::int64_t MOST_SEQUENCES = 65536;  // of a batch
+constexpr Token PAD = 0;                        // any valid token: what it writes is overwritten or masked
 
 // As people count: "the prompt", or "prompt 2" of several.
 std::string prompt_name(std::size_t row, std::size_t batch, const std::string& what = "prompt");

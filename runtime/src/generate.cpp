@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <cmath>
 #include <headpool/generate.hpp>
-#include <limits>
 #include <numeric>
 #include <random>
 
@@ -49,8 +48,9 @@ Sampler::Sampler(const Sampling& s, std::int64_t batch) : state_(std::make_uniqu
     throw ArgumentError("temperature " + std::to_string(s.temperature) + " is not a number from 0 (greedy) on");
   if (s.top_k < 0) throw ArgumentError("top-k " + std::to_string(s.top_k) + " is not a whole number from 0 (all tokens) on");
   if (!(s.top_p >= 0 && s.top_p <= 1)) throw ArgumentError("top-p " + std::to_string(s.top_p) + " is outside [0, 1]");
-  if (batch < 1 || batch > std::numeric_limits<std::int32_t>::max())
-    throw ArgumentError("batch " + std::to_string(batch) + " is not a whole number from 1 to 2147483647");
+  if (batch < 1 || batch > detail::MOST_SEQUENCES)
+    throw ArgumentError("batch " + std::to_string(batch) + " is not a whole number from 1 to " +
+                        std::to_string(detail::MOST_SEQUENCES));
   state_->sampling = s;
   if (s.top_p == 0) state_->sampling.top_p = 1;
   state_->tokens.resize(static_cast<std::size_t>(batch));

@@ -28,5 +28,9 @@ std::string one_line(const std::string& text) {
   return line;
 }
 
+bool lacks_memory(std::string_view message) {
+  return message.find("bad_alloc") != message.npos || message.find("Failed to allocate memory") != message.npos;
+}
+
 }  // namespace detail
 }  // namespace headpool

@@ -12,6 +12,9 @@ namespace headpool::detail {
 // Of an exception or a name, one line of at most 400 characters, in ASCII.
 std::string one_line(const std::string& text);
 
+// Whether `message`, of ONNX Runtime, which has no code for it, says that memory was lacking.
+bool lacks_memory(std::string_view message);
+
 // What `work` returns. Lack of memory becomes MemoryError, other exceptions BackendError, with `doing` before them.
 template <class Work>
 auto guarded(std::string_view doing, const Work& work) {
@@ -22,6 +25,7 @@ auto guarded(std::string_view doing, const Work& work) {
   } catch (const std::bad_alloc&) {
     throw MemoryError(one_line(std::string(doing) + ": not enough memory"));
   } catch (const std::exception& error) {
+    if (lacks_memory(error.what())) throw MemoryError(one_line(std::string(doing) + ": not enough memory"));
     throw BackendError(one_line(std::string(doing) + ": " + error.what()));
   }
 }

@@ -27,7 +27,7 @@ Memory::Memory(std::size_t bytes) : mapped_(bytes + PAGE), size_(bytes) {  // a 
   mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (mapping_ == MAP_FAILED) {
     mapping_ = nullptr;
-    throw MemoryError("no memory for " + std::to_string(bytes / 1000000) + " MB");
+    throw MemoryError("no memory for " + std::to_string(mapped_ / 1000000) + " MB");
   }
 #ifdef MADV_HUGEPAGE
   if (bytes >= PAGE) madvise(mapping_, mapped_, MADV_HUGEPAGE);  // a kernel without huge pages goes on with small ones

@@ -24,9 +24,11 @@ Variant choose(std::vector<Variant> variants, const std::string& name) {
 }  // namespace
 
 std::vector<ModelInfo> variants(const std::filesystem::path& bundle) {
-  std::vector<ModelInfo> infos;
-  for (Variant& variant : detail::read_manifest(bundle)) infos.push_back(std::move(variant.info));
-  return infos;
+  return detail::guarded("headpool.json cannot be read", [&] {
+    std::vector<ModelInfo> infos;
+    for (Variant& variant : detail::read_manifest(bundle)) infos.push_back(std::move(variant.info));
+    return infos;
+  });
 }
 
 Model Model::open(const std::filesystem::path& bundle, const ModelOptions& options) {
@@ -38,12 +40,15 @@ Model Model::open(const std::filesystem::path& bundle, const ModelOptions& optio
   if (!tensorrt && !backend.empty() && backend != "onnxruntime" && backend != "onnxruntime-cuda")
     throw ArgumentError(detail::one_line("backend " + backend +
                                          " is unknown; choose from onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx"));
-  Variant variant = choose(detail::read_manifest(bundle), options.variant);
-  if (tensorrt && variant.encoder)
-    throw BackendError(detail::one_line("variant " + variant.info.variant + " is an encoder-decoder, and backend " + backend +
-                                        " runs decoder-only models; take onnxruntime"));
-  return Model(tensorrt ? detail::open_tensorrt(bundle, std::move(variant), backend)
-                        : detail::open_onnxruntime(bundle, std::move(variant), options.threads, backend == "onnxruntime-cuda"));
+  return detail::guarded("the model cannot be opened", [&] {
+    Variant variant = choose(detail::read_manifest(bundle), options.variant);
+    if (tensorrt && variant.encoder)
+      throw BackendError(detail::one_line("variant " + variant.info.variant + " is an encoder-decoder, and backend " + backend +
+                                          " runs decoder-only models; take onnxruntime"));
+    return Model(tensorrt
+                     ? detail::open_tensorrt(bundle, std::move(variant), backend)
+                     : detail::open_onnxruntime(bundle, std::move(variant), options.threads, backend == "onnxruntime-cuda"));
+  });
 }
 
 const ModelInfo& Model::info() const noexcept { return state_->variant.info; }

@@ -34,8 +34,6 @@ struct Session::State {
 
 namespace {
 
-constexpr std::int64_t MOST_SEQUENCES = 65536;
-
 std::int64_t positive(const char* name, std::int64_t value, std::int64_t most) {
   if (value < 1 || value > most)
     throw ArgumentError(std::string(name) + " " + std::to_string(value) + " is not a whole number from 1 to " +
@@ -46,7 +44,7 @@ std::int64_t positive(const char* name, std::int64_t value, std::int64_t most) {
 }  // namespace
 
 Session::State::State(Model m, const SessionOptions& options)
-    : model(std::move(m)), batch(positive("batch", options.batch, MOST_SEQUENCES)) {
+    : model(std::move(m)), batch(positive("batch", options.batch, detail::MOST_SEQUENCES)) {
   const std::int64_t chunk = positive("chunk", options.chunk, INT32_MAX);
   const Model::State& loaded = *model.state_;
   capacity = options.capacity ? std::min(positive("capacity", options.capacity, INT64_MAX), loaded.variant.info.max_positions)
@@ -74,13 +72,13 @@ void Session::State::check_prompts(Prompts prompts) const {
   for (std::size_t b = 0; b < prompts.size(); ++b) {
     const std::string name = detail::prompt_name(b, prompts.size(), pair() ? "source" : "prompt");
     if (prompts[b].empty()) throw ArgumentError(name + " has no tokens");
-    check_tokens(prompts[b]);
     if (pair() && static_cast<std::int64_t>(prompts[b].size()) > capacity)
       throw CapacityError(name + " of the encoder has " + std::to_string(prompts[b].size()) + " tokens, the capacity is " +
                           std::to_string(capacity));
     if (static_cast<std::int64_t>(prompts[b].size()) > capacity - lengths[b])
       throw CapacityError(name + " needs " + (lengths[b] ? std::to_string(lengths[b]) + " + " : "") +
                           std::to_string(prompts[b].size()) + " cache rows, the capacity is " + std::to_string(capacity));
+    check_tokens(prompts[b]);  // last: what is too long is not read
   }
 }
 

@@ -3,10 +3,15 @@
 //
 // Made for the sanitizers: many sessions made and ended, two threads at once, errors on the way. What the logits are worth is
 // held against other implementations in tests/runtime.
+#include <headpool/headpool.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <headpool/generate.hpp>
+#include <stdexcept>
 #include <thread>
 
 #define CHECK(holds)                                                       \
@@ -151,6 +156,31 @@ void mistakes(const headpool::Model& model) {
   fails<ArgumentError>([&] { Session(model, options(1, 8, 0)); });
   fails<ArgumentError>([&] { Session(model, options(65537, 8)); });
   fails<ArgumentError>([&] { Sampler({.temperature = -1, .top_k = 0, .top_p = 1, .seed = 0}); });
+  fails<ArgumentError>([&] { Sampler({}, 65537); });
+}
+
+// What a caller of the C ABI can do wrong besides.
+void mistakes_in_c(const char* bundle, const headpool::ModelOptions& how) {
+  hp_model_options opening = HP_INIT(hp_model_options);
+  opening.variant = how.variant.c_str(), opening.threads = how.threads, opening.backend = how.backend.c_str();
+  hp_session_options sizes = HP_INIT(hp_session_options);
+  sizes.capacity = 8;
+  hp_model* model = nullptr;
+  hp_session* session = nullptr;
+  CHECK(hp_model_open(bundle, &opening, &model) == HP_OK && hp_session_create(model, &sizes, &session) == HP_OK);
+  hp_model_free(model);  // the session keeps it
+  const Token prompt[] = {1, 2};
+  const std::int64_t* const prompts[] = {prompt};
+  const float* logits = nullptr;
+  std::size_t count = std::size_t{1} << 40;  // nothing past the capacity is read
+  CHECK(hp_session_prefill(session, prompts, &count, 1, &logits) == HP_CAPACITY);
+  count = SIZE_MAX;
+  CHECK(hp_session_prefill(session, prompts, &count, 1, &logits) == HP_ARGUMENT && !logits);
+  const auto throws = [](void*, const std::int64_t*, std::size_t) -> std::int32_t { throw std::runtime_error("two\nlines"); };
+  count = 2;
+  CHECK(hp_generate(session, prompts, &count, 1, 3, nullptr, nullptr, 0, throws, nullptr) == HP_INTERNAL);
+  CHECK(!std::strcmp(hp_last_error(), "two lines") && hp_session_lengths(session)[0] == 2);
+  hp_session_free(session);
 }
 
 void many(const headpool::Model& model) {
@@ -185,6 +215,8 @@ void opened_together(const std::string& bundle, const headpool::ModelOptions& ho
   CHECK(a == b);
 }
 
+std::vector<headpool::Session> until_exit;  // as a program may hold them in global variables
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -200,13 +232,16 @@ int main(int argc, char** argv) {
     moved_from(model);
     logits_of_the_last_call(model);
     mistakes(model);
+    mistakes_in_c(argv[1], how);
     many(model);
     together(model);
     opened_together(argv[1], how);
     for (int i = 0; i < MODELS; ++i) headpool::Session(headpool::Model::open(argv[1], how)).prefill(Row{1});
+    until_exit.emplace_back(model, options(1, 8)).prefill(Row{1});
     std::printf("%s is sound\n", info.variant.c_str());
   }
   fails<headpool::ArgumentError>([&] { headpool::Model::open(argv[1], {"another", 1}); });
   fails<headpool::ArgumentError>([&] { headpool::Model::open(argv[1], {"", 1025}); });
   fails<headpool::BundleError>([&] { headpool::Model::open(argv[0]); });
+  alarm(60);  // an exit that takes longer is none
 }

@@ -8,6 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from once import made_once
+
+from exporter.bundle import Bundle
+from exporter.checkpoint import open_checkpoint
+from exporter.config import CacheForm
+from exporter.export import ExportOptions, export
 
 SIZES = {
     "vocab_size": 67,
@@ -31,6 +37,10 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 YARN_MSCALE = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+PATTERNS: dict[CacheForm, tuple[str, ...]] = {
+    "static": ("fused", "grouped", "gqa", "attention", "repeat"),
+    "concat": ("grouped", "gqa", "attention", "repeat"),
+}
 # name → (model_type, what differs from SIZES)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -81,10 +91,34 @@ def save(name: str, folder: Path, **options: Any) -> Path:
     return folder / name
 
 
+def bundle(name: str, cache: CacheForm, shared: Path) -> Bundle:
+    """The model called `name` in every pattern that has this cache form. `shared` is the fixture of that name."""
+    saved = made_once(shared / f"hf-{name}", lambda out: model(name).save_pretrained(out))
+    options = ExportOptions(patterns=PATTERNS[cache], cache=cache)
+    return Bundle.open(made_once(shared / f"hf-{name}-{cache}", lambda out: export(open_checkpoint(saved), out, options)))
+
+
 def logits(theirs: Any, tokens: np.ndarray) -> np.ndarray:
     """float32 [n, V] after each of `tokens` [n], the whole sequence at once and no cache."""
     with torch.no_grad():
         return theirs(torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
+
+
+def greedy(theirs: Any, prompt: np.ndarray, count: int) -> list[int]:
+    """The `count` most likely tokens after `prompt` [n], over transformers' own cache.
+
+    Each is the likeliest by more than rounding moves the logits: of two equals another program may rightly take the other.
+    """
+    ids, past, tokens = torch.from_numpy(prompt)[None], None, []
+    with torch.no_grad():
+        for _ in range(count):
+            out = theirs(ids, past_key_values=past, use_cache=True)
+            past, row = out.past_key_values, out.logits[0, -1].float()
+            first, second = row.topk(2).values.tolist()
+            assert first - second > 4e-4, (len(tokens), first, second)  # twice what the tests of logits allow
+            ids = row.argmax()[None, None]
+            tokens.append(int(ids))
+    return tokens
 
 
 def add_tokenizer(folder: Path) -> None:

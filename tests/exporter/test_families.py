@@ -58,8 +58,8 @@ def follow(session: Session, theirs: Any, calls: Calls) -> None:
         np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
 
 
-def check_bundle(bundle: Bundle, theirs: Any) -> None:
-    for variant in bundle.variants:
+def check_bundle(bundle: Bundle, theirs: Any, patterns: tuple[str, ...] = hf.PATTERNS["static"]) -> None:
+    for variant in (variant for variant in bundle.variants if variant.pattern in patterns):
         for calls in (ONE, THREE):
             with open_session(bundle, variant, batch=len(calls[0]), capacity=70, threads=1, chunk=9) as session:
                 follow(session, theirs, calls)
@@ -79,14 +79,12 @@ def test_the_torch_model(name: str, tmp_path: Path) -> None:
         follow(session, hf.model(name), THREE)
 
 
-@pytest.mark.parametrize(
-    "form", ["static", "concat", "fused"]
-)  # the faster one: all forms of a family share two of three traces
+@pytest.mark.parametrize("form", ["static", "concat", "fused"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_bundle(name: str, form: Any, tmp_path: Path) -> None:
+def test_the_bundle(name: str, form: Any, shared: Path) -> None:
     own = form == "fused" and bool(harness.operators())
-    options = ExportOptions(patterns=("fused",)) if own else ExportOptions(patterns=PATTERNS, cache=form)
-    check_bundle(export(open_checkpoint(hf.save(name, tmp_path)), tmp_path / "out", options), hf.model(name))
+    bundle = hf.bundle(name, "static" if own else form, shared)
+    check_bundle(bundle, hf.model(name), ("fused",) if own else PATTERNS)
 
 
 def test_logits_of_every_position(tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def test_a_checkpoint_holds_the_papers_one_matrix(checkpoint: Checkpoint) -> Non
     assert checkpoint.config == CONFIG
 
 
-def test_logits_are_those_of_transformers_with_gated_values(checkpoint: Checkpoint) -> None:
+def gated_llama(checkpoint: Checkpoint) -> Any:
+    """transformers' Llama with the weights of `checkpoint` and the paper's values."""
     config = checkpoint.config
     theirs = hf.build(
         "llama",
@@ -109,7 +110,12 @@ def test_logits_are_those_of_transformers_with_gated_values(checkpoint: Checkpoi
         prefix = f"model.layers.{index}.self_attn."
         layer.self_attn.v_proj = GatedValues(torch.cat([weights[prefix + f"v{part}_proj.weight"] for part in ("", "_gate")]))
         layer.self_attn.o_proj = NarrowOutput(weights[prefix + "o_proj.weight"])
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, 40)
+    return theirs
+
+
+def test_logits_are_those_of_transformers_with_gated_values(checkpoint: Checkpoint) -> None:
+    theirs = gated_llama(checkpoint)
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 40)
     expected = hf.logits(theirs, tokens)
     assert np.abs(expected).max() > 3
     with open_torch(checkpoint) as session:

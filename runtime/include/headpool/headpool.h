@@ -13,6 +13,9 @@
  * header goes on working; NULL stands for the defaults, and so does 0 or NULL in each other member.
  *
  * Threads: models may be used from several threads at once, a session or a sampler by one at a time, different ones together.
+ *
+ * Files: a bundle that is open may be moved or removed, or another put in its place, but its files must not be written over or
+ * cut short where they lie; headpool/model.hpp says why.
  */
 #ifndef HEADPOOL_H
 #define HEADPOOL_H

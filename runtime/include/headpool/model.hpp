@@ -56,6 +56,10 @@ HEADPOOL_API std::vector<ModelInfo> variants(const std::filesystem::path& bundle
 //
 // Threads: all of it may be used from several threads at once. Sessions of one model that run at the same time share its
 // `threads` threads; a model opened a second time has threads of its own and still shares the weights in pattern fused.
+//
+// Files: a bundle that is open may be moved or removed, or another put in its place, but its files must not be written over or
+// cut short where they lie: in patterns other than fused ONNX Runtime reads weights from mapped files as they are used. An
+// engine of TensorRT's is read when the first session needs it.
 class HEADPOOL_API Model {
  public:
   // Reads headpool.json in folder `bundle` and loads a variant. Throws BundleError, BackendError, MemoryError, ArgumentError.

@@ -113,7 +113,7 @@ std::shared_ptr<const Model::State> open_tensorrt(const std::filesystem::path& b
   const std::string& name = variant.info.variant;
   const std::string command = "headpool build " + bundle.string() + " --backend " + backend + " --variant " + name;
   const std::string prefix = "variant " + name + " has " + backend + " engines ";
-  Records records = engines_of(bundle);
+  Records records = engines_of(std::filesystem::absolute(bundle));  // read later, maybe from another working directory
   std::erase_if(records, [&](const EngineRecord& r) { return r.variant != name || r.backend != backend; });
   if (records.empty())
     throw BackendError(
