@@ -36,6 +36,7 @@ class Variant:
     weight_bytes: int  # bytes of weights one decode step reads (a tied embedding once, untied embedding rows not at all)
     conversion: dict[str, Any] | None = None  # method, seed and KV heads before, where KV heads were changed
     quantize: str | None = None  # int8, int4: how its matrices are stored, see graphs/quantise.py
+    rounding: dict[str, Any] | None = None  # how they were rounded: method, and what it was calibrated on
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -51,7 +52,10 @@ class Variant:
     @property
     def precision(self) -> str:
         """What figures of it are to say: its dtype, and how its matrices are stored where that is not in it."""
-        return self.dtype if self.quantize is None else f"{self.dtype}, {self.quantize} weights"
+        if self.quantize is None:
+            return self.dtype
+        calibrated = self.rounding is not None and self.rounding.get("method") == "gptq"
+        return f"{self.dtype}, {self.quantize} weights" + " by GPTQ" * calibrated
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -76,6 +80,7 @@ class Variant:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "conversion": self.conversion,
             "quantize": self.quantize,
+            "rounding": self.rounding,
             "config": self.config.to_json(),
             "inputs": [binding.to_json() for binding in self.inputs()],
             "outputs": [binding.to_json() for binding in self.outputs()],
