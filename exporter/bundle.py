@@ -38,6 +38,7 @@ class Variant:
     conversion: dict[str, Any] | None = None  # method, seed and KV heads before, where KV heads were changed
     quantize: str | None = None  # int8, int4: how its matrices are stored, see graphs/quantise.py
     cache_dtype: str | None = None  # fp16, int8: how its caches are stored, see graphs/caches.py; None: in `dtype`
+    rounding: dict[str, Any] | None = None  # how they were rounded: method, and what it was calibrated on
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -53,7 +54,8 @@ class Variant:
     @property
     def precision(self) -> str:
         """What figures of it are to say: its dtype, and how its matrices and caches are stored where that is not in it."""
-        weights = [f"{self.quantize} weights"] if self.quantize is not None else []
+        calibrated = self.rounding is not None and self.rounding.get("method") == "gptq"
+        weights = [f"{self.quantize} weights" + " by GPTQ" * calibrated] if self.quantize is not None else []
         cache = [f"{self.cache_dtype} cache"] if self.cache_dtype is not None else []
         return ", ".join([self.dtype, *weights, *cache])
 
@@ -81,6 +83,7 @@ class Variant:
             "conversion": self.conversion,
             "quantize": self.quantize,
             "cache_dtype": self.cache_dtype,
+            "rounding": self.rounding,
             "config": self.config.to_json(),
             "inputs": [binding.to_json() for binding in self.inputs()],
             "outputs": [binding.to_json() for binding in self.outputs()],

@@ -31,7 +31,7 @@ from exporter.errors import UserError, one_of
 from exporter.files import new_folder, refuse_existing
 from exporter.genai import genai_config
 from exporter.layout import STORAGES, Layout, Storage
-from exporter.quantise import QUANTIZE, Quantiser, check_quantise, replaced
+from exporter.quantise import QUANTIZE, Quantiser, check_quantise, quantised_names
 from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.tokenizer import check_tokenizer
 from exporter.trace import IR_DTYPES, canonical_graph
@@ -62,7 +62,7 @@ class ExportOptions:
     groups: tuple[int | tuple[int, ...], ...] | None = None  # of every layer, or one number a layer
     method: Method = "mean"
     grouping: Grouping = "contiguous"
-    calibration: str | None = None  # None is `self` where the method reads tokens
+    calibration: str | None = None  # None is `self` where the method reads tokens; quantising is calibrated on what there is
     seed: int = 0
     patterns: tuple[str, ...] = ("grouped",)
     cache: CacheForm | None = None
@@ -93,7 +93,7 @@ def export(
     out: Path,
     options: ExportOptions,
     progress: Progress | None = None,
-    convert: Converter | None = None,
+    convert: Converter | Quantiser | None = None,
 ) -> Bundle:
     """Write the bundle `out` (which must not exist) and open it. Nothing is left behind when anything fails.
 
@@ -108,13 +108,13 @@ def export(
     with new_folder(out) as folder:
         hashing = Background(scan, checkpoint.files)  # the files are read while the graphs are traced
         models: dict[str, tuple[ModelConfig, Weights]] = {}
-        store = Quantiser(options.quantize) if options.quantize is not None else lambda weights: weights
         for kv_heads in options.groups or (config.kv_heads,):
             model, weights = convert(kv_heads)
-            models[_label(model)] = model, store(weights)
+            models[_label(model)] = model, weights
         layout = _lay_out(folder, models, options, report)
         checking = Background(_check_linked, layout)
-        variants = _write_graphs(folder, config, models, layout, options, report)
+        rounding = convert.record if isinstance(convert, Quantiser) else None
+        variants = _write_graphs(folder, config, models, layout, options, rounding, report)
         report("hashing the checkpoint", 0, 1)
         source = {"name": checkpoint.name, "sha256": hashing.result() if checkpoint.files else None}
         checking.result()
@@ -125,9 +125,11 @@ def export(
     return Bundle.open(out)
 
 
-def converter(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> Converter:
-    """What converts `checkpoint` as `options` say."""
-    return Converter(checkpoint, options.method, options.seed, options.grouping, options.calibration, progress)
+def converter(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> Converter | Quantiser:
+    """What makes of `checkpoint` and a number of KV heads the weights to store, as `options` say."""
+    how = (options.method, options.seed, options.grouping, options.calibration, progress)
+    convert = Converter(checkpoint, *how, quantised=options.quantize is not None)
+    return convert if options.quantize is None else Quantiser(convert, options.quantize)
 
 
 def check_options(config: ModelConfig, options: ExportOptions) -> None:
@@ -187,6 +189,7 @@ def _write_graphs(
     models: dict[str, tuple[ModelConfig, Weights]],
     layout: Layout,
     options: ExportOptions,
+    rounding: dict[str, Any] | None,
     report: Progress,
 ) -> list[Variant]:
     variants: list[Variant] = []
@@ -201,7 +204,8 @@ def _write_graphs(
             name = label if len(options.patterns) == 1 else f"{label}.{pattern}"
             graphs = [f"{stem}.onnx" if total == 1 else f"{stem}.{name}.onnx" for stem in canonical[cache]]
             for graph, whole in zip(graphs, canonical[cache].values(), strict=True):
-                model = lower(whole, pattern, options.quantize, replaced(weights, options.quantize), options.cache_dtype)
+                names = quantised_names(weights, options.quantize)
+                model = lower(whole, pattern, options.quantize, names, options.cache_dtype)
                 _attach(model, weights, layout, folder)
                 ir.save(model, folder / graph)
                 check_model(folder / graph)
@@ -218,6 +222,7 @@ def _write_graphs(
                     dtype=options.dtype,
                     quantize=options.quantize,
                     cache_dtype=options.cache_dtype,
+                    rounding=rounding,
                     logits=options.logits,
                     weights=files,
                     weight_bytes=size,

@@ -102,6 +102,12 @@ calibration: Option = click.option(
     metavar="FILE|self|random|none",
     help="Tokens that procrustes and optimal measure on: a text's, the model's own, or random ones.  [default: self]",
 )
+every_calibration: Option = click.option(
+    "--calibration",
+    metavar="FILE|self|random|none",
+    help="Tokens to measure on, a text's, the model's own, or random ones: what procrustes and optimal convert by "
+    "[default: self], and what --quantize rounds by, where there are any.",
+)
 seed: Option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness.")
 patterns: Option = click.option(
     "--pattern",
@@ -150,7 +156,7 @@ def all_of(*options: Option) -> Option:
 
 
 converting = all_of(method, grouping, calibration)
-making = all_of(groups, plan, converting, patterns, cache, dtype, quantize, cache_dtype, storage)
+making = all_of(groups, plan, method, grouping, every_calibration, patterns, cache, dtype, quantize, cache_dtype, storage)
 running = all_of(backend, threads)
 
 T = TypeVar("T")

@@ -96,8 +96,13 @@ Json subject(const std::string& bundle, const headpool::ModelInfo& info) {
               {"kv_bytes_per_token", info.kv_bytes_per_token},
               {"encoder", info.encoder_layers > 0},
               {"attention_operations", attention_operations(info)}};
-  for (const Json& variant : manifest["variants"])
-    if (variant["name"] == info.variant) result["conversion"] = variant.value("conversion", Json());
+  for (const Json& variant : manifest["variants"]) {
+    if (variant["name"] != info.variant) continue;
+    result["conversion"] = variant.value("conversion", Json());
+    const Json rounding = variant.value("rounding", Json());
+    if (rounding.is_object() && rounding.value("method", "") == "gptq")
+      result["dtype"] = result["dtype"].get<std::string>() + " by GPTQ";
+  }
   return result;
 }
 
