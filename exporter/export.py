@@ -139,6 +139,8 @@ def check_options(config: ModelConfig, options: ExportOptions) -> None:
             check_groups(config.num_heads, count)
     if isinstance(config, Seq2SeqConfig) and options.dtype == "fp16":
         raise UserError("fp16 is too narrow for the feed-forward layers of a T5, which overflow in it; choose fp32 or bf16")
+    if isinstance(config, Seq2SeqConfig) and options.cache_dtype is not None:
+        raise UserError("caches of an encoder-decoder are stored in --dtype; leave --cache-dtype out")
     if options.quantize is not None:
         check_quantise(config)
     models = [config.with_kv_heads(count) for count in options.groups or (config.kv_heads,)]

@@ -3,9 +3,11 @@
 The attention of a layer is one node, `headpool::FusedAttention`:
 
 Inputs   query [B,T,H·D] or [B·T,H·D], key, value, past_key [B,G,S,D], past_value [B,G,S,Dv], position_ids int64 [B,T] as the
-         canonical node has them, but before RoPE; cos, sin [B,T,rotary/2] (optional).
-         Of query, key and value only the order of the elements counts: with QK-norm they come as [B·T·H,D].
-Outputs  output [B,T,H·Dv], or [B·T,H·Dv] where query has two dimensions, present_key, present_value.
+         canonical node has them, but before RoPE; cos, sin [B,T,rotary/2] (optional); bias [B or 1,H or 1,T or 1,S]
+         (optional). Of query, key and value only the order of the elements counts: with QK-norm they come as [B·T·H,D].
+         Without key, value and position_ids all rows of the cache are read, but for those that bias keeps out.
+Outputs  output [B,T,H·Dv], or [B·T,H·Dv] where query has two dimensions, and where rows are written present_key and
+         present_value.
 
 The caches, all of one type, are stored as they are or in a form of graphs/caches.py: FLOAT16 [B,G,S,D], or INT8 [B,G,S,D+4], a
 row's values followed by its scale. New rows are rounded as they are written, and attention reads all rows, the new ones too,
@@ -18,6 +20,9 @@ which reads their weights at the memory's speed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import onnx_ir as ir
 
 from graphs import canonical
@@ -26,16 +31,14 @@ from graphs.canonical import GroupedAttention
 from graphs.chain import chain_linears
 from graphs.emit import Emitter
 from graphs.linear import fuse_linears
+from graphs.patterns import common
 
 STORED = {"fp16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}  # graphs/caches.py
 WORDS = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}  # as --dtype has them
 
 
 def check(node: GroupedAttention) -> str | None:
-    if node.reads_only or node.bias is not None:
-        what = "it only reads a cache" if node.bias is None else "its scores have a bias of relative positions"
-        return f"{what}; headpool's operators are for decoder-only models"
-    if not node.static:
+    if not (node.static or node.reads_only):
         return "its cache is concat; headpool's operators work on a static cache"
     if node.dtype != ir.DataType.FLOAT:
         return f"it is {WORDS.get(node.dtype, node.dtype.name)}; headpool's operators are for fp32"
@@ -43,22 +46,33 @@ def check(node: GroupedAttention) -> str | None:
 
 
 def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, ir.Value]:
+    if node.reads_only:
+        output = _attention(node, emit, node.query, [], [], common.mask(emit, node), outputs=1)
+        return output, node.past_key, node.past_value
     query, angles = _before_rotation(node.query)
     key, key_angles = _before_rotation(node.key)
     if angles != key_angles:  # not both rotated, and by the same angles: the operator does both or none
         query, key, angles = node.query, node.key, []
+    new = [_before_reshape(key), _before_reshape(node.value)]
+    return _attention(node, emit, query, new, angles, node.bias, outputs=3)
+
+
+def _attention(
+    node: GroupedAttention,
+    emit: Emitter,
+    query: ir.Value,
+    new: Sequence[ir.Value],
+    angles: Sequence[ir.Value | None],
+    bias: ir.Value | None,
+    outputs: int,
+) -> Any:
+    inputs = [query, *(new or [None, None]), node.past_key, node.past_value, node.position_ids, *(angles or [None, None]), bias]
     return emit.op(
         "FusedAttention",
         "FusedAttention",
-        query,
-        _before_reshape(key),
-        _before_reshape(node.value),
-        node.past_key,
-        node.past_value,
-        node.position_ids,
-        *angles,
+        *inputs,
         domain=canonical.DOMAIN,
-        outputs=3,
+        outputs=outputs,
         num_heads=node.num_heads,
         kv_num_heads=node.kv_num_heads,
         scale=node.scale,
@@ -70,6 +84,7 @@ def finish(model: ir.Model) -> None:
         _drop_reshapes(model.graph, node)
     fuse_linears(model)
     chain_linears(model)
+    model.graph.opset_imports[canonical.DOMAIN] = canonical.VERSION
 
 
 def store(model: ir.Model, cache: str) -> None:

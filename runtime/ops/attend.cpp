@@ -131,6 +131,10 @@ inline void value_rows(const float* scores, const char* values, size_t count, si
   }
 }
 
+inline void add(float* to, const float* from, size_t count) {
+  for (size_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
 // Scores of a block become probabilities relative to the row's new maximum (· scales); its sum and output are rescaled to that.
 template <bool SCALED>
 void soften(float* scores, const float* scales, int64_t visible, float& maximum, float& total, float* output, size_t Dv) {
@@ -175,6 +179,10 @@ void attend_to(const Attention& a, const Tile& tile, float* scratch) {
   fill(total, M, 0);
   const auto token_of = [&](size_t m) { return tile.b * a.T + tile.t0 + m / R; };  // rows m = t·R + r
   const auto head_of = [&](size_t m) { return token_of(m) * a.H + tile.g * R + m % R; };
+  const auto bias_of = [&](size_t m) {
+    const size_t place[] = {tile.b, tile.g * R + m % R, tile.t0 + m / R};
+    return a.bias + place[0] * a.bias_steps[0] + place[1] * a.bias_steps[1] + place[2] * a.bias_steps[2];
+  };
 
   for (size_t m = 0; m < M; ++m) {
     const float* from = a.query + head_of(m) * D;
@@ -202,6 +210,7 @@ void attend_to(const Attention& a, const Tile& tile, float* scratch) {
       float* const rows = scores + m * SPAN;
       score_rows<Kind::SCALED, COUNT>(query + m * D, key_block, key_scales, D, rows, ahead);
       for (size_t i = 0; i < COUNT; ++i) {
+        if (a.bias) add(rows + i * SPAN, bias_of(m + i) + s, count);
         const int64_t seen = a.positions[token_of(m + i)] + 1 - static_cast<int64_t>(s);
         const int64_t visible = seen < static_cast<int64_t>(count) ? seen : static_cast<int64_t>(count);
         soften<Kind::SCALED>(rows + i * SPAN, value_scales, visible, maximum[m + i], total[m + i], output + (m + i) * Dv, Dv);

@@ -46,15 +46,17 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     const Ort::KernelContext context(raw);
     const auto query = context.GetInput(0), key = context.GetInput(1), value = context.GetInput(2);
     const auto past_key = context.GetInput(3), past_value = context.GetInput(4), positions = context.GetInput(5);
-    const auto cos = context.GetInput(6), sin = context.GetInput(7);
-    const Shape k_shape(past_key), v_shape(past_value), tokens(positions), q_shape(query);
-    expect(k_shape.rank() == 4 && v_shape.rank() == 4 && tokens.rank() == 2,
-           "headpool::FusedAttention: a cache or position_ids has a wrong rank");
+    const auto cos = context.GetInput(6), sin = context.GetInput(7), bias = context.GetInput(8);
+    const Shape k_shape(past_key), v_shape(past_value), q_shape(query);
+    expect(k_shape.rank() == 4 && v_shape.rank() == 4, "headpool::FusedAttention: a cache has a wrong rank");
+    const bool writes = key != nullptr;  // else it only reads the cache, all of it
+    expect(writes == (value != nullptr) && writes == (positions != nullptr),
+           "headpool::FusedAttention: key, value and position_ids belong together");
     Attention a{};
     a.query = floats(query);
-    a.B = tokens[0], a.T = tokens[1], a.S = k_shape[2], a.H = H, a.G = G, a.D = channels(k_shape), a.Dv = channels(v_shape);
+    a.B = k_shape[0], a.S = k_shape[2], a.H = H, a.G = G, a.D = channels(k_shape), a.Dv = channels(v_shape);
+    a.T = writes ? Shape(positions).back() : a.B * a.D ? q_shape.elements() / (a.B * H * a.D) : 0;
     a.cache = cache_type(k_shape);
-    a.positions = positions.GetTensorData<int64_t>();
     a.scale = scale;
     a.cos = floats(cos), a.sin = floats(sin);
     expect(!a.cos == !a.sin, "headpool::FusedAttention: cos or sin is missing");
@@ -66,29 +68,62 @@ struct AttentionKernel : Kernel<AttentionKernel> {
       expect(a.rotary <= a.D && angles.elements() == rows * a.rotary / 2 && Shape(sin).elements() == angles.elements(),
              "headpool::FusedAttention: cos or sin does not fit the other inputs");
     }
-    expect(static_cast<size_t>(k_shape[0]) == a.B && static_cast<size_t>(k_shape[1]) == G && v_shape[0] == k_shape[0] &&
-               v_shape[1] == k_shape[1] && v_shape[2] == k_shape[2] && q_shape.elements() == rows * H * a.D &&
-               Shape(key).elements() == rows * G * a.D && Shape(value).elements() == rows * G * a.Dv,
+    expect(static_cast<size_t>(k_shape[1]) == G && v_shape[0] == k_shape[0] && v_shape[1] == k_shape[1] &&
+               v_shape[2] == k_shape[2] && q_shape.elements() == rows * H * a.D,
            "headpool::FusedAttention: the shapes of its inputs contradict each other");
-    const auto width = static_cast<int64_t>(H * a.Dv);
-    const int64_t flat[] = {tokens[0] * tokens[1], width}, deep[] = {tokens[0], tokens[1], width};
+    if (bias) read_bias(bias, a);
+    const auto tokens = static_cast<int64_t>(rows), width = static_cast<int64_t>(H * a.Dv);
+    const int64_t flat[] = {tokens, width}, deep[] = {k_shape[0], static_cast<int64_t>(a.T), width};
     auto output = q_shape.rank() == 2 ? context.GetOutput(0, flat, 2) : context.GetOutput(0, deep, 3);
     a.output = output.GetTensorMutableData<float>();
-    char* keys = in_place(past_key, context.GetOutput(1, k_shape.data(), 4), k_shape);
-    char* values = in_place(past_value, context.GetOutput(2, v_shape.data(), 4), v_shape);
-    a.keys = keys, a.values = values;
-    if (!rows) return;
+    if (writes) {
+      write(context, a, {key, value, past_key, past_value, positions});
+    } else {
+      a.keys = static_cast<const char*>(past_key.GetTensorRawData());
+      a.values = static_cast<const char*>(past_value.GetTensorRawData());
+      thread_local std::vector<int64_t> last;
+      a.positions = std::fill_n(buffer(last, rows), rows, k_shape[2] - 1) - rows;
+    }
+    if (rows) a.T == 1 ? decode(context, a) : prefill(context, a);
+  }
+
+ private:
+  struct New {
+    const Ort::ConstValue &key, &value, &past_key, &past_value, &positions;
+  };
+
+  // [B or 1,H or 1,T or 1,S]
+  static void read_bias(const Ort::ConstValue& bias, Attention& a) {
+    const Shape shape(bias);
+    const size_t full[] = {a.B, a.H, a.T};
+    expect(shape.rank() == 4 && static_cast<size_t>(shape[3]) == a.S, "headpool::FusedAttention: bias has a wrong shape");
+    size_t step = a.S;
+    for (size_t i = 3; i-- > 0; step *= shape[i]) {
+      expect(shape[i] == 1 || static_cast<size_t>(shape[i]) == full[i], "headpool::FusedAttention: bias has a wrong shape");
+      a.bias_steps[i] = shape[i] == 1 ? 0 : step;
+    }
+    a.bias = floats(bias);
+  }
+
+  // The new rows into the cache.
+  static void write(const Ort::KernelContext& context, Attention& a, const New& given) {
+    const Shape k_shape(given.past_key), v_shape(given.past_value), tokens(given.positions);
+    expect(tokens.rank() == 2 && static_cast<size_t>(tokens[0]) == a.B &&
+               Shape(given.key).elements() == a.B * a.T * a.G * a.D && Shape(given.value).elements() == a.B * a.T * a.G * a.Dv,
+           "headpool::FusedAttention: the shapes of its inputs contradict each other");
+    char* keys = in_place(given.past_key, context.GetOutput(1, k_shape.data(), 4), k_shape);
+    char* values = in_place(given.past_value, context.GetOutput(2, v_shape.data(), 4), v_shape);
+    a.keys = keys, a.values = values, a.positions = given.positions.GetTensorData<int64_t>();
+    if (!a.T) return;
     for (size_t b = 0; b < a.B; ++b) {
       const int64_t* row = a.positions + b * a.T;
       const auto [least, most] = std::minmax_element(row, row + a.T);
       expect(*least >= 0 && *most < k_shape[2] && row[0] <= k_shape[2] - tokens[1],
              "headpool::FusedAttention: a position lies outside the cache");
     }
-    update(context, a, floats(key), floats(value), keys, values);
-    a.T == 1 ? decode(context, a) : prefill(context, a);
+    update(context, a, floats(given.key), floats(given.value), keys, values);
   }
 
- private:
   // The cache is written where it lies when the caller bound one buffer as input and as output; else it is copied first.
   static char* in_place(const Ort::ConstValue& past, Ort::UnownedValue present, const Shape& shape) {
     char* to = static_cast<char*>(present.GetTensorMutableRawData());
@@ -186,12 +221,15 @@ struct AttentionKernel : Kernel<AttentionKernel> {
 template <ONNXTensorElementDataType CACHE>
 struct AttentionOp : Operator<AttentionOp<CACHE>, AttentionKernel> {
   const char* GetName() const { return "FusedAttention"; }
-  size_t GetInputTypeCount() const { return 8; }
+  size_t GetInputTypeCount() const { return 9; }
   ONNXTensorElementDataType GetInputType(size_t i) const {
     return i == 3 || i == 4 ? CACHE : i == 5 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
-    return i < 6 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return i == 0 || i == 3 || i == 4 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  }
+  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t i) const {
+    return i == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   }
   size_t GetOutputTypeCount() const { return 3; }
   ONNXTensorElementDataType GetOutputType(size_t i) const { return i ? CACHE : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }

@@ -44,7 +44,6 @@ Variant read_variant(const Json& data) {
   info.pattern = text(data, "pattern");
   if (data.contains("encoder") && !data["encoder"].is_null()) {
     variant.encoder.emplace().graph = file_name(data["encoder"]);
-    if (info.pattern == "fused") flaw("an encoder-decoder has no pattern fused");
   }
   info.cache = one_of(data, "cache", {"static", "concat"});
   info.dtype = one_of(data, "dtype", {"fp32", "fp16", "bf16"});

@@ -180,28 +180,26 @@ std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path
   state->memory = cuda ? cuda_memory_info() : Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   const Variant& variant = state->variant;
   for (const std::string& name : variant.weights) file_in(bundle, name);
-  Ort::SessionOptions session;
   const auto load = [&](const std::string& name, const auto& work) {
     guarded("ONNX Runtime cannot run " + name + " (pattern " + variant.info.pattern + ", " + variant.info.dtype + ")", [&] {
+      Ort::SessionOptions session;
+      session.SetIntraOpNumThreads(state->threads);
+      session.SetInterOpNumThreads(1);
+      session.SetGraphOptimizationLevel(ORT_ENABLE_ALL);
       const std::vector<Initializer> weights = weights_of(bundle, name);
-      work(bundle / name, weights);
+      if (variant.info.pattern == "fused") use_own_operators(session, bundle, weights, *state);
+      if (cuda) add_cuda(session);
+      work(bundle / name, session);
     });
   };
-  load(variant.graph, [&](const std::filesystem::path& graph, const std::vector<Initializer>& weights) {
-    session.SetIntraOpNumThreads(state->threads);
-    session.SetInterOpNumThreads(1);
-    session.SetGraphOptimizationLevel(ORT_ENABLE_ALL);
+  load(variant.graph, [&](const std::filesystem::path& graph, Ort::SessionOptions& session) {
     if (!variant.in_place) session.DisableMemPattern();  // concat has new shapes each step, and each would be planned
-    if (variant.info.pattern == "fused") use_own_operators(session, bundle, weights, *state);
-    if (cuda) {
-      add_cuda(session);
-      state->zeroing.emplace(environment(), session);
-    }
+    if (cuda) state->zeroing.emplace(environment(), session);
     state->runtime = Ort::Session(environment(), graph.c_str(), session);
     check_decoder(*state);
   });
   if (variant.encoder)
-    load(variant.encoder->graph, [&](const std::filesystem::path& graph, const auto&) {
+    load(variant.encoder->graph, [&](const std::filesystem::path& graph, Ort::SessionOptions& session) {
       session.DisableCpuMemArena();  // it would keep, for the next long input, the gigabytes of one
       session.DisableMemPattern();
       state->encoder = Ort::Session(environment(), graph.c_str(), session);

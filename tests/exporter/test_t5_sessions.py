@@ -19,14 +19,16 @@ from exporter.bundle import Bundle, Seq2SeqVariant
 from exporter.checkpoint import open_checkpoint, write_checkpoint
 from exporter.convert import convert_weights
 from exporter.engines import open_session
+from exporter.engines.operators import operator_library
 from exporter.engines.seq2seq import Seq2SeqSession
 from exporter.engines.torch_eager import open_torch
 from exporter.errors import BundleError, EngineError, UserError
 from exporter.export import ExportOptions, export
 from exporter.generate import generate
 
-PATTERNS = ("grouped", "gqa", "attention", "repeat")
+PATTERNS = ("grouped", "gqa", "attention", "repeat")  # in both cache forms
 FORMS = [(groups, pattern, cache) for groups in (6, 2) for pattern in PATTERNS for cache in ("static", "concat")]
+FORMS += [(6, "fused", "static"), (2, "fused", "static")]
 TOLERANCE = 2e-4  # absolute, on logits of about ±10
 SOURCES = [np.arange(41) * 7 % 66 + 1, np.arange(9) * 5 % 66 + 1]
 STEPS = 70  # past row 64, where the static cache grows
@@ -38,8 +40,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     folder = tmp_path_factory.mktemp("t5")
     checkpoint = open_checkpoint(t5.save("t5-1.1", folder))
     return {
-        cache: export(checkpoint, folder / cache, ExportOptions((6, 2), patterns=PATTERNS, cache=cache, logits="all"))
-        for cache in ("static", "concat")
+        cache: export(checkpoint, folder / cache, ExportOptions((6, 2), patterns=patterns, cache=cache, logits="all"))
+        for cache, patterns in (("static", (*PATTERNS, "fused")), ("concat", PATTERNS))
     }
 
 
@@ -95,7 +97,10 @@ def test_several_tokens_at_once(
     bundle = bundles[cache]
     variant = bundle.variant(f"g{groups}.{pattern}")
     assert isinstance(variant, Seq2SeqVariant)
-    encoder, decoder = (onnxruntime.InferenceSession(bundle.path / name) for name in (variant.encoder, variant.graph))
+    options = onnxruntime.SessionOptions()
+    if pattern == "fused":
+        options.register_custom_ops_library(str(operator_library()))
+    encoder, decoder = (onnxruntime.InferenceSession(bundle.path / name, options) for name in (variant.encoder, variant.graph))
     source = SOURCES[0][None]
     read = dict(
         zip(
@@ -166,7 +171,8 @@ def test_what_a_session_refuses(bundles: dict[str, Bundle]) -> None:
 def test_what_export_refuses(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(t5.save("t5", tmp_path))
     for options, message in (
-        (ExportOptions(patterns=("fused",)), "pattern fused does not fit this model: its scores have a bias of relative"),
+        (ExportOptions(patterns=("fused",), cache="concat"), "pattern fused does not fit this model: its cache is concat"),
+        (ExportOptions(patterns=("fused",), cache_dtype="int8"), "caches of an encoder-decoder are stored in --dtype"),
         (ExportOptions(dtype="fp16"), "fp16 is too narrow for the feed-forward layers of a T5"),
         (ExportOptions(groups=(4,)), "4 KV heads do not divide 6 query heads"),
     ):
