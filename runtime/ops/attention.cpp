@@ -10,10 +10,11 @@
 namespace headpool {
 namespace {
 
-constexpr size_t SPLIT_ROWS = 512;     // cache rows of a decode task at least; shorter ones cost more than they balance
-constexpr size_t PREFILL_ROWS = 64;    // query rows of a prefill task
-constexpr int64_t MOST_HEADS = 65536;  // so that no product with a tensor's size overflows
-constexpr size_t TASKS = 16;           // tasks of a decode step that are enough to keep the threads even
+constexpr size_t SPLIT_ROWS = 512;       // cache rows of a decode task at least; shorter ones cost more than they balance
+constexpr size_t PREFILL_ROWS = 64;      // query rows of a prefill task
+constexpr int64_t MOST_HEADS = 65536;    // so that no product with a tensor's size overflows
+constexpr size_t MOST_CHANNELS = 65536;  // of a head, so that sums of products of bytes do not overflow
+constexpr size_t TASKS = 16;             // tasks of a decode step that are enough to keep the threads even
 
 CacheType cache_type(const Shape& shape) {
   switch (shape.type()) {
@@ -54,6 +55,7 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     a.query = floats(query);
     a.B = tokens[0], a.T = tokens[1], a.S = k_shape[2], a.H = H, a.G = G, a.D = channels(k_shape), a.Dv = channels(v_shape);
     a.cache = cache_type(k_shape);
+    expect(a.D <= MOST_CHANNELS, "headpool::FusedAttention: a head has more than 65536 channels");
     a.positions = positions.GetTensorData<int64_t>();
     a.scale = scale;
     a.cos = floats(cos), a.sin = floats(sin);
