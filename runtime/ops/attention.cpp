@@ -10,10 +10,11 @@
 namespace headpool {
 namespace {
 
-constexpr size_t SPLIT_ROWS = 512;     // cache rows of a decode task at least; shorter ones cost more than they balance
-constexpr size_t PREFILL_ROWS = 64;    // query rows of a prefill task
-constexpr int64_t MOST_HEADS = 65536;  // so that no product with a tensor's size overflows
-constexpr size_t TASKS = 16;           // tasks of a decode step that are enough to keep the threads even
+constexpr size_t SPLIT_ROWS = 512;       // cache rows of a decode task at least; shorter ones cost more than they balance
+constexpr size_t PREFILL_ROWS = 64;      // query rows of a prefill task
+constexpr int64_t MOST_HEADS = 65536;    // so that no product with a tensor's size overflows
+constexpr size_t MOST_CHANNELS = 65536;  // of a head, so that sums of products of bytes do not overflow
+constexpr size_t TASKS = 16;             // tasks of a decode step that are enough to keep the threads even
 
 CacheType cache_type(const Shape& shape) {
   switch (shape.type()) {
@@ -50,13 +51,14 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     const Shape k_shape(past_key), v_shape(past_value), q_shape(query);
     expect(k_shape.rank() == 4 && v_shape.rank() == 4, "headpool::FusedAttention: a cache has a wrong rank");
     const bool writes = key != nullptr;  // else it only reads the cache, all of it
-    expect(writes == (value != nullptr) && writes == (positions != nullptr),
-           "headpool::FusedAttention: key, value and position_ids belong together");
+    expect(writes == (value != nullptr) && writes == (positions != nullptr) && (!writes || Shape(positions).rank() == 2),
+           "headpool::FusedAttention: key, value and position_ids [B,T] belong together");
     Attention a{};
     a.query = floats(query);
     a.B = k_shape[0], a.S = k_shape[2], a.H = H, a.G = G, a.D = channels(k_shape), a.Dv = channels(v_shape);
     a.T = writes ? Shape(positions).back() : a.B * a.D ? q_shape.elements() / (a.B * H * a.D) : 0;
     a.cache = cache_type(k_shape);
+    expect(a.D <= MOST_CHANNELS, "headpool::FusedAttention: a head has more than 65536 channels");
     a.scale = scale;
     a.cos = floats(cos), a.sin = floats(sin);
     expect(!a.cos == !a.sin, "headpool::FusedAttention: cos or sin is missing");

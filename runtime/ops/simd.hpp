@@ -114,42 +114,69 @@ inline Vec exp(Vec x) {
 
 #define HEADPOOL_UNROLL _Pragma("GCC unroll 16")
 
-// In each 2W × 2W block of the rows in `a`, swap the off-diagonal W × W blocks; FIRST and SECOND are the two shuffles.
-template <size_t W, class Pick>
-[[gnu::always_inline]] inline void swap_blocks(Vec (&a)[LANES], const Pick& pick) {
-  HEADPOOL_UNROLL
-  for (size_t i = 0; i < LANES; ++i)
-    if (!(i & W)) pick(a[i], a[i | W]);
+// Of two rows whose numbers differ by W: in each 2W lanes W of the one and then W of the other, the first ones and the second.
+#define HEADPOOL_PICK(NAME, W, ...) \
+  [[gnu::always_inline]] inline Vec NAME##W(Vec x, Vec y) { return __builtin_shufflevector(x, y, __VA_ARGS__); }
+#if defined(__AVX512F__)
+HEADPOOL_PICK(first, 8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+HEADPOOL_PICK(second, 8, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+HEADPOOL_PICK(first, 4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
+HEADPOOL_PICK(second, 4, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
+HEADPOOL_PICK(first, 2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+HEADPOOL_PICK(second, 2, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+HEADPOOL_PICK(first, 1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
+HEADPOOL_PICK(second, 1, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
+#elif defined(__AVX2__)
+HEADPOOL_PICK(first, 4, 0, 1, 2, 3, 8, 9, 10, 11)
+HEADPOOL_PICK(second, 4, 4, 5, 6, 7, 12, 13, 14, 15)
+HEADPOOL_PICK(first, 2, 0, 1, 8, 9, 4, 5, 12, 13)
+HEADPOOL_PICK(second, 2, 2, 3, 10, 11, 6, 7, 14, 15)
+HEADPOOL_PICK(first, 1, 0, 8, 2, 10, 4, 12, 6, 14)
+HEADPOOL_PICK(second, 1, 1, 9, 3, 11, 5, 13, 7, 15)
+#else
+HEADPOOL_PICK(first, 2, 0, 1, 4, 5)
+HEADPOOL_PICK(second, 2, 2, 3, 6, 7)
+HEADPOOL_PICK(first, 1, 0, 4, 2, 6)
+HEADPOOL_PICK(second, 1, 1, 5, 3, 7)
+#endif
+#undef HEADPOOL_PICK
+
+// f(i, W, first, second) for each such pair of rows i and i + W, the largest W first.
+#define HEADPOOL_STEP(W)                                                                               \
+  f.template operator()<W>([](Vec x, Vec y) __attribute__((always_inline)) { return first##W(x, y); }, \
+                           [](Vec x, Vec y) __attribute__((always_inline)) { return second##W(x, y); })
+template <class F>
+[[gnu::always_inline]] inline void by_halves(const F& f) {
+#if defined(__AVX512F__)
+  HEADPOOL_STEP(8);
+#endif
+#if defined(__AVX2__)
+  HEADPOOL_STEP(4);
+#endif
+  HEADPOOL_STEP(2);
+  HEADPOOL_STEP(1);
 }
+#undef HEADPOOL_STEP
 
 // Rows → columns.
 [[gnu::always_inline]] inline void transpose(Vec (&a)[LANES]) {
-#define HEADPOOL_SWAP(W, FIRST, SECOND)                                 \
-  swap_blocks<W>(a, [](Vec& x, Vec& y) __attribute__((always_inline)) { \
-    const Vec first = __builtin_shufflevector(x, y, FIRST);             \
-    y = __builtin_shufflevector(x, y, SECOND);                          \
-    x = first;                                                          \
-  })
-#define HEADPOOL_LIST(...) __VA_ARGS__
-#if defined(__AVX512F__)
-  HEADPOOL_SWAP(8, HEADPOOL_LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-                HEADPOOL_LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
-  HEADPOOL_SWAP(4, HEADPOOL_LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-                HEADPOOL_LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
-  HEADPOOL_SWAP(2, HEADPOOL_LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-                HEADPOOL_LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
-  HEADPOOL_SWAP(1, HEADPOOL_LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-                HEADPOOL_LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
-#elif defined(__AVX2__)
-  HEADPOOL_SWAP(4, HEADPOOL_LIST(0, 1, 2, 3, 8, 9, 10, 11), HEADPOOL_LIST(4, 5, 6, 7, 12, 13, 14, 15));
-  HEADPOOL_SWAP(2, HEADPOOL_LIST(0, 1, 8, 9, 4, 5, 12, 13), HEADPOOL_LIST(2, 3, 10, 11, 6, 7, 14, 15));
-  HEADPOOL_SWAP(1, HEADPOOL_LIST(0, 8, 2, 10, 4, 12, 6, 14), HEADPOOL_LIST(1, 9, 3, 11, 5, 13, 7, 15));
-#else
-  HEADPOOL_SWAP(2, HEADPOOL_LIST(0, 1, 4, 5), HEADPOOL_LIST(2, 3, 6, 7));
-  HEADPOOL_SWAP(1, HEADPOOL_LIST(0, 4, 2, 6), HEADPOOL_LIST(1, 5, 3, 7));
-#endif
-#undef HEADPOOL_SWAP
-#undef HEADPOOL_LIST
+  by_halves([&]<size_t W>(const auto& first, const auto& second) __attribute__((always_inline)) {
+    HEADPOOL_UNROLL
+    for (size_t i = 0; i < LANES; ++i)
+      if (!(i & W)) {
+        const Vec x = a[i], y = a[i | W];
+        a[i] = first(x, y), a[i | W] = second(x, y);
+      }
+  });
+}
+
+// The sums of the rows; what is in `a` then is of no use.
+[[gnu::always_inline]] inline Vec row_sums(Vec (&a)[LANES]) {
+  by_halves([&]<size_t W>(const auto& first, const auto& second) __attribute__((always_inline)) {
+    HEADPOOL_UNROLL
+    for (size_t i = 0; i < W; ++i) a[i] = first(a[i], a[i + W]) + second(a[i], a[i + W]);
+  });
+  return a[0];
 }
 
 inline void fill(float* to, size_t count, float value) {

@@ -188,9 +188,9 @@ AttentionCase attention_case(CacheType type) {
   AttentionCase c;
   Attention& a = c.a;
   a.B = pick(1, 3), a.G = pick(1, 3), a.H = a.G * pick(1, 16);
-  a.D = one_of({8, 20, 40, 48, 64, 80, 128, 256}), a.Dv = one_of({a.D, a.D / 2, a.D + 4, 7});
+  a.D = one_of({2, 8, 10, 20, 40, 48, 64, 80, 128, 256}), a.Dv = one_of({a.D, a.D / 2, a.D + 4, 7});
   a.T = one_of({1, 1, 2, 7, 19}), a.S = a.T + one_of({0, 1, 44, 63, 64, 130, 300});
-  a.rotary = one_of({0, a.D, a.D / 2});
+  a.rotary = one_of({0, a.D, a.D / 4 * 2});
   a.scale = 1 / std::sqrt(float(a.D));
   c.query = normal(a.B * a.T * a.H * a.D, 2);
   c.keys = Stored(type, a.D, normal(a.B * a.G * a.S * a.D, 2));
@@ -327,6 +327,22 @@ void test_extremes(const Kernels& kernels) {
   }
 }
 
+// So is a query that is not a number, or has no end.
+void test_spoilt_queries(const Kernels& kernels) {
+  for (const CacheType type : TYPES)
+    for (const float odd : {NOT_A_NUMBER, std::numeric_limits<float>::infinity()})
+      for (int i = 0; i < 40; ++i) {
+        AttentionCase c = attention_case(type);
+        const Attention& a = c.a;
+        const size_t head = pick(0, a.H - 1), R = a.H / a.G;  // of the first token of the first sequence
+        c.query[head * a.D + pick(0, a.D - 1)] = odd;
+        attend(kernels, a, {0, head / R, 0, 1, 0, size_t(c.positions[0]) + 1, nullptr, nullptr, nullptr});
+        for (size_t h = head / R * R; h < head / R * R + R; ++h)
+          for (size_t d = 0; d < a.Dv; ++d)
+            expect(std::isnan(c.output[h * a.Dv + d]) == (h == head), named("spoilt query type, M", {size_t(type), R}));
+      }
+}
+
 // A row that is not a number is seen in what reads it, and only there.
 void test_spoilt_rows(const Kernels& kernels) {
   for (const CacheType type : TYPES)
@@ -355,6 +371,7 @@ void test_attention(const Kernels& kernels) {
   test_keep(kernels);
   test_halves(kernels);
   test_int8_extremes(kernels);
+  test_spoilt_queries(kernels);
   test_spoilt_rows(kernels);
   test_rotate(kernels);
   test_attend(kernels);
