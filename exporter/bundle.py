@@ -16,6 +16,7 @@ from exporter.config import DTYPES, CacheForm, ModelConfig
 from exporter.decode import decode, parse
 from exporter.errors import BundleError, UserError, one_of
 from exporter.seq2seq_config import Seq2SeqConfig
+from graphs.caches import CACHES
 
 SCHEMA = 1
 MANIFEST = "headpool.json"
@@ -36,6 +37,8 @@ class Variant:
     weight_bytes: int  # bytes of weights one decode step reads (a tied embedding once, untied embedding rows not at all)
     conversion: dict[str, Any] | None = None  # method, seed and KV heads before, where KV heads were changed
     quantize: str | None = None  # int8, int4: how its matrices are stored, see graphs/quantise.py
+    cache_dtype: str | None = None  # fp16, int8: how its caches are stored, see graphs/caches.py; None: in `dtype`
+    rounding: dict[str, Any] | None = None  # how they were rounded: method, and what it was calibrated on
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -50,18 +53,21 @@ class Variant:
 
     @property
     def precision(self) -> str:
-        """What figures of it are to say: its dtype, and how its matrices are stored where that is not in it."""
-        return self.dtype if self.quantize is None else f"{self.dtype}, {self.quantize} weights"
+        """What figures of it are to say: its dtype, and how its matrices and caches are stored where that is not in it."""
+        calibrated = self.rounding is not None and self.rounding.get("method") == "gptq"
+        weights = [f"{self.quantize} weights" + " by GPTQ" * calibrated] if self.quantize is not None else []
+        cache = [f"{self.cache_dtype} cache"] if self.cache_dtype is not None else []
+        return ", ".join([self.dtype, *weights, *cache])
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.config.kv_bytes_per_token(self.dtype)
+        return self.config.kv_bytes_per_token(self.cache_dtype or self.dtype)
 
     def inputs(self) -> list[contract.Binding]:
-        return contract.inputs(self.config, self.cache, self.dtype)
+        return contract.inputs(self.config, self.cache, self.dtype, self.cache_dtype)
 
     def outputs(self) -> list[contract.Binding]:
-        return contract.outputs(self.config, self.cache, self.dtype, self.logits)
+        return contract.outputs(self.config, self.cache, self.dtype, self.logits, self.cache_dtype)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -76,6 +82,8 @@ class Variant:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "conversion": self.conversion,
             "quantize": self.quantize,
+            "cache_dtype": self.cache_dtype,
+            "rounding": self.rounding,
             "config": self.config.to_json(),
             "inputs": [binding.to_json() for binding in self.inputs()],
             "outputs": [binding.to_json() for binding in self.outputs()],
@@ -93,6 +101,11 @@ class Variant:
             raise UserError(f"variant {variant.name!r} has no name or a negative number of bytes")
         if variant.dtype not in DTYPES:
             raise UserError(one_of("dtype", variant.dtype, DTYPES))
+        if variant.cache_dtype is not None and (
+            variant.cache_dtype not in CACHES or (variant.pattern, variant.cache) != ("fused", "static")
+        ):
+            what = f"pattern {variant.pattern}, {variant.cache} cache"
+            raise UserError(f"variant {variant.name!r} ({what}) stores its cache as {variant.cache_dtype!r}, which it cannot")
         written = variant.to_json()
         for key, value in derived.items():
             if value != written[key]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from exporter.decode import decode
 from exporter.errors import UserError, one_of
+from graphs.caches import row_width
 
 FFN_KINDS = ("relu", "gelu", "swish", "glu", "bilinear", "reglu", "geglu", "swiglu")
 GATED_FFN_KINDS = FFN_KINDS[3:]
@@ -24,7 +25,7 @@ NORM_KINDS = ("rms", "layer")
 CacheForm = Literal["concat", "static"]
 CACHE_FORMS: tuple[CacheForm, ...] = ("concat", "static")
 DTYPES = ("fp32", "fp16", "bf16")
-DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # int8: of caches only
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,9 @@ class ModelConfig:
         return self.ffn in GATED_FFN_KINDS
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes that one token of one sequence takes in the KV cache, all layers."""
-        return sum(self.kv_heads) * (self.head_dim + self.value_dim) * DTYPE_BYTES[dtype]
+        """Bytes that one token of one sequence takes in a KV cache of `dtype`, all layers."""
+        width = sum(row_width(size, dtype) for size in (self.head_dim, self.value_dim))
+        return sum(self.kv_heads) * width * DTYPE_BYTES[dtype]
 
     def with_kv_heads(self, kv_heads: int | tuple[int, ...]) -> ModelConfig:
         """The same model with `kv_heads` KV heads in every layer, or one number a layer."""

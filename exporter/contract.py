@@ -5,6 +5,7 @@ Both cache forms name their caches `past_key_values.N.key|value` (input) and `pr
 concat  inputs input_ids [B,T], attention_mask [B,P+T], position_ids [B,T], caches [B,G,P,D]; present is [B,G,P+T,D].
 static  inputs input_ids [B,T], position_ids [B,T], caches [B,G,S,D]; present [B,G,S,D] is the same memory as past. New
         keys and values go to rows position_ids[:,0] … position_ids[:,0]+T−1; a query sees the rows up to its own position.
+        The caches' rows may be stored in a form of graphs/caches.py: fp16 [B,G,S,D], or int8 [B,G,S,D+4].
 Output  logits [B,1,V] for the last position, or [B,T,V].
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from exporter.config import CacheForm, ModelConfig
+from graphs.caches import row_width
 
 Role = Literal["tokens", "mask", "positions", "logits", "cache", "hidden"]
 Logits = Literal["last", "all"]
@@ -27,7 +29,7 @@ class Binding:
     """
 
     name: str
-    dtype: str  # int64 or fp32, fp16, bf16
+    dtype: str  # int64, fp32, fp16, bf16, or of a cache int8
     shape: tuple[int | str, ...]
     role: Role
     layer: int | None = None
@@ -50,24 +52,27 @@ def present_names(layer: int) -> tuple[str, str]:
     return f"present.{layer}.key", f"present.{layer}.value"
 
 
-def inputs(config: ModelConfig, cache: CacheForm, dtype: str) -> list[Binding]:
-    """Graph inputs in order."""
+def inputs(config: ModelConfig, cache: CacheForm, dtype: str, stored: str | None = None) -> list[Binding]:
+    """Graph inputs in order. `stored` is the dtype of the caches where that is not `dtype`."""
     ids = Binding("input_ids", "int64", ("batch", "sequence"), "tokens")
     mask = Binding("attention_mask", "int64", ("batch", "total"), "mask")
     positions = Binding("position_ids", "int64", ("batch", "sequence"), "positions")
     length = "past" if cache == "concat" else "capacity"
     layers = range(config.num_layers)
-    caches = [binding for layer in layers for binding in cache_pair(config, dtype, layer, length, past_names(layer))]
+    kind = stored or dtype
+    caches = [binding for layer in layers for binding in cache_pair(config, kind, layer, length, past_names(layer))]
     return [ids, *([mask] if cache == "concat" else []), positions, *caches]
 
 
-def outputs(config: ModelConfig, cache: CacheForm, dtype: str, logits: Logits = "last") -> list[Binding]:
-    """Graph outputs in order."""
+def outputs(
+    config: ModelConfig, cache: CacheForm, dtype: str, logits: Logits = "last", stored: str | None = None
+) -> list[Binding]:
+    """Graph outputs in order. `stored` is the dtype of the caches where that is not `dtype`."""
     length = "total" if cache == "concat" else "capacity"
     caches: list[Binding] = []
     for layer in range(config.num_layers):
         past = past_names(layer) if cache == "static" else None
-        caches += cache_pair(config, dtype, layer, length, present_names(layer), past)
+        caches += cache_pair(config, stored or dtype, layer, length, present_names(layer), past)
     return [logits_output(config, dtype, logits), *caches]
 
 
@@ -77,7 +82,7 @@ def cache_pair(
     """K and V of one layer, in the memory of the inputs `past` where those are named."""
     sizes = (config.head_dim, config.value_dim)
     return [
-        Binding(name, dtype, ("batch", config.kv_heads[layer], length, size), "cache", layer, alias)
+        Binding(name, dtype, ("batch", config.kv_heads[layer], length, row_width(size, dtype)), "cache", layer, alias)
         for name, size, alias in zip(names, sizes, past or (None, None), strict=True)
     ]
 

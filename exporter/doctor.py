@@ -25,6 +25,7 @@ from exporter.engines.tensorrt.api import load
 from exporter.engines.tensorrt.device import check_device, compute_capability
 from exporter.errors import EngineError
 from exporter.units import size
+from graphs.caches import CACHES
 from graphs.canonical import standalone
 from graphs.errors import GraphError
 from graphs.lower import lower
@@ -99,7 +100,9 @@ def check_provider(name: str) -> str:
     return name
 
 
-def check_runs(provider: str, config: ModelConfig, pattern: str, cache: CacheForm, dtype: str) -> None:
+def check_runs(
+    provider: str, config: ModelConfig, pattern: str, cache: CacheForm, dtype: str, cache_dtype: str | None = None
+) -> None:
     """Opens one attention node of each KV-head count of `config` on an execution provider of ONNX Runtime.
 
     It takes milliseconds, and tells what a whole model would after minutes of export. Raises EngineError where none opens.
@@ -108,7 +111,7 @@ def check_runs(provider: str, config: ModelConfig, pattern: str, cache: CacheFor
         static, data = cache == "static", DTYPES[dtype]
         node = standalone(config.num_heads, count, config.head_dim, static, data, value_dim=config.value_dim)
         try:
-            _open(node, pattern, provider)
+            _open(node, pattern, provider, cache_dtype)
         except EngineError:
             raise
         except Exception as error:  # the runtime raises classes of its own that have no public base
@@ -153,14 +156,16 @@ def _patterns() -> list[dict[str, Any]]:
     for pattern in PATTERNS:
         works: list[str] = []
         fails: dict[str, list[str]] = {}  # by reason
-        for dtype, data_type in DTYPES.items():
-            for static in (True, False):
-                label = f"{dtype} {'static' if static else 'concat'}"
-                try:
-                    _open(standalone(4, 2, 64, static, data_type), pattern, "CPUExecutionProvider")
-                    works.append(label)
-                except Exception as error:  # the reason is the answer
-                    fails.setdefault(_reason(error, dtype), []).append(label)
+        stored = CACHES if hasattr(PATTERNS[pattern], "store") else ()
+        tried: list[tuple[str, bool, str | None]] = [(dtype, static, None) for dtype in DTYPES for static in (True, False)]
+        tried += [("fp32", True, cache) for cache in stored]
+        for dtype, static, cache in tried:
+            label = f"{cache} cache" if cache else f"{dtype} {'static' if static else 'concat'}"
+            try:
+                _open(standalone(4, 2, 64, static, DTYPES[dtype]), pattern, "CPUExecutionProvider", cache)
+                works.append(label)
+            except Exception as error:  # the reason is the answer
+                fails.setdefault(_reason(error, dtype), []).append(label)
         detail = "; ".join([", ".join(works)] * bool(works) + [f"not {', '.join(f)} ({why})" for why, f in fails.items()])
         checks.append({"what": f"pattern {pattern} on the CPU", "ok": bool(works), "detail": detail})
     return checks
@@ -173,7 +178,7 @@ def _reason(error: Exception, dtype: str) -> str:
     return f"no kernel for {dtype}" if type(error).__name__ == "NotImplemented" else _short(error, 120)
 
 
-def _open(model: ir.Model, pattern: str, provider: str) -> None:
+def _open(model: ir.Model, pattern: str, provider: str, cache_dtype: str | None = None) -> None:
     import onnxruntime
 
     require_provider(provider)
@@ -183,8 +188,7 @@ def _open(model: ir.Model, pattern: str, provider: str) -> None:
         from exporter.engines.operators import operator_library
 
         options.register_custom_ops_library(str(operator_library()))
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(lower(model, pattern)).SerializeToString(), options, providers=[provider]
-    )
+    graph = ir.to_proto(lower(model, pattern, cache=cache_dtype)).SerializeToString()
+    session = onnxruntime.InferenceSession(graph, options, providers=[provider])
     if provider not in session.get_providers():
         raise RuntimeError(f"{provider} could not be loaded; onnxruntime fell back to {session.get_providers()[0]}")

@@ -31,14 +31,15 @@ from exporter.errors import UserError, one_of
 from exporter.files import new_folder, refuse_existing
 from exporter.genai import genai_config
 from exporter.layout import STORAGES, Layout, Storage
-from exporter.quantise import QUANTIZE, Quantiser, check_quantise, replaced
+from exporter.quantise import QUANTIZE, Quantiser, check_quantise, quantised_names
 from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.tokenizer import check_tokenizer
 from exporter.trace import IR_DTYPES, canonical_graph
 from exporter.trace_seq2seq import canonical_graphs
 from exporter.weights import TORCH_DTYPES, Weights
+from graphs.caches import CACHES
 from graphs.canonical import GroupedAttention, standalone
-from graphs.lower import lower
+from graphs.lower import check_cache, lower
 from graphs.patterns import PATTERNS
 from graphs.quantise import parts, stored_as
 from graphs.verify import check_model
@@ -61,7 +62,7 @@ class ExportOptions:
     groups: tuple[int | tuple[int, ...], ...] | None = None  # of every layer, or one number a layer
     method: Method = "mean"
     grouping: Grouping = "contiguous"
-    calibration: str | None = None  # None is `self` where the method reads tokens
+    calibration: str | None = None  # None is `self` where the method reads tokens; quantising is calibrated on what there is
     seed: int = 0
     patterns: tuple[str, ...] = ("grouped",)
     cache: CacheForm | None = None
@@ -69,6 +70,7 @@ class ExportOptions:
     logits: contract.Logits = "last"
     storage: Storage = "copy"
     quantize: str | None = None  # int8, int4: the matrices; all else stays in `dtype`
+    cache_dtype: str | None = None  # fp16, int8: the caches, of the pattern fused; None: in `dtype`
 
     def __post_init__(self) -> None:
         choices: list[tuple[str, Any, Any]] = [("pattern", pattern, PATTERNS) for pattern in self.patterns]
@@ -77,6 +79,7 @@ class ExportOptions:
         choices += [("weights", self.storage, STORAGES)]
         choices += [("cache", self.cache, CACHE_FORMS)] if self.cache is not None else []
         choices += [("quantize", self.quantize, QUANTIZE)] if self.quantize is not None else []
+        choices += [("cache dtype", self.cache_dtype, CACHES)] if self.cache_dtype is not None else []
         for what, value, allowed in choices:
             if value not in allowed:
                 raise UserError(one_of(what, value, allowed))
@@ -90,7 +93,7 @@ def export(
     out: Path,
     options: ExportOptions,
     progress: Progress | None = None,
-    convert: Converter | None = None,
+    convert: Converter | Quantiser | None = None,
 ) -> Bundle:
     """Write the bundle `out` (which must not exist) and open it. Nothing is left behind when anything fails.
 
@@ -105,13 +108,13 @@ def export(
     with new_folder(out) as folder:
         hashing = Background(scan, checkpoint.files)  # the files are read while the graphs are traced
         models: dict[str, tuple[ModelConfig, Weights]] = {}
-        store = Quantiser(options.quantize) if options.quantize is not None else lambda weights: weights
         for kv_heads in options.groups or (config.kv_heads,):
             model, weights = convert(kv_heads)
-            models[_label(model)] = model, store(weights)
+            models[_label(model)] = model, weights
         layout = _lay_out(folder, models, options, report)
         checking = Background(_check_linked, layout)
-        variants = _write_graphs(folder, config, models, layout, options, report)
+        rounding = convert.record if isinstance(convert, Quantiser) else None
+        variants = _write_graphs(folder, config, models, layout, options, rounding, report)
         report("hashing the checkpoint", 0, 1)
         source = {"name": checkpoint.name, "sha256": hashing.result() if checkpoint.files else None}
         checking.result()
@@ -122,9 +125,11 @@ def export(
     return Bundle.open(out)
 
 
-def converter(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> Converter:
-    """What converts `checkpoint` as `options` say."""
-    return Converter(checkpoint, options.method, options.seed, options.grouping, options.calibration, progress)
+def converter(checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> Converter | Quantiser:
+    """What makes of `checkpoint` and a number of KV heads the weights to store, as `options` say."""
+    how = (options.method, options.seed, options.grouping, options.calibration, progress)
+    convert = Converter(checkpoint, *how, quantised=options.quantize is not None)
+    return convert if options.quantize is None else Quantiser(convert, options.quantize)
 
 
 def check_options(config: ModelConfig, options: ExportOptions) -> None:
@@ -138,6 +143,8 @@ def check_options(config: ModelConfig, options: ExportOptions) -> None:
         check_quantise(config)
     models = [config.with_kv_heads(count) for count in options.groups or (config.kv_heads,)]
     counts = sorted({count for model in models for count in model.kv_heads})
+    for pattern in options.patterns:
+        check_cache(pattern, options.cache_dtype)
     for pattern, count in itertools.product(options.patterns, counts):
         static = (options.cache or DEFAULT_CACHE[pattern]) == "static"
         sizes = {"head_dim": config.head_dim, "value_dim": config.value_dim}
@@ -182,6 +189,7 @@ def _write_graphs(
     models: dict[str, tuple[ModelConfig, Weights]],
     layout: Layout,
     options: ExportOptions,
+    rounding: dict[str, Any] | None,
     report: Progress,
 ) -> list[Variant]:
     variants: list[Variant] = []
@@ -196,7 +204,8 @@ def _write_graphs(
             name = label if len(options.patterns) == 1 else f"{label}.{pattern}"
             graphs = [f"{stem}.onnx" if total == 1 else f"{stem}.{name}.onnx" for stem in canonical[cache]]
             for graph, whole in zip(graphs, canonical[cache].values(), strict=True):
-                model = lower(whole, pattern, options.quantize, replaced(weights, options.quantize))
+                names = quantised_names(weights, options.quantize)
+                model = lower(whole, pattern, options.quantize, names, options.cache_dtype)
                 _attach(model, weights, layout, folder)
                 ir.save(model, folder / graph)
                 check_model(folder / graph)
@@ -212,6 +221,8 @@ def _write_graphs(
                     cache=cache,
                     dtype=options.dtype,
                     quantize=options.quantize,
+                    cache_dtype=options.cache_dtype,
+                    rounding=rounding,
                     logits=options.logits,
                     weights=files,
                     weight_bytes=size,

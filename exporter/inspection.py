@@ -9,7 +9,7 @@ from typing import Any
 
 from exporter.bundle import Bundle, holds_bundle
 from exporter.checkpoint import expected_shapes, open_source
-from exporter.config import DTYPE_BYTES, ModelConfig
+from exporter.config import DTYPES, ModelConfig
 from exporter.engines.tensorrt import record as engines
 from exporter.seq2seq_config import Seq2SeqConfig
 from exporter.units import size
@@ -40,6 +40,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     """The architecture in numbers."""
     counts = {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
     embeddings = ("embed_", "lm_head", "shared")
+    stored = DTYPES if isinstance(config, Seq2SeqConfig) else (*DTYPES, "int8")
     encoder = (
         {
             "encoder_layers": config.encoder_layers,
@@ -72,7 +73,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "tied_embedding": config.tied,
         "vocab_size": config.vocab_size,
         "max_positions": config.max_positions,
-        "kv_bytes_per_token": {dtype: config.kv_bytes_per_token(dtype) for dtype in DTYPE_BYTES},
+        "kv_bytes_per_token": {dtype: config.kv_bytes_per_token(dtype) for dtype in stored},
     }
 
 

@@ -1,7 +1,8 @@
 """Lower the canonical graph: every `headpool::GroupedAttention` becomes one pattern of graphs/patterns.
 
 Preconditions: every canonical node is well formed and the pattern's check passes for all, before anything is changed.
-Postconditions: no canonical node is left; inputs, outputs and weights have the names, types and shapes they had.
+Postconditions: no canonical node is left; inputs, outputs and weights have the names, types and shapes they had, but for caches
+stored in another form (graphs/caches.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
+from graphs.caches import CACHES
 from graphs.canonical import GroupedAttention, is_canonical
 from graphs.emit import Emitter
 from graphs.errors import GraphError, one_of
@@ -18,13 +20,17 @@ from graphs.quantise import quantise
 from graphs.stamp import tidy
 
 
-def lower(canonical: ir.Model, pattern: str, kind: str | None = None, weights: Collection[str] = ()) -> ir.Model:
+def lower(
+    canonical: ir.Model, pattern: str, kind: str | None = None, weights: Collection[str] = (), cache: str | None = None
+) -> ir.Model:
     """A lowered copy; `canonical` stays as it is. Raises GraphError naming the node and the reason.
 
-    With a `kind` of graphs/quantise.py, the weights called so are read in that form.
+    With a `kind` of graphs/quantise.py, the weights called so are read in that form, and with a `cache` of graphs/caches.py
+    the caches are stored in that one.
     """
     if pattern not in PATTERNS:
         raise GraphError(one_of("pattern", pattern, PATTERNS))
+    check_cache(pattern, cache)
     rules = PATTERNS[pattern]
     model = canonical.clone()
     nodes = [GroupedAttention(node) for node in model.graph if is_canonical(node)]
@@ -43,8 +49,22 @@ def lower(canonical: ir.Model, pattern: str, kind: str | None = None, weights: C
         quantise(model, kind, weights)
     if finish := getattr(rules, "finish", None):
         finish(model)
+    if cache is not None:
+        rules.store(model, cache)
     assert not any(is_canonical(node) for node in model.graph)
     return model
+
+
+def check_cache(pattern: str, cache: str | None) -> None:
+    """Refuse a cache stored as `cache` where the pattern's operators cannot read that. Raises GraphError."""
+    if cache is not None and cache not in CACHES:
+        raise GraphError(one_of("cache dtype", cache, CACHES))
+    able = [name for name, rules in PATTERNS.items() if hasattr(rules, "store")]
+    if cache is not None and pattern not in able:
+        raise GraphError(
+            f"pattern {pattern} keeps its cache in the dtype of the activations; one of {cache} is for the pattern "
+            f"{' or '.join(able)}, whose operator converts as it reads"
+        )
 
 
 def _replace(graph: ir.Graph, node: ir.Node, values: tuple[ir.Value, ...]) -> None:

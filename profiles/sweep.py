@@ -24,7 +24,7 @@ from exporter.errors import EngineError, UserError, one_of
 from exporter.evaluate import agreement, check_text, cross_entropy, cut, default_text
 from exporter.export import DEFAULT_CACHE, ExportOptions, check_options, converter, export
 from exporter.files import new_folder, refuse_existing
-from exporter.quantise import rounded
+from exporter.quantise import Quantiser, restored
 from exporter.tokenizer import TOKENIZER, Tokenizer
 from profiles.bundles import check_plan, profile_bundle
 from profiles.measure import Plan
@@ -73,7 +73,7 @@ def sweep(
             progress=lambda done, total, what: progress("measuring latency", done, total),
         )
         if text is not None:
-            results = results.with_quality(_quality(checkpoint, text, convert, options.export.quantize, results, progress))
+            results = results.with_quality(_quality(checkpoint, text, convert, options.export.cache_dtype, results, progress))
         results.save(folder / "results.json")
         write_report([results], folder / "report.html")
     return results
@@ -93,7 +93,8 @@ def _check_backend(config: ModelConfig, options: SweepOptions) -> None:
         for pattern in options.export.patterns:
             cache = options.export.cache or DEFAULT_CACHE[pattern]
             provider = backend.options.get("provider", "CPUExecutionProvider")
-            check_runs(provider, config.with_kv_heads(kv_heads), pattern, cache, options.export.dtype)
+            kinds = options.export.dtype, options.export.cache_dtype
+            check_runs(provider, config.with_kv_heads(kv_heads), pattern, cache, *kinds)
 
 
 def _text(checkpoint: Checkpoint, count: int) -> np.ndarray | None:
@@ -115,14 +116,15 @@ def _text(checkpoint: Checkpoint, count: int) -> np.ndarray | None:
 def _quality(
     checkpoint: Checkpoint,
     tokens: np.ndarray,
-    convert: Converter,
-    quantize: str | None,
+    convert: Converter | Quantiser,
+    cache_dtype: str | None,
     results: Results,
     progress: Progress,
 ) -> dict[str, dict[str, float]]:
     """For each variant, cross-entropy (nats a token) and the share of next tokens that are the original model's, on `tokens`.
 
-    Measured in float32 torch on the same converted weights, rounded where they are quantised, one KV-head count at a time.
+    Measured in float32 torch on the same converted weights, rounded where they are quantised, over a cache stored as theirs
+    are, one KV-head count at a time.
     """
     window = min(WINDOW, checkpoint.config.max_positions)
     windows = cut(tokens, window, max(1, len(tokens) // window))
@@ -132,9 +134,10 @@ def _quality(
         for index, count in enumerate(counts):
             progress("measuring quality", index, len(counts))
             config, weights = convert(count)
-            weights = weights if quantize is None else rounded(weights, quantize)
+            if isinstance(convert, Quantiser):
+                weights = restored(weights, convert.kind)
             converted = dataclasses.replace(checkpoint, config=config, weights=weights)
-            with open_torch(converted, capacity=window) as session:
+            with open_torch(converted, capacity=window, cache_dtype=cache_dtype) as session:
                 loss = cross_entropy(session, tokens, window, window // 2)
                 same = agreement(session, original, windows)
             found[count] = {"cross-entropy, nats a token": loss.nats_per_token, "same next token": same.same_token}

@@ -17,6 +17,7 @@ PATTERNS = ("repeat", "grouped", "attention", "gqa", "fused")
 CACHES = ("concat", "static")
 DTYPES = ("fp32", "fp16", "bf16")
 QUANTIZE = ("int8", "int4")
+CACHE_DTYPES = ("fp16", "int8")
 FFN_KINDS = ("relu", "gelu", "swish", "glu", "bilinear", "reglu", "geglu", "swiglu")
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
@@ -101,6 +102,12 @@ calibration: Option = click.option(
     metavar="FILE|self|random|none",
     help="Tokens that procrustes and optimal measure on: a text's, the model's own, or random ones.  [default: self]",
 )
+every_calibration: Option = click.option(
+    "--calibration",
+    metavar="FILE|self|random|none",
+    help="Tokens to measure on, a text's, the model's own, or random ones: what procrustes and optimal convert by "
+    "[default: self], and what --quantize rounds by, where there are any.",
+)
 seed: Option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness.")
 patterns: Option = click.option(
     "--pattern",
@@ -128,6 +135,11 @@ quantize: Option = click.option(
     type=OneOf(QUANTIZE),
     help="Store the matrices so, in blocks of 32 that share a scale, for ONNX Runtime.",
 )
+cache_dtype: Option = click.option(
+    "--cache-dtype",
+    type=OneOf(CACHE_DTYPES),
+    help="Store the caches so, int8 with a scale for each row: pattern fused.  [default: as --dtype]",
+)
 storage: Option = click.option(
     "--weights",
     "storage",
@@ -144,7 +156,7 @@ def all_of(*options: Option) -> Option:
 
 
 converting = all_of(method, grouping, calibration)
-making = all_of(groups, plan, converting, patterns, cache, dtype, quantize, storage)
+making = all_of(groups, plan, method, grouping, every_calibration, patterns, cache, dtype, quantize, cache_dtype, storage)
 running = all_of(backend, threads)
 
 T = TypeVar("T")

@@ -82,6 +82,7 @@ def convert_layer(
     inverse = ridge_inverse(second_moments(inputs)).to(inputs.dtype)
     examples = Examples(inputs, list(probabilities), torch.stack(outputs), inverse)
     del probabilities, outputs
-    folded = refine_scores(attention, original, folded, read, examples, ROUNDS if fewer else 0)
+    refine_scores(attention, original, folded, read, examples, ROUNDS if fewer else 0)
     del original
-    return refine_output(attention, folded, examples), examples.wanted
+    refine_output(attention, folded, examples)
+    return folded, examples.wanted

@@ -29,9 +29,9 @@ class CausalAttention:
         heads = (inputs @ weights.flatten(0, 1).T).unflatten(1, weights.shape[:2]).transpose(0, 1)
         return self._turn(heads if norm is None else F.rms_norm(heads, norm.shape, norm, self.eps), 1)
 
-    def project_adjoint(self, projected: Tensor, inputs: Tensor) -> Tensor:
-        flat = self._turn(projected, -1).transpose(0, 1).flatten(1)
-        return (flat.T @ inputs).unflatten(0, (projected.shape[0], projected.shape[2]))
+    def project_adjoint(self, projected: Tensor, inputs: Tensor, total: Tensor) -> None:
+        """[heads,T,D] and [T,e], added to `total` [heads,D,e]."""
+        total.view(-1, total.shape[2]).addmm_(self._turn(projected, -1).transpose(0, 1).flatten(1).T, inputs)
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         groups = query.unflatten(0, (key.shape[0], -1)).flatten(1, 2)

@@ -24,22 +24,35 @@ AT_ONCE = 8  # rotary frequencies
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Heads taken apart into what may be mixed: `pairs` complex [D_rot/2, heads, 1, e], `rest` real [heads, D − D_rot, e]."""
+class Block:
+    """Channels of heads [n,D,e] that may be mixed with the same ones of other heads: `one`; where they turn with the position,
+    `other` are their partners, and each pair is one complex channel."""
 
-    pairs: Tensor
-    rest: Tensor
+    one: slice
+    other: slice | None = None
 
-    @classmethod
-    def of(cls, heads: Tensor, rotary_dim: int) -> Blocks:
-        """Heads [n, D, e] whose first `rotary_dim` channels rotate in half-split pairs (i, i + rotary_dim / 2)."""
-        half = rotary_dim // 2
-        pairs = torch.complex(heads[:, :half], heads[:, half:rotary_dim])
-        return cls(pairs.transpose(0, 1)[:, :, None], heads[:, rotary_dim:])
+    def of(self, heads: Tensor) -> Tensor:
+        """[n,D,e] → [frequencies, n, 1, e] complex, or of channels that do not turn [1, n, r, e]."""
+        if self.other is None:
+            return heads[None, :, self.one]
+        return torch.complex(heads[:, self.one], heads[:, self.other]).transpose(0, 1)[:, :, None]
 
-    def join(self) -> Tensor:
-        pairs = self.pairs[:, :, 0].transpose(0, 1)
-        return torch.cat([pairs.real, pairs.imag, self.rest], dim=1)
+    def put(self, found: Tensor, heads: Tensor) -> None:
+        """What `of` gives, back into `heads`."""
+        if self.other is None:
+            heads[:, self.one] = found[0]
+        else:
+            pairs = found[:, :, 0].transpose(0, 1)
+            heads[:, self.one], heads[:, self.other] = pairs.real, pairs.imag
+
+
+def blocks_of(size: int, rotary_dim: int) -> list[Block]:
+    """Of heads of `size` channels, the first `rotary_dim` of which turn in half-split pairs (i, i + rotary_dim / 2). A block
+    has AT_ONCE pairs at most: all of a large model's at a time would be gigabytes."""
+    half = rotary_dim // 2
+    ends = [(start, min(start + AT_ONCE, half)) for start in range(0, half, AT_ONCE)]
+    found = [Block(slice(start, end), slice(half + start, half + end)) for start, end in ends]
+    return [*found, Block(slice(rotary_dim, size))] if rotary_dim < size else found
 
 
 def rotating(config: ModelConfig) -> int:
@@ -72,24 +85,14 @@ def fold(
 
 def _fold_keys(layer: AttentionWeights, G: int, rotary_dim: int, sharing: Sharing, moments: Tensor) -> tuple[Tensor, Tensor]:
     """The G shared keys [G,D,e], and the queries [H,D,e] that read them."""
-    keys, queries = Blocks.of(layer.key, rotary_dim), Blocks.of(layer.query, rotary_dim)
     asking = moments if layer.asking is None else layer.asking
-    pairs, pair_queries = _share(keys.pairs, queries.pairs, G, sharing, moments, asking)
-    (rest,), (rest_queries,) = _share(keys.rest[None], queries.rest[None], G, sharing, moments, asking)
-    return Blocks(pairs, rest).join(), Blocks(pair_queries, rest_queries).join()
-
-
-def _share(keys: Tensor, queries: Tensor, G: int, sharing: Sharing, moments: Tensor, asking: Tensor) -> tuple[Tensor, Tensor]:
-    """keys [n, G·m, r, e] and queries [n, H, r, e] → [n, G, r, e] and the queries that read them; all n at a time would be
-    too much memory."""
-    if keys.shape[2] == 0 or keys.shape[0] == 0:
-        return keys[:, :G], queries
-    found = []
-    for some_keys, some_queries in zip(keys.split(AT_ONCE), queries.split(AT_ONCE), strict=True):
-        grouped = some_queries.unflatten(1, (G, keys.shape[1] // G, -1))
-        shared, basis = sharing(some_keys.unflatten(1, grouped.shape[1:3]), query_weights(grouped, asking), moments)
-        found.append((shared, (basis.mH[..., None, :, :] @ grouped).flatten(1, 3)))
-    return torch.cat([shared for shared, _ in found]), torch.cat([folded for _, folded in found])
+    key, query = torch.empty_like(layer.key[:G]), torch.empty_like(layer.query)
+    for block in blocks_of(key.shape[1], rotary_dim):
+        keys, queries = (block.of(heads).unflatten(1, (G, layer.kv_heads // G, -1)) for heads in (layer.key, layer.query))
+        shared, basis = sharing(keys.squeeze(3), query_weights(queries, asking), moments)
+        block.put(shared, key)
+        block.put((basis.mH[..., None, :, :] @ queries).flatten(1, 3), query)
+    return key, query
 
 
 def query_weights(queries: Tensor, moments: Tensor) -> Tensor:

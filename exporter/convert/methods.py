@@ -139,16 +139,20 @@ def is_exact(before: ModelConfig, after: ModelConfig) -> bool:
     return all(new % old == 0 for old, new in zip(before.kv_heads, after.kv_heads, strict=True))
 
 
-def check_method(config: ModelConfig, method: str, seed: int, grouping: str, calibration: str | None) -> None:
-    """Refuse an unknown or unfitting way to convert this model. `calibration` is what tokens it was given, if any."""
+def check_method(
+    config: ModelConfig, method: str, seed: int, grouping: str, calibration: str | None, quantised: bool = False
+) -> None:
+    """Refuse an unknown or unfitting way to convert this model. `calibration` is what tokens it was given, if any; where it
+    will be `quantised`, they serve for that, too."""
     for what, value, choices in (("method", method, METHODS), ("grouping", grouping, GROUPINGS)):
         if value not in choices:
             raise UserError(one_of(what, value, choices))
     check_fits(config, grouping, calibration)
     if seed < 0:
         raise UserError(f"seed {seed} is negative; choose a whole number from 0")
-    if method not in SHARINGS and (grouping != "contiguous" or calibration is not None):
-        what = f"calibration {calibration}" if calibration is not None else f"grouping {grouping}"
+    idle = calibration is not None and not quantised
+    if method not in SHARINGS and (grouping != "contiguous" or idle):
+        what = f"calibration {calibration}" if idle else f"grouping {grouping}"
         raise UserError(f"method {method} makes no use of {what}; leave it out, or choose from {', '.join(SHARINGS)}")
 
 

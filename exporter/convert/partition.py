@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from exporter.convert.attention import AttentionWeights
-from exporter.convert.fold import Blocks, output_weights, query_weights
+from exporter.convert.fold import blocks_of, output_weights, query_weights
 from exporter.convert.sharing import gram, square_root
 
 STARTS = 8
@@ -58,13 +58,11 @@ def _grams(layer: AttentionWeights, rotary_dim: int, moments: Tensor) -> list[Me
         same = torch.eye(layer.key.shape[1], dtype=layer.key.dtype)
         key_gram = _gram(layer.key[None], same.expand(1, layer.kv_heads, -1, -1), moments)
         return [(_share(key_gram, _trace(key_gram)), _averaged), *values]
-    keys, queries = Blocks.of(layer.key, rotary_dim), Blocks.of(layer.query, rotary_dim)
+    asking = moments if layer.asking is None else layer.asking
     key_grams = []
-    for heads, asked in ((keys.pairs, queries.pairs), (keys.rest[None], queries.rest[None])):
-        if heads.shape[0] and heads.shape[2]:
-            asking = moments if layer.asking is None else layer.asking
-            weights = query_weights(asked.unflatten(1, (layer.kv_heads, -1)), asking)
-            key_grams.append(_gram(heads, weights, moments))
+    for block in blocks_of(layer.key.shape[1], rotary_dim):
+        asked = block.of(layer.query).unflatten(1, (layer.kv_heads, -1))
+        key_grams.append(_gram(block.of(layer.key), query_weights(asked, asking), moments))
     held = sum(_trace(gram) for gram in key_grams)
     return [*((_share(gram, held), _truncated) for gram in key_grams), *values]
 

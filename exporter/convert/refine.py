@@ -7,6 +7,8 @@
 
 W_O is solved directly, with a ridge. The others have too many unknowns for that: conjugate gradients, started where they are,
 preconditioned with the second moments of the inputs, and stopped after few steps, which keeps what the tokens say little about.
+
+Of a large model every weight here is hundreds of megabytes: they change in their place, and what can be summed is.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ ROUNDS = 2  # W_Q and W_K in turns
 SCORE_STEPS = 5
 VALUE_ROUNDS = 1  # W_O and W_V in turns
 VALUE_STEPS = 3
-COLUMNS = 512  # of W_O that are solved for in float64 at a time
+COLUMNS = 512  # of a matrix that are worked on in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -46,46 +48,49 @@ class Examples:
 Original = tuple[Tensor, Tensor]  # W_Q and W_K, their heads in the order of the converted layer's
 Operator = Callable[[Tensor], Tensor]
 OfWindow = Callable[[int, Tensor], Tensor]  # of a window by its number
+AddOfWindow = Callable[[Tensor, int, Tensor], None]  # what to add it to, the window's number
 
 
 def refine_scores(
     attention: CausalAttention, original: Original, folded: AttentionWeights, read: Tensor, examples: Examples, rounds: int
-) -> AttentionWeights:
-    """`folded` with W_Q and W_K corrected `rounds` times; not under QK-norm, where scores are not linear in them.
+) -> None:
+    """Correct W_Q and W_K of `folded` `rounds` times; not under QK-norm, where scores are not linear in them.
 
-    `original` reads `read` [n,T,e]. The probabilities of `examples` become the converted layer's: they are the largest thing in
-    memory, so they change in their place.
+    `original` reads `read` [n,T,e]. The probabilities of `examples` become the converted layer's.
     """
-    layer = folded
-    for _ in range(rounds if layer.norms is None else 0):
-        layer = replace(layer, query=_fit_queries(attention, original, layer, read, examples))
-        layer = replace(layer, key=_fit_keys(attention, original, layer, read, examples))
+    for _ in range(rounds if folded.norms is None else 0):
+        _fit_queries(attention, original, folded, read, examples)
+        _fit_keys(attention, original, folded, read, examples)
     for window, inputs in enumerate(examples.inputs):
-        examples.probabilities[window] = attention.attention(layer, inputs)
-    return layer
+        examples.probabilities[window] = attention.attention(folded, inputs)
 
 
-def refine_output(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> AttentionWeights:
-    """`layer` with W_O and W_V corrected, given the probabilities of `examples`."""
-    layer = replace(layer, output=_solve_output(attention, layer, examples))
+def refine_output(attention: CausalAttention, folded: AttentionWeights, examples: Examples) -> None:
+    """Correct W_O and W_V of `folded`, given the probabilities of `examples`."""
+    _solve_output(attention, folded, examples)
     for _ in range(VALUE_ROUNDS):
-        layer = replace(layer, value=_fit_values(attention, layer, examples))
-        layer = replace(layer, output=_solve_output(attention, layer, examples))
-    return layer
+        _fit_values(attention, folded, examples)
+        _solve_output(attention, folded, examples)
 
 
 def second_moments(inputs: Tensor) -> Tensor:
     """Inputs [n,T,e] → float64 [e,e], the mean over tokens."""
     total = inputs.new_zeros(inputs.shape[2], inputs.shape[2], dtype=torch.float64)
     for window in inputs:
-        total += (window.T @ window).double()
+        _add_gram(total, window)
     return total / inputs[..., 0].numel()
 
 
 def ridge_inverse(moments: Tensor) -> Tensor:
     """Of [e,e] moments; they are changed. What no token reads leaves the ridge alone, which is floored for that."""
     _add_ridge(moments)
-    return torch.linalg.inv(moments)
+    return torch.cholesky_inverse(torch.linalg.cholesky(moments), out=moments)
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """rowsᵀ · rows of [T,e], added to float64 [e,e]."""
+    for part, columns in zip(total.split(COLUMNS), rows.split(COLUMNS, dim=1), strict=True):
+        part += columns.T @ rows
 
 
 def _add_ridge(moments: Tensor) -> None:
@@ -94,35 +99,36 @@ def _add_ridge(moments: Tensor) -> None:
 
 def _fit_queries(
     attention: CausalAttention, original: Original, layer: AttentionWeights, read: Tensor, examples: Examples
-) -> Tensor:
+) -> None:
     keys = [attention.project(layer.key, inputs) for inputs in examples.inputs]
 
     def scores(window: int, query: Tensor) -> Tensor:
         found = attention.scores(attention.project(query, examples.inputs[window]), keys[window])
         return _weighted(examples.probabilities[window], found)
 
-    def adjoint(window: int, errors: Tensor) -> Tensor:
-        return attention.project_adjoint(attention.scores_adjoint_query(errors, keys[window]), examples.inputs[window])
+    def adjoint(total: Tensor, window: int, errors: Tensor) -> None:
+        back = attention.scores_adjoint_query(errors, keys[window])
+        attention.project_adjoint(back, examples.inputs[window], total)
 
     wanted = _wanted_scores(attention, original, read, examples)
-    return _fit(layer.query, scores, adjoint, wanted, examples, SCORE_STEPS, apart=True)
+    _fit(layer.query, scores, adjoint, wanted, examples, SCORE_STEPS, apart=True)
 
 
 def _fit_keys(
     attention: CausalAttention, original: Original, layer: AttentionWeights, read: Tensor, examples: Examples
-) -> Tensor:
+) -> None:
     queries = [attention.project(layer.query, inputs) for inputs in examples.inputs]
 
     def scores(window: int, key: Tensor) -> Tensor:
         found = attention.scores(queries[window], attention.project(key, examples.inputs[window]))
         return _weighted(examples.probabilities[window], found)
 
-    def adjoint(window: int, errors: Tensor) -> Tensor:
+    def adjoint(total: Tensor, window: int, errors: Tensor) -> None:
         back = attention.scores_adjoint_key(errors, queries[window], layer.kv_heads)
-        return attention.project_adjoint(back, examples.inputs[window])
+        attention.project_adjoint(back, examples.inputs[window], total)
 
     wanted = _wanted_scores(attention, original, read, examples)
-    return _fit(layer.key, scores, adjoint, wanted, examples, SCORE_STEPS, apart=True)
+    _fit(layer.key, scores, adjoint, wanted, examples, SCORE_STEPS, apart=True)
 
 
 def _wanted_scores(attention: CausalAttention, original: Original, read: Tensor, examples: Examples) -> Iterator[Tensor]:
@@ -137,79 +143,84 @@ def _weighted(probabilities: Tensor, scores: Tensor) -> Tensor:
     return weighted - probabilities * weighted.sum(-1, keepdim=True)
 
 
-def _fit_values(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> Tensor:
+def _fit_values(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> None:
     output = layer.output.flatten(1)
 
     def given(window: int, value: Tensor) -> Tensor:
         mixed = attention.mixed(replace(layer, value=value), examples.probabilities[window], examples.inputs[window])
         return mixed @ output.T
 
-    def adjoint(window: int, errors: Tensor) -> Tensor:
-        """Errors of the output, [T,d] → [G,Dv,e]."""
+    def adjoint(total: Tensor, window: int, errors: Tensor) -> None:
+        """Errors of the output, [T,d], to [G,Dv,e]."""
         heads = (errors @ output).unflatten(1, layer.output.shape[1:]).transpose(0, 1)
         inputs = examples.inputs[window]
         values = attention.mix_adjoint(examples.probabilities[window], heads, layer.kv_heads)
-        return attention.gated(layer, values, inputs).mT @ inputs
+        total.view(-1, total.shape[2]).addmm_(attention.gated(layer, values, inputs).mT.flatten(0, 1), inputs)
 
-    return _fit(layer.value, given, adjoint, examples.wanted, examples, VALUE_STEPS, apart=False)
+    _fit(layer.value, given, adjoint, examples.wanted, examples, VALUE_STEPS, apart=False)
 
 
 def _fit(
-    start: Tensor, image: OfWindow, adjoint: OfWindow, wanted: Iterable[Tensor], examples: Examples, steps: int, apart: bool
-) -> Tensor:
-    """The weights `start` after `steps` steps towards those whose `image` in every window is `wanted`, by least squares."""
+    start: Tensor,
+    image: OfWindow,
+    adjoint: AddOfWindow,
+    wanted: Iterable[Tensor],
+    examples: Examples,
+    steps: int,
+    apart: bool,
+) -> None:
+    """`steps` steps of `start` towards those whose `image` in every window is `wanted`, by least squares."""
+
+    def total(errors: Iterable[Tensor]) -> Tensor:
+        found = start.new_zeros(start.shape)
+        for window, error in enumerate(errors):
+            adjoint(found, window, error)
+        return found
 
     def normal(weights: Tensor) -> Tensor:
-        return _total(adjoint(window, image(window, weights)) for window in range(len(examples.inputs)))
+        return total(image(window, weights) for window in range(len(examples.inputs)))
 
-    target = _total(adjoint(window, errors) for window, errors in enumerate(wanted))
-    return conjugate_gradients(normal, target, start, examples.inverse, steps, apart)
+    conjugate_gradients(normal, total(wanted), start, examples.inverse, steps, apart)
 
 
-def _solve_output(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> Tensor:
+def _solve_output(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> None:
     """W_O [d,H,Dv] by least squares, the ridge drawing towards the W_O there is: where that fits, it stays."""
-    size = layer.output[0].numel()
-    moments = layer.output.new_zeros(size, size, dtype=torch.float64)
-    errors = layer.output.new_zeros(size, len(layer.output))
+    output = layer.output.flatten(1)
+    moments = output.new_zeros(output.shape[1], output.shape[1], dtype=torch.float64)
+    errors = torch.zeros_like(output)
     for inputs, probabilities, wanted in zip(examples.inputs, examples.probabilities, examples.wanted, strict=True):
         mixed = attention.mixed(layer, probabilities, inputs)
-        moments += (mixed.T @ mixed).double()
-        errors += mixed.T @ (wanted - mixed @ layer.output.flatten(1).T)
+        _add_gram(moments, mixed)
+        errors.addmm_((wanted - mixed @ output.T).T, mixed)
     _add_ridge(moments)
     moments = torch.linalg.cholesky(moments)
-    parts = [torch.cholesky_solve(part.double(), moments).to(errors.dtype) for part in errors.split(COLUMNS, dim=1)]
-    return layer.output + torch.cat(parts, dim=1).T.unflatten(1, layer.output.shape[1:])
+    for rows, error in zip(layer.output.split(COLUMNS), errors.split(COLUMNS), strict=True):
+        rows += torch.cholesky_solve(error.double().T, moments).T.unflatten(1, rows.shape[1:])
 
 
-def conjugate_gradients(normal: Operator, wanted: Tensor, start: Tensor, inverse: Tensor, steps: int, apart: bool) -> Tensor:
-    """`steps` steps towards normal(x) = wanted from `start` [heads,r,e], preconditioned with `inverse` [e,e] on the right.
+def conjugate_gradients(normal: Operator, wanted: Tensor, start: Tensor, inverse: Tensor, steps: int, apart: bool) -> None:
+    """`steps` steps of `start` [heads,r,e] towards normal(x) = wanted, preconditioned with `inverse` [e,e] on the right.
 
-    Heads are problems of their own where `apart`, else one problem. Hestenes and Stiefel 1952.
+    Heads are problems of their own where `apart`, else one problem. `wanted` is changed too. Hestenes and Stiefel 1952.
     """
 
     def inner(one: Tensor, other: Tensor) -> Tensor:
-        products = (one * other).sum((1, 2), keepdim=True)
+        products = torch.stack([(mine * its).sum() for mine, its in zip(one, other, strict=True)])[:, None, None]
         return products if apart else products.sum(0, keepdim=True)
 
     tiny = torch.finfo(start.dtype).tiny
-    residual = wanted - normal(start)
-    found, solved = start.clone(), residual @ inverse
-    direction, size = solved.clone(), inner(residual, solved)
+    residual = wanted
+    residual -= normal(start)
+    direction = residual @ inverse
+    size = inner(residual, direction)
     for _ in range(steps):
         image = normal(direction)
         length = size / inner(direction, image).clamp_min(tiny)
-        found += length * direction  # in place: of a large model each of these is hundreds of megabytes
-        residual -= length * image
+        start.addcmul_(length, direction)
+        residual.addcmul_(length, image, value=-1)
         del image
         solved = residual @ inverse
         before, size = size, inner(residual, solved)
         direction *= size / before.clamp_min(tiny)
         direction += solved
-    return found
-
-
-def _total(terms: Iterator[Tensor]) -> Tensor:
-    total = next(terms)
-    for term in terms:
-        total += term
-    return total
+        del solved

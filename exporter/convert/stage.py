@@ -25,7 +25,8 @@ class Converter:
     """One checkpoint to any numbers of KV heads, each once: calibration tokens and converted layers are kept.
 
     `calibration` is what `calibration_tokens` takes; None is `self` for the methods that read tokens. `glu_value_dim` gives
-    them GLU attention too (exporter/convert/gates.py).
+    them GLU attention too (exporter/convert/gates.py). `quantised` is whether what it gives will be quantised: then every
+    method may have calibration tokens, for that.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class Converter:
         calibration: str | None = None,
         progress: Progress = lambda what, done, total: None,
         glu_value_dim: int | None = None,
+        quantised: bool = False,
     ) -> None:
-        check_method(checkpoint.config, method, seed, grouping, calibration)
+        check_method(checkpoint.config, method, seed, grouping, calibration, quantised)
         self.glu_value_dim = glu_value_dim
         self.checkpoint, self.method, self.seed, self.grouping, self.progress = checkpoint, method, seed, grouping, progress
         self.calibration = calibration
@@ -53,7 +55,7 @@ class Converter:
         target = config.with_kv_heads(kv_heads)
         if target.kv_heads not in self._made:
             exact = is_exact(config, target) and self.glu_value_dim in (None, config.head_dim)
-            tokens = None if exact else self._read_tokens()
+            tokens = None if exact or self.method not in SHARINGS else self.tokens()
             self._made[target.kv_heads] = convert_weights(
                 config,
                 weights,
@@ -67,7 +69,8 @@ class Converter:
             )
         return self._made[target.kv_heads]
 
-    def _read_tokens(self) -> np.ndarray | None:
+    def tokens(self) -> np.ndarray | None:
+        """int64 [n,T], all that one command measures on; None where there is nothing to."""
         if self._tokens is None and self.calibration is not None:
             self._tokens = calibration_tokens(self.checkpoint, self.calibration, self.seed, self.progress)
         return self._tokens

@@ -15,6 +15,7 @@ from exporter.checkpoint.expected import EMBEDDING, HEAD, POSITIONS
 from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights
 from exporter.convert.causal import CausalAttention
+from exporter.models.decoder import Layer
 from exporter.models.ffn import FeedForward
 from exporter.models.norm import Norm
 from exporter.weights import FileTensor, LazyTensor, Weights
@@ -36,6 +37,12 @@ class Walk:
 
     def layer(self, index: int) -> AttentionWeights:
         return AttentionWeights.read(self.config, self.weights, index, torch.float32)
+
+    def whole(self, index: int) -> nn.Module:
+        """A layer as the model of exporter/models has it."""
+        with torch.device("meta"):
+            empty = Layer(self.config, self.config.kv_heads[index])
+        return self._load(empty, f"model.layers.{index}.")
 
     def inputs(self, index: int, stream: Tensor) -> Tensor:
         """What the projections of a layer read: [n,T,e]."""

@@ -21,6 +21,13 @@ from exporter.engines.ort_static import StaticSession
 from exporter.errors import EngineError, one_of
 
 CPU = "CPUExecutionProvider"
+TYPES = {  # as sessions call those of their inputs and outputs
+    "int64": "tensor(int64)",
+    "fp32": "tensor(float)",
+    "fp16": "tensor(float16)",
+    "bf16": "tensor(bfloat16)",
+    "int8": "tensor(int8)",
+}
 OPTIMISATIONS = {
     "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -62,7 +69,7 @@ def open_session(
     )
     if isinstance(variant, Seq2SeqVariant):
         bindings = (variant.encoder_inputs(), variant.encoder_outputs())
-        encoder = _load(bundle.path / variant.encoder, variant, bindings, threads, None, provider, optimisation)
+        encoder = _load(bundle.path / variant.encoder, variant, bindings, threads, None, provider, optimisation, keep=False)
         return OrtSeq2SeqSession(encoder, runtime, variant, batch, capacity, info)
     kind = StaticSession if variant.cache == "static" else ConcatSession
     return kind(runtime, variant, batch, capacity, info)
@@ -99,13 +106,17 @@ def _load(
     profile_to: str | Path | None,
     provider: str,
     optimisation: str,
+    keep: bool = True,
 ) -> onnxruntime.InferenceSession:
+    """With `keep` the memory of a run is there for the next one: not of an encoder, whose long inputs take gigabytes."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = OPTIMISATIONS[optimisation]
     options.log_severity_level = 4  # errors come as exceptions
-    options.enable_mem_pattern = variant.cache == "static"  # concat has new shapes each step, and each would be planned
+    options.enable_cpu_mem_arena = keep
+    # A new shape each step, of a concat cache, would be planned each time.
+    options.enable_mem_pattern = keep and variant.cache == "static"
     held: list[Any] = []
     if variant.pattern == "fused":
         held = _use_own_operators(options, graph)
@@ -128,7 +139,8 @@ def _load(
         ("inputs", bindings[0], runtime.get_inputs()),
         ("outputs", bindings[1], runtime.get_outputs()),
     ):
-        if [(b.name, list(b.shape)) for b in wanted] != [(value.name, list(value.shape)) for value in found]:
+        there = [(value.name, value.type, list(value.shape)) for value in found]
+        if [(b.name, TYPES[b.dtype], list(b.shape)) for b in wanted] != there:
             raise EngineError(f"{graph} has other {kind} than its manifest says; it belongs to another bundle, export it again")
     runtime.held = held  # memory of ours that it reads
     return runtime

@@ -21,9 +21,14 @@ from exporter.engines.feeding import Feed
 from exporter.errors import EngineError
 
 DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
-ELEMENT_TYPES = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
+ELEMENT_TYPES = {
+    "fp32": onnx.TensorProto.FLOAT,
+    "fp16": onnx.TensorProto.FLOAT16,
+    "bf16": onnx.TensorProto.BFLOAT16,
+    "int8": onnx.TensorProto.INT8,
+}
 # numpy has no bfloat16 of its own; buffers hold its bits as float16 and are bound by address with the right element type.
-STORAGE = {"fp32": np.float32, "fp16": np.float16, "bf16": np.float16}
+STORAGE = {"fp32": np.float32, "fp16": np.float16, "bf16": np.float16, "int8": np.int8}
 
 
 class _Indices:

@@ -86,10 +86,12 @@ def grown(
 
     Raises EngineError where memory is short; then `old` is as it was.
     """
-    config = variant.config
-    shapes = [(batch, heads, rows, size) for heads in config.kv_heads for size in (config.head_dim, config.value_dim)]
+    caches = {binding.name: binding for binding in variant.inputs() if binding.role == "cache"}
+    new: dict[Names, Buffer] = {}
     try:
-        new = {name: Buffer(shape, variant.dtype, device) for name, shape in zip(names, shapes, strict=True)}
+        for past, present in names:
+            _, heads, _, width = caches[past].shape
+            new[past, present] = Buffer((batch, int(heads), rows, int(width)), caches[past].dtype, device)
     except MemoryError:
         size = batch * rows * variant.kv_bytes_per_token
         raise EngineError(f"no memory for a cache of {size / 1e6:.0f} MB; lower --capacity or --batch") from None

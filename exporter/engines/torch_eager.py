@@ -27,8 +27,9 @@ def open_torch(
     capacity: int | None = None,
     device: str = "cpu",
     chunk: int = 512,
+    cache_dtype: str | None = None,
 ) -> TorchSession | TorchSeq2SeqSession:
-    """Eager torch over a checkpoint's weights, read whole and cast to `dtype`."""
+    """Eager torch over a checkpoint's weights, read whole and cast to `dtype`; a decoder's cache as `cache_dtype` stores it."""
     if dtype not in DTYPES:
         raise EngineError(one_of("dtype", dtype, DTYPES))
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -41,20 +42,20 @@ def open_torch(
         pair = Seq2Seq.from_weights(checkpoint.config, checkpoint.weights, TORCH_DTYPES[dtype]).to(device)
         return TorchSeq2SeqSession(pair, batch, capacity)
     model = Decoder.from_weights(checkpoint.config, checkpoint.weights, TORCH_DTYPES[dtype]).to(device)
-    return TorchSession(model, batch, capacity, chunk)
+    return TorchSession(model, batch, capacity, chunk, cache_dtype)
 
 
 class TorchSession(Session):
-    """A `Decoder` and caches [B, G, S, D] in its dtype; S doubles up to `capacity`."""
+    """A `Decoder` and caches [B, G, S, D] in its dtype, or stored as graphs/caches.py has it; S doubles up to `capacity`."""
 
-    def __init__(self, model: Decoder, batch: int, capacity: int, chunk: int = 512) -> None:
+    def __init__(self, model: Decoder, batch: int, capacity: int, chunk: int = 512, cache_dtype: str | None = None) -> None:
         weight = next(model.parameters())
         options = {"dtype": str(weight.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "chunk": chunk}
         info = SessionInfo("torch", str(weight.device), {"torch": torch.__version__}, options)
         super().__init__(model.config, batch, capacity, info)
         self.model, self.chunk, self.device = model, chunk, weight.device
-        self._element_bytes = weight.dtype.itemsize
-        self._caches = model.empty_cache(batch, 0)
+        self._caches = model.empty_cache(batch, 0, cache_dtype)
+        self._row_bytes = sum(rows.shape[1] * rows.shape[3] * rows.itemsize for pair in self._caches for rows in pair)
 
     def prefill(self, prompts: list[np.ndarray]) -> np.ndarray:
         self.check_prompts(prompts)
@@ -101,4 +102,4 @@ class TorchSession(Session):
         self._caches = [(grow(key, (0, 0, 0, more)), grow(value, (0, 0, 0, more))) for key, value in self._caches]
 
     def _kv_token_bytes(self) -> int:
-        return sum(self.config.kv_heads) * (self.config.head_dim + self.config.value_dim) * self._element_bytes
+        return self._row_bytes

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from exporter.config import ModelConfig
+from exporter.models.cache_rows import STORED
 from exporter.models.ffn import FeedForward
 from exporter.models.grouped_attention import grouped_attention
 from exporter.models.norm import Norm
 from exporter.models.rope import frequencies
 from exporter.weights import Weights
+from graphs.caches import row_width
 
 Cache = tuple[Tensor, Tensor]  # K [B,G,S,D], V [B,G,S,Dv]
 
@@ -188,10 +190,12 @@ class Decoder(nn.Module):
         head = self.prologue.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return self.epilogue(x, position_ids, head), present
 
-    def empty_cache(self, batch: int, length: int) -> list[Cache]:
-        """Zeroed caches: `length` is the capacity (static) or 0 (concat)."""
-        zeros, sizes = self.prologue.embed_tokens.weight.new_zeros, (self.config.head_dim, self.config.value_dim)
-        return [(zeros(batch, g, length, sizes[0]), zeros(batch, g, length, sizes[1])) for g in self.config.kv_heads]
+    def empty_cache(self, batch: int, length: int, stored: str | None = None) -> list[Cache]:
+        """Zeroed caches: `length` is the capacity (static, which may be `stored` as graphs/caches.py has it) or 0 (concat)."""
+        weight, sizes = self.prologue.embed_tokens.weight, (self.config.head_dim, self.config.value_dim)
+        dtype, widths = STORED[stored] if stored else weight.dtype, [row_width(size, stored or "") for size in sizes]
+        rows = [weight.new_zeros((batch, g, length, width), dtype=dtype) for g in self.config.kv_heads for width in widths]
+        return list(zip(rows[::2], rows[1::2], strict=True))
 
     @classmethod
     def from_weights(cls, config: ModelConfig, weights: Weights, dtype: torch.dtype = torch.float32) -> Decoder:

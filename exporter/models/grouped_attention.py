@@ -11,6 +11,7 @@ import onnxscript
 import torch
 from torch import Tensor, library
 
+from exporter.models.cache_rows import load, store
 from graphs import canonical
 
 
@@ -30,7 +31,8 @@ def grouped_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grouped-query attention (Ainslie et al. 2023, section 2.2) over a static or a concat cache; see graphs/canonical.py.
 
-    Computes in float32 whatever the dtype. query [B,T,H·D] → output [B,T,H·Dv] and the two present caches.
+    Computes in float32 whatever the dtype. query [B,T,H·D] → output [B,T,H·Dv] and the two present caches. Static caches may
+    be stored in a form of graphs/caches.py.
     """
     B, T, _ = query.shape
     G = kv_num_heads
@@ -77,18 +79,18 @@ def _attend(
 ) -> Tensor:
     (B, T, _), G = query.shape, key_BGSD.shape[1]
     query_BGRTD = query.view(B, T, G, H // G, -1).permute(0, 2, 3, 1, 4)
-    scores = torch.einsum("bgrtd,bgsd->bgrts", query_BGRTD.float(), key_BGSD.float()) * scale
+    scores = torch.einsum("bgrtd,bgsd->bgrts", query_BGRTD.float(), load(key_BGSD)) * scale
     if bias_BHTS is not None:
         scores = scores + bias_BHTS.float().unflatten(1, (G, H // G))
     scores = scores.masked_fill(~seen_BTS[:, None, None], torch.finfo(torch.float32).min / 2)
-    output = torch.einsum("bgrts,bgsd->btgrd", scores.softmax(-1), value_BGSD.float())
+    output = torch.einsum("bgrts,bgsd->btgrd", scores.softmax(-1), load(value_BGSD))
     return output.reshape(B, T, -1).to(query.dtype)
 
 
 def _scatter_rows(past_BGSD: Tensor, new_BGTD: Tensor, rows_BT: Tensor) -> Tensor:
     present = past_BGSD.clone()
     batch = torch.arange(past_BGSD.shape[0], device=past_BGSD.device)[:, None]
-    present[batch, :, rows_BT] = new_BGTD.transpose(1, 2)
+    present[batch, :, rows_BT] = store(new_BGTD, past_BGSD.dtype).transpose(1, 2)
     return present
 
 

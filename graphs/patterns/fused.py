@@ -7,6 +7,10 @@ Inputs   query [B,T,H·D] or [B·T,H·D], key, value, past_key [B,G,S,D], past_v
          Of query, key and value only the order of the elements counts: with QK-norm they come as [B·T·H,D].
 Outputs  output [B,T,H·Dv], or [B·T,H·Dv] where query has two dimensions, present_key, present_value.
 
+The caches, all of one type, are stored as they are or in a form of graphs/caches.py: FLOAT16 [B,G,S,D], or INT8 [B,G,S,D+4], a
+row's values followed by its scale. New rows are rounded as they are written, and attention reads all rows, the new ones too,
+as what they were rounded to.
+
 It rotates, writes the new rows into the cache where that lies, and reads the used rows of the cache once a group, whatever
 the capacity. The linear layers between two attentions become one `headpool::LinearChain` (graphs/linear.py, graphs/chain.py),
 which reads their weights at the memory's speed.
@@ -17,11 +21,13 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphs import canonical
+from graphs.caches import row_width
 from graphs.canonical import GroupedAttention
 from graphs.chain import chain_linears
 from graphs.emit import Emitter
 from graphs.linear import fuse_linears
 
+STORED = {"fp16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}  # graphs/caches.py
 WORDS = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}  # as --dtype has them
 
 
@@ -60,11 +66,23 @@ def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, 
 
 
 def finish(model: ir.Model) -> None:
-    for node in model.graph:
-        if (node.domain, node.op_type) == (canonical.DOMAIN, "FusedAttention"):
-            _drop_reshapes(model.graph, node)
+    for node in _attentions(model):
+        _drop_reshapes(model.graph, node)
     fuse_linears(model)
     chain_linears(model)
+
+
+def store(model: ir.Model, cache: str) -> None:
+    for node in _attentions(model):
+        for value in (*node.inputs[3:5], *node.outputs[1:]):
+            assert value is not None and value.shape is not None  # noqa: PT018
+            *rows, size = value.shape
+            assert isinstance(size, int), value.name
+            value.type, value.shape = ir.TensorType(STORED[cache]), ir.Shape([*rows, row_width(size, cache)])  # neither shared
+
+
+def _attentions(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if (node.domain, node.op_type) == (canonical.DOMAIN, "FusedAttention")]
 
 
 def _drop_reshapes(graph: ir.Graph, node: ir.Node) -> None:

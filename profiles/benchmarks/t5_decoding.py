@@ -83,7 +83,7 @@ def breakdown(bundle: Bundle, variant: Variant, source: int, target: int, folder
         session.prefill(prompts)
         for _ in range((target + PROFILED) // 2):
             session.decode(tokens)
-    (file,) = folder.glob(f"{profile.name}*")
+    (file,) = folder.glob(f"{profile.name}_*")  # not profile-16 for profile-1
     return read_breakdown(file, PROFILED)
 
 

@@ -20,7 +20,6 @@ from exporter.engines.base import Session
 from exporter.engines.ort_session import OrtSession
 from exporter.engines.torch_eager import TorchSession
 from exporter.errors import EngineError
-from exporter.export import ExportOptions, converter
 from exporter.models.decoder import Decoder
 from exporter.weights import TORCH_DTYPES
 from profiles.gpu.latency import backend_name, build_engines
@@ -40,7 +39,7 @@ def compare_tokens(step: Step, place: Place) -> dict[str, Any]:
     """A row for each number of KV heads and pattern. Raises EngineError, after all were tried, where one is off or fails."""
     source = model_of(step.model, place.shapes)
     checkpoint = source.open(place.work)
-    convert = converter(checkpoint, ExportOptions(source.groups, dtype=place.dtype), lambda *_: None)
+    convert = Converter(checkpoint)
     rows = []
     for groups in source.groups:
         prompt = np.random.default_rng(groups).integers(0, checkpoint.config.vocab_size, PROMPT)

@@ -69,7 +69,9 @@ Json machine(const headpool::Model& model) {
 // Of attention in a step for each token of context: a product and a sum for each channel of every query head's K and V.
 std::int64_t attention_operations(const headpool::ModelInfo& info) {
   const auto kv_heads = std::accumulate(info.kv_heads.begin(), info.kv_heads.end(), std::int64_t{0});
-  const auto channels = static_cast<std::int64_t>(info.kv_bytes_per_token) / (info.dtype == "fp32" ? 4 : 2) / kv_heads;
+  const std::string& cache = info.cache_dtype.empty() ? info.dtype : info.cache_dtype;
+  const auto bytes = static_cast<std::int64_t>(info.kv_bytes_per_token) / kv_heads;
+  const auto channels = cache == "int8" ? bytes - 8 : bytes / (cache == "fp32" ? 4 : 2);  // int8 rows have 4 of a scale each
   return 2 * static_cast<std::int64_t>(info.kv_heads.size()) * info.heads * channels;
 }
 
@@ -88,13 +90,19 @@ Json subject(const std::string& bundle, const headpool::ModelInfo& info) {
               {"heads", info.heads},
               {"pattern", info.pattern},
               {"cache", info.cache},
-              {"dtype", info.dtype + (info.quantize.empty() ? "" : ", " + info.quantize + " weights")},
+              {"dtype", info.dtype + (info.quantize.empty() ? "" : ", " + info.quantize + " weights") +
+                            (info.cache_dtype.empty() ? "" : ", " + info.cache_dtype + " cache")},
               {"weight_bytes", info.weight_bytes},
               {"kv_bytes_per_token", info.kv_bytes_per_token},
               {"encoder", info.encoder_layers > 0},
               {"attention_operations", attention_operations(info)}};
-  for (const Json& variant : manifest["variants"])
-    if (variant["name"] == info.variant) result["conversion"] = variant.value("conversion", Json());
+  for (const Json& variant : manifest["variants"]) {
+    if (variant["name"] != info.variant) continue;
+    result["conversion"] = variant.value("conversion", Json());
+    const Json rounding = variant.value("rounding", Json());
+    if (rounding.is_object() && rounding.value("method", "") == "gptq")
+      result["dtype"] = result["dtype"].get<std::string>() + " by GPTQ";
+  }
   return result;
 }
 

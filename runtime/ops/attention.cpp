@@ -15,6 +15,23 @@ constexpr size_t PREFILL_ROWS = 64;    // query rows of a prefill task
 constexpr int64_t MOST_HEADS = 65536;  // so that no product with a tensor's size overflows
 constexpr size_t TASKS = 16;           // tasks of a decode step that are enough to keep the threads even
 
+CacheType cache_type(const Shape& shape) {
+  switch (shape.type()) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return CacheType::fp16;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
+      return CacheType::int8;
+    default:
+      return CacheType::fp32;
+  }
+}
+
+// The channels of a row of a cache; 0 where it has no room for any.
+size_t channels(const Shape& shape) {
+  const int64_t width = shape.back(), extra = shape.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 ? SCALE_BYTES : 0;
+  return width > extra ? width - extra : 0;
+}
+
 struct AttentionKernel : Kernel<AttentionKernel> {
   explicit AttentionKernel(const OrtKernelInfo* raw) {
     const Ort::ConstKernelInfo info(raw);
@@ -35,7 +52,8 @@ struct AttentionKernel : Kernel<AttentionKernel> {
            "headpool::FusedAttention: a cache or position_ids has a wrong rank");
     Attention a{};
     a.query = floats(query);
-    a.B = tokens[0], a.T = tokens[1], a.S = k_shape[2], a.H = H, a.G = G, a.D = k_shape[3], a.Dv = v_shape[3];
+    a.B = tokens[0], a.T = tokens[1], a.S = k_shape[2], a.H = H, a.G = G, a.D = channels(k_shape), a.Dv = channels(v_shape);
+    a.cache = cache_type(k_shape);
     a.positions = positions.GetTensorData<int64_t>();
     a.scale = scale;
     a.cos = floats(cos), a.sin = floats(sin);
@@ -56,8 +74,8 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     const int64_t flat[] = {tokens[0] * tokens[1], width}, deep[] = {tokens[0], tokens[1], width};
     auto output = q_shape.rank() == 2 ? context.GetOutput(0, flat, 2) : context.GetOutput(0, deep, 3);
     a.output = output.GetTensorMutableData<float>();
-    float* keys = in_place(past_key, context.GetOutput(1, k_shape.data(), 4), k_shape);
-    float* values = in_place(past_value, context.GetOutput(2, v_shape.data(), 4), v_shape);
+    char* keys = in_place(past_key, context.GetOutput(1, k_shape.data(), 4), k_shape);
+    char* values = in_place(past_value, context.GetOutput(2, v_shape.data(), 4), v_shape);
     a.keys = keys, a.values = values;
     if (!rows) return;
     for (size_t b = 0; b < a.B; ++b) {
@@ -72,28 +90,32 @@ struct AttentionKernel : Kernel<AttentionKernel> {
 
  private:
   // The cache is written where it lies when the caller bound one buffer as input and as output; else it is copied first.
-  static float* in_place(const Ort::ConstValue& past, Ort::UnownedValue present, const Shape& shape) {
-    float* to = present.GetTensorMutableData<float>();
-    const float* from = past.GetTensorData<float>();
-    if (to != from) std::memcpy(to, from, shape.elements() * sizeof(float));
+  static char* in_place(const Ort::ConstValue& past, Ort::UnownedValue present, const Shape& shape) {
+    char* to = static_cast<char*>(present.GetTensorMutableRawData());
+    const void* from = past.GetTensorRawData();
+    if (to != from)
+      std::memcpy(to, from, shape.elements() / shape.back() * cache_row_bytes(cache_type(shape), channels(shape)));
     return to;
   }
 
-  static void update(const Ort::KernelContext& context, const Attention& a, const float* key, const float* value, float* keys,
-                     float* values) {
+  static void update(const Ort::KernelContext& context, const Attention& a, const float* key, const float* value, char* keys,
+                     char* values) {
     const size_t rows = a.B * a.T, half = a.rotary / 2, step = 16;
+    const size_t key_row = cache_row_bytes(a.cache, a.D), value_row = cache_row_bytes(a.cache, a.Dv);
     parallel(context, divide_up(rows, step), [&](size_t task) {
+      thread_local std::vector<float> memory;
+      float* const rotated = buffer(memory, a.cos ? a.D : 0);
       for (size_t token = task * step; token < std::min(rows, (task + 1) * step); ++token) {
         const size_t b = token / a.T, s = a.positions[b * a.T] + token % a.T;
         for (size_t g = 0; g < a.G; ++g) {
           const float* k = key + (token * a.G + g) * a.D;
-          float* to = keys + ((b * a.G + g) * a.S + s) * a.D;
-          if (a.cos)
-            kernels().rotate(to, k, a.cos + token * half, a.sin + token * half, a.D, a.rotary);
-          else
-            std::copy(k, k + a.D, to);
-          const float* v = value + (token * a.G + g) * a.Dv;
-          std::copy(v, v + a.Dv, values + ((b * a.G + g) * a.S + s) * a.Dv);
+          if (a.cos) {
+            kernels().rotate(rotated, k, a.cos + token * half, a.sin + token * half, a.D, a.rotary);
+            k = rotated;
+          }
+          const size_t row = (b * a.G + g) * a.S + s;
+          kernels().keep(a.cache, k, a.D, keys + row * key_row);
+          kernels().keep(a.cache, value + (token * a.G + g) * a.Dv, a.Dv, values + row * value_row);
         }
       }
     });
@@ -160,24 +182,32 @@ struct AttentionKernel : Kernel<AttentionKernel> {
   float scale;
 };
 
-struct AttentionOp : Operator<AttentionOp, AttentionKernel> {
+// One for each type of the caches, which ONNX Runtime chooses from.
+template <ONNXTensorElementDataType CACHE>
+struct AttentionOp : Operator<AttentionOp<CACHE>, AttentionKernel> {
   const char* GetName() const { return "FusedAttention"; }
   size_t GetInputTypeCount() const { return 8; }
   ONNXTensorElementDataType GetInputType(size_t i) const {
-    return i == 5 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    return i == 3 || i == 4 ? CACHE : i == 5 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
     return i < 6 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   }
   size_t GetOutputTypeCount() const { return 3; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  ONNXTensorElementDataType GetOutputType(size_t i) const { return i ? CACHE : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
 };
+
+template <ONNXTensorElementDataType CACHE>
+const OrtCustomOp* with_cache() {
+  static const AttentionOp<CACHE> op;
+  return &op;
+}
 
 }  // namespace
 
-const OrtCustomOp* attention_operator() {
-  static const AttentionOp op;
-  return &op;
+std::array<const OrtCustomOp*, 3> attention_operators() {
+  return {with_cache<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT>(), with_cache<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16>(),
+          with_cache<ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8>()};
 }
 
 }  // namespace headpool

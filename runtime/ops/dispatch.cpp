@@ -1,4 +1,5 @@
 #include "kernels.hpp"
+#include "processor.hpp"
 
 namespace headpool {
 
@@ -20,9 +21,9 @@ extern const Kernels table;
 const Kernels& kernels() {
   static const Kernels& best = []() -> const Kernels& {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-      return __builtin_cpu_supports("avx512vnni") ? avx512vnni::table : avx512::table;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
+    if (runs_avx512vnni()) return avx512vnni::table;
+    if (runs_avx512()) return avx512::table;
+    if (runs_avx2()) return avx2::table;
 #endif
     return plain::table;
   }();

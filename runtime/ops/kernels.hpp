@@ -75,13 +75,23 @@ struct Norm {
   float epsilon, offset;
 };
 
+// What the rows of a cache are stored as: floats, halves, or int8 values followed by the float that all of them are times.
+enum class CacheType { fp32, fp16, int8 };
+
+constexpr size_t SCALE_BYTES = sizeof(float);
+
+static constexpr size_t cache_row_bytes(CacheType type, size_t size) {
+  return type == CacheType::int8 ? size + SCALE_BYTES : size * (type == CacheType::fp16 ? 2 : sizeof(float));
+}
+
 // Grouped-query attention of T new tokens over a cache that already holds their keys and values.
 struct Attention {
-  const float* query;          // [B,T,H,D], not rotated
-  const float *keys, *values;  // [B,G,S,D], [B,G,S,Dv]
-  const int64_t* positions;    // [B,T]: query t of row b sees cache rows ≤ positions[b,t]
-  const float *cos, *sin;      // [B,T,rotary/2], or null
-  float* output;               // [B,T,H,Dv]
+  const float* query;         // [B,T,H,D], not rotated
+  const char *keys, *values;  // rows of D and of Dv channels: [B,G,S], each of cache_row_bytes
+  CacheType cache;
+  const int64_t* positions;  // [B,T]: query t of row b sees cache rows ≤ positions[b,t]
+  const float *cos, *sin;    // [B,T,rotary/2], or null
+  float* output;             // [B,T,H,Dv]
   size_t B, T, S, H, G, D, Dv, rotary;
   float scale;
 };
@@ -101,6 +111,7 @@ struct Kernels {
   void (*normalise)(const Norm&, const float* from, float* to);              // of one row
   void (*quantise)(const float* from, size_t K, size_t bits, void* to);      // of one row, K a multiple of BLOCK
   void (*rotate)(float* to, const float* from, const float* cos, const float* sin, size_t D, size_t rotary);  // one head
+  void (*keep)(CacheType, const float* from, size_t size, char* row);  // a row of the cache, rounded to the nearest
   void (*attend)(const Attention&, const Tile&, float* scratch);
   size_t (*scratch_floats)(const Attention&, const Tile&);
 };

@@ -1,4 +1,4 @@
-// headpool's operators as an ONNX Runtime custom-operator library: domain "headpool", fp32, CPU.
+// headpool's operators as an ONNX Runtime custom-operator library: domain "headpool", fp32 (caches also fp16 and int8), CPU.
 //
 //   FusedAttention  RoPE, cache update in place and grouped-query attention: reads the cache's used rows once a group
 //   LinearChain     linear layers one after another, each x · wᵀ (+ bias, + residual) or gated, with RMSNorm before
@@ -20,7 +20,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   OrtStatus* status = nullptr;
   if (!domain) {
     status = api->CreateCustomOpDomain("headpool", &domain);
-    for (const OrtCustomOp* op : {headpool::chain_operator(), headpool::attention_operator()})
+    if (!status) status = api->CustomOpDomain_Add(domain, headpool::chain_operator());
+    for (const OrtCustomOp* op : headpool::attention_operators())
       if (!status) status = api->CustomOpDomain_Add(domain, op);
   }
   return status ? status : api->AddCustomOpDomain(options, domain);

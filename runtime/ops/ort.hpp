@@ -5,6 +5,7 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <exception>
@@ -135,7 +136,7 @@ struct Operator : Ort::CustomOpBase<Op, K, true> {
   }
 };
 
-const OrtCustomOp* chain_operator();      // chain.cpp
-const OrtCustomOp* attention_operator();  // attention.cpp
+const OrtCustomOp* chain_operator();                      // chain.cpp
+std::array<const OrtCustomOp*, 3> attention_operators();  // attention.cpp
 
 }  // namespace headpool

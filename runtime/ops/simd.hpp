@@ -122,11 +122,8 @@ template <size_t W, class Pick>
     if (!(i & W)) pick(a[i], a[i | W]);
 }
 
-// LANES rows of LANES floats, `stride` apart → columns, `to_stride` apart.
-[[gnu::always_inline]] inline void transpose(const float* from, size_t stride, float* to, size_t to_stride) {
-  Vec a[LANES];
-  HEADPOOL_UNROLL
-  for (size_t i = 0; i < LANES; ++i) a[i] = load(from + i * stride);
+// Rows → columns.
+[[gnu::always_inline]] inline void transpose(Vec (&a)[LANES]) {
 #define HEADPOOL_SWAP(W, FIRST, SECOND)                                 \
   swap_blocks<W>(a, [](Vec& x, Vec& y) __attribute__((always_inline)) { \
     const Vec first = __builtin_shufflevector(x, y, FIRST);             \
@@ -153,8 +150,22 @@ template <size_t W, class Pick>
 #endif
 #undef HEADPOOL_SWAP
 #undef HEADPOOL_LIST
-  HEADPOOL_UNROLL
-  for (size_t i = 0; i < LANES; ++i) store(to + i * to_stride, a[i]);
+}
+
+inline void fill(float* to, size_t count, float value) {
+  for (size_t i = 0; i < count; ++i) to[i] = value;
+}
+
+inline void copy(float* to, const float* from, size_t count) { std::memcpy(to, from, count * sizeof(float)); }
+
+// f<4>(m), and f<rest>(m) at the end, so that all M rows are covered
+template <class F>
+inline void in_fours(size_t M, const F& f) {
+  size_t m = 0;
+  for (; m + 4 <= M; m += 4) f.template operator()<4>(m);
+  if (M - m == 3) f.template operator()<3>(m);
+  if (M - m == 2) f.template operator()<2>(m);
+  if (M - m == 1) f.template operator()<1>(m);
 }
 
 }  // namespace headpool::HEADPOOL_ISA

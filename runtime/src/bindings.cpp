@@ -32,6 +32,10 @@ void expect_cache(const Binding& b, const std::string& dtype, const char* rows) 
   expect_shape(b, dtype, {"batch", b.shape[1], rows, b.shape[3]});
 }
 
+const std::string& cache_dtype(const Variant& variant) {
+  return variant.info.cache_dtype.empty() ? variant.info.dtype : variant.info.cache_dtype;
+}
+
 void set_once(std::string& target, const std::string& name, const char* role) {
   if (!target.empty()) flaw(std::string("it has two inputs or outputs for ") + role);
   target = name;
@@ -55,8 +59,9 @@ Layers read_inputs(const Json& inputs, Variant& variant) {
       expect_shape(b, "int64", {"batch", encoder ? "encoder" : "total"});
     } else if (b.role == "cache") {
       const bool cross = encoder && b.shape.size() == 4 && b.shape[2] == "encoder";
-      expect_cache(b, variant.info.dtype, cross ? "encoder" : variant.in_place ? "capacity" : "past");
-      const CacheBinding cache{b.name, {}, b.shape[1].get<std::int64_t>(), b.shape[3].get<std::int64_t>()};
+      expect_cache(b, cache_dtype(variant), cross ? "encoder" : variant.in_place ? "capacity" : "past");
+      const CacheBinding cache{
+          b.name, {}, b.shape[1].get<std::int64_t>(), b.shape[3].get<std::int64_t>(), data_type(cache_dtype(variant))};
       (cross ? encoder->caches : variant.caches).push_back(cache);
       (cross ? layers.cross : layers.own).push_back(b.layer);
     } else {
@@ -90,7 +95,7 @@ void read_outputs(const Json& outputs, Variant& variant, const std::vector<std::
       const Json rows = variant.all_logits ? Json("sequence") : Json(1);
       expect_shape(b, variant.info.dtype, {"batch", rows, variant.info.vocab_size});
     } else if (b.role == "cache") {
-      expect_cache(b, variant.info.dtype, variant.in_place ? "capacity" : "total");
+      expect_cache(b, cache_dtype(variant), variant.in_place ? "capacity" : "total");
       set_present(b, variant.caches, layers, next, variant.in_place);
     } else {
       flaw("output " + shown(b.name) + " has the role " + shown(b.role));

@@ -145,7 +145,8 @@ hp_status hp_model_get_info(const hp_model* model, hp_model_info* info) {
                             backend.provider.c_str(),
                             backend.library.c_str(),
                             backend.version.c_str(),
-                            from.quantize.c_str()};
+                            from.quantize.c_str(),
+                            from.cache_dtype.c_str()};
     std::memcpy(info, &all, std::min(size, sizeof all));
   });
 }

@@ -59,8 +59,8 @@ class ConcatCache final : public Cache {
       };
       const std::int64_t before[] = {call.batch(), cache.heads, columns_, cache.size};
       const std::int64_t after[] = {call.batch(), cache.heads, total, cache.size};
-      call.bind_input(cache.past, part(past_, columns_), bytes(columns_), before, model_.element());
-      call.bind_output(cache.present, part(present_, total), bytes(total), after, model_.element());
+      call.bind_input(cache.past, part(past_, columns_), bytes(columns_), before, element_of(cache.type));
+      call.bind_output(cache.present, part(present_, total), bytes(total), after, element_of(cache.type));
     }
   }
 

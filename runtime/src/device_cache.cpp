@@ -9,7 +9,7 @@ class DeviceCache final : public Cache {
   DeviceCache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk)
       : model_(model), capacity_(capacity), chunk_(chunk) {
     for (const CacheBinding& cache : model.variant.caches)
-      tensors_.push_back(model.zeros(bytes_of({batch, cache.heads, capacity, cache.size}, model.variant.item_bytes())));
+      tensors_.push_back(model.zeros(bytes_of({batch, cache.heads, capacity, cache.size}, item_bytes(cache.type))));
   }
 
   std::vector<Feed> plan(Prompts prompts, std::span<const std::int64_t> lengths) override {
@@ -21,11 +21,11 @@ class DeviceCache final : public Cache {
     for (std::size_t i = 0; i < tensors_.size(); ++i) {
       const CacheBinding& cache = model_.variant.caches[i];
       const std::int64_t shape[] = {call.batch(), cache.heads, capacity_, cache.size};
-      const std::size_t sequence = static_cast<std::size_t>(cache.heads * capacity_ * cache.size) * model_.variant.item_bytes();
+      const std::size_t sequence = static_cast<std::size_t>(cache.heads * capacity_) * cache.row_bytes();
       std::byte* data = tensors_[i].get() + static_cast<std::size_t>(first) * sequence;
       const std::size_t bytes = static_cast<std::size_t>(call.batch()) * sequence;
-      call.bind_input(cache.past, data, bytes, shape, model_.element(), model_.memory);
-      call.bind_output(cache.present, data, bytes, shape, model_.element(), model_.memory);
+      call.bind_input(cache.past, data, bytes, shape, element_of(cache.type), model_.memory);
+      call.bind_output(cache.present, data, bytes, shape, element_of(cache.type), model_.memory);
     }
     call.bound_rows = capacity_;
   }

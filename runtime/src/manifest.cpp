@@ -14,7 +14,7 @@ std::uint64_t kv_bytes_per_token(const Variant& variant) {
   for (const CacheBinding& cache : variant.caches) {
     const auto values = static_cast<std::uint64_t>(cache.heads) * static_cast<std::uint64_t>(cache.size);  // < 2⁶²
     if (values > (std::uint64_t{1} << 40)) flaw("cache " + shown(cache.past) + " is too large");
-    sum += values * variant.item_bytes();
+    sum += values * item_bytes(cache.type);
     if (sum > (std::uint64_t{1} << 44)) flaw("its caches are too large");
   }
   return sum;
@@ -49,8 +49,12 @@ Variant read_variant(const Json& data) {
   info.cache = one_of(data, "cache", {"static", "concat"});
   info.dtype = one_of(data, "dtype", {"fp32", "fp16", "bf16"});
   if (data.contains("quantize") && !data["quantize"].is_null()) info.quantize = one_of(data, "quantize", {"int8", "int4"});
+  if (data.contains("cache_dtype") && !data["cache_dtype"].is_null()) {
+    info.cache_dtype = one_of(data, "cache_dtype", {"fp16", "int8"});
+    if (info.pattern != "fused" || info.cache != "static") flaw("a cache_dtype is for pattern fused, static");
+  }
   variant.in_place = info.cache == "static";
-  variant.dtype = info.dtype == "fp32" ? DataType::fp32 : info.dtype == "fp16" ? DataType::fp16 : DataType::bf16;
+  variant.dtype = data_type(info.dtype);
   variant.all_logits = one_of(data, "logits", {"last", "all"}) == "all";
   variant.graph = file_name(at(data, "graph"));
   for (const Json& name : array(data, "weights")) variant.weights.push_back(file_name(name));

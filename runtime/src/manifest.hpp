@@ -9,12 +9,21 @@
 
 namespace headpool::detail {
 
-enum class DataType { fp32, fp16, bf16 };
+enum class DataType { fp32, fp16, bf16, int8 };  // int8: of caches only
+
+inline DataType data_type(const std::string& name) {  // one of those
+  return name == "fp32" ? DataType::fp32 : name == "fp16" ? DataType::fp16 : name == "bf16" ? DataType::bf16 : DataType::int8;
+}
+
+constexpr std::size_t item_bytes(DataType type) { return type == DataType::fp32 ? 4 : type == DataType::int8 ? 1 : 2; }
 
 // One K or V cache: an input and an output of [B, heads, rows, size].
 struct CacheBinding {
   std::string past, present;
   std::int64_t heads, size;
+  DataType type;
+
+  std::size_t row_bytes() const { return static_cast<std::size_t>(size) * item_bytes(type); }
 };
 
 // What an encoder-decoder has besides its decoder: a graph that reads E tokens of an input once.
@@ -39,7 +48,7 @@ struct Variant {
   std::vector<CacheBinding> caches;
   std::optional<Encoder> encoder;
 
-  std::size_t item_bytes() const { return dtype == DataType::fp32 ? 4 : 2; }
+  std::size_t item_bytes() const { return detail::item_bytes(dtype); }  // of activations
 };
 
 // Throws BundleError for all that is not as it should be.

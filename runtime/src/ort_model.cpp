@@ -123,9 +123,9 @@ void check_graph(const Ort::Session& runtime, const Tensors& inputs, const Tenso
       [&](std::size_t i) { return runtime.GetOutputTypeInfo(i); });
 }
 
-void add_caches(Tensors& tensors, const OrtModel& state, const std::vector<CacheBinding>& caches,
-                std::string CacheBinding::* name) {
-  for (const CacheBinding& cache : caches) tensors.push_back({cache.*name, state.element(), {-1, cache.heads, -1, cache.size}});
+void add_caches(Tensors& tensors, const std::vector<CacheBinding>& caches, std::string CacheBinding::* name) {
+  for (const CacheBinding& cache : caches)
+    tensors.push_back({cache.*name, element_of(cache.type), {-1, cache.heads, -1, cache.size}});
 }
 
 void check_decoder(const OrtModel& state) {
@@ -133,9 +133,9 @@ void check_decoder(const OrtModel& state) {
   Tensors inputs, outputs{{v.logits, state.element(), {-1, v.all_logits ? -1 : 1, v.info.vocab_size}}};
   for (const std::string& name : {v.tokens, v.positions, v.mask, v.encoder ? v.encoder->decoder_mask : ""})
     if (!name.empty()) inputs.push_back({name, INT, {-1, -1}});
-  add_caches(inputs, state, v.caches, &CacheBinding::past);
-  add_caches(outputs, state, v.caches, &CacheBinding::present);
-  if (v.encoder) add_caches(inputs, state, v.encoder->caches, &CacheBinding::past);
+  add_caches(inputs, v.caches, &CacheBinding::past);
+  add_caches(outputs, v.caches, &CacheBinding::present);
+  if (v.encoder) add_caches(inputs, v.encoder->caches, &CacheBinding::past);
   check_graph(state.runtime, inputs, outputs);
 }
 
@@ -143,7 +143,7 @@ void check_encoder(const OrtModel& state) {
   const Encoder& e = *state.variant.encoder;
   const Tensors inputs{{e.tokens, INT, {-1, -1}}, {e.mask, INT, {-1, -1}}};
   Tensors outputs{{e.hidden, state.element(), {-1, -1, e.hidden_size}}};
-  add_caches(outputs, state, e.caches, &CacheBinding::present);
+  add_caches(outputs, e.caches, &CacheBinding::present);
   check_graph(state.encoder, inputs, outputs);
 }
 
@@ -202,6 +202,8 @@ std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path
   });
   if (variant.encoder)
     load(variant.encoder->graph, [&](const std::filesystem::path& graph, const auto&) {
+      session.DisableCpuMemArena();  // it would keep, for the next long input, the gigabytes of one
+      session.DisableMemPattern();
       state->encoder = Ort::Session(environment(), graph.c_str(), session);
       check_encoder(*state);
     });

@@ -12,6 +12,19 @@
 
 namespace headpool::detail {
 
+inline ONNXTensorElementDataType element_of(DataType type) {
+  switch (type) {
+    case DataType::fp16:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+    case DataType::bf16:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+    case DataType::int8:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+    default:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+}
+
 struct OrtModel final : Model::State {
   using State::State;
 
@@ -21,16 +34,7 @@ struct OrtModel final : Model::State {
   }
   std::unique_ptr<Runner> runner(std::int64_t batch, std::int64_t capacity, std::int64_t chunk) const override;
 
-  ONNXTensorElementDataType element() const {
-    switch (variant.dtype) {
-      case DataType::fp16:
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-      case DataType::bf16:
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
-      default:
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-    }
-  }
+  ONNXTensorElementDataType element() const { return element_of(variant.dtype); }  // of activations
 
   // Where caches lie: the host's memory, or with `cuda` that of its provider.
   bool cuda = false;

@@ -71,12 +71,12 @@ class Seq2SeqRunner final : public Runner {
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
       const CacheBinding& cache = encoder_.caches[i];
       const std::int64_t sizes[] = {B, cache.heads, E, cache.size};
-      const std::size_t bytes = bytes_of({B, cache.heads, E, cache.size}, model_.variant.item_bytes());
+      const std::size_t bytes = bytes_of({B, cache.heads, E, cache.size}, item_bytes(cache.type));
       if (bytes > blocks_[i].bytes) blocks_[i] = {model_.zeros(bytes), bytes};
       std::byte* data = blocks_[i].data.get();
       binding.BindOutput(cache.present.c_str(),
-                         Ort::Value::CreateTensor(model_.memory, data, bytes, sizes, 4, model_.element()));
-      step.bind_input(cache.past, data, bytes, sizes, model_.element(), model_.memory);
+                         Ort::Value::CreateTensor(model_.memory, data, bytes, sizes, 4, element_of(cache.type)));
+      step.bind_input(cache.past, data, bytes, sizes, element_of(cache.type), model_.memory);
     }
     model_.encoder.Run(Ort::RunOptions(), binding);
     sources_ = feed.counts;

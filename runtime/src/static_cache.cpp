@@ -8,9 +8,8 @@ namespace headpool::detail {
 Layout::Layout(const Variant& variant, std::int64_t batch) {
   for (const CacheBinding& cache : variant.caches) {
     const auto slabs = static_cast<std::size_t>(batch * cache.heads);
-    const std::size_t bytes = static_cast<std::size_t>(cache.size) * variant.item_bytes();
-    tensors_.push_back({slabs, bytes, row_bytes_});
-    row_bytes_ += slabs * bytes;
+    tensors_.push_back({slabs, cache.row_bytes(), row_bytes_});
+    row_bytes_ += slabs * cache.row_bytes();
   }
 }
 
@@ -53,8 +52,8 @@ class StaticCache final : public Cache {
       const auto slabs = static_cast<std::size_t>(cache.heads);
       std::byte* data = memory_.data() + layout_.offset(i, sequence * slabs, rows_);
       const std::size_t bytes = static_cast<std::size_t>(call.batch() * rows_) * slabs * layout_.tensors()[i].row_bytes;
-      call.bind_input(cache.past, data, bytes, shape, model_.element());
-      call.bind_output(cache.present, data, bytes, shape, model_.element());
+      call.bind_input(cache.past, data, bytes, shape, element_of(cache.type));
+      call.bind_output(cache.present, data, bytes, shape, element_of(cache.type));
     }
     call.bound_rows = rows_;
   }

@@ -21,6 +21,14 @@ namespace {
 constexpr int STEPS = 3000;
 constexpr std::int64_t ROWS = 64;
 
+// What a binding's dtype is called, and its bytes.
+const std::map<std::string, std::pair<ONNXTensorElementDataType, std::size_t>> TYPES{
+    {"int64", {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, 8}},
+    {"fp32", {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, 4}},
+    {"fp16", {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, 2}},
+    {"int8", {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, 1}},
+};
+
 // ONNX Runtime as anyone would drive it: one binding, static caches as input and output.
 class Raw {
  public:
@@ -54,15 +62,8 @@ class Raw {
     }
     auto& buffer = buffers_[memory];
     buffer.resize(count);
-    const bool whole = value["dtype"] == "int64", half = value["dtype"] == "fp16";
-    const auto tensor = Ort::Value::CreateTensor(info_, buffer.data(),
-                                                 count * (whole  ? 8
-                                                          : half ? 2
-                                                                 : 4),
-                                                 shape.data(), shape.size(),
-                                                 whole  ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
-                                                 : half ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
-                                                        : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+    const auto [type, bytes] = TYPES.at(value["dtype"]);
+    const auto tensor = Ort::Value::CreateTensor(info_, buffer.data(), count * bytes, shape.data(), shape.size(), type);
     input ? binding_.BindInput(name.c_str(), tensor) : binding_.BindOutput(name.c_str(), tensor);
   }
 

@@ -15,10 +15,12 @@ from onnxruntime.quantization import matmul_nbits_quantizer
 from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
 from exporter.cli import _run
+from exporter.convert import Converter
 from exporter.engines import open_session
 from exporter.errors import UserError
 from exporter.export import ExportOptions, export
-from exporter.quantise import QUANTIZE, dequantise, quantise, rounded
+from exporter.quantise import QUANTIZE, Quantiser, restored
+from exporter.quantise.blocks import dequantise, quantise
 from exporter.weights import ComputedTensor
 from graphs.quantise import BITS, BLOCK
 
@@ -170,11 +172,13 @@ def test_a_damaged_weight_goes_by_the_name_it_has(folders: dict[str, Path], tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_rounded_weights_are_what_is_stored(folders: dict[str, Path]) -> None:
+def test_restored_weights_are_what_is_stored(folders: dict[str, Path]) -> None:
     """What a sweep measures quality on."""
-    weights = open_checkpoint(folders["llama"]).weights
-    for name, tensor in rounded(weights, "int4").items():
-        original = weights[name].read()
+    checkpoint = open_checkpoint(folders["llama"])
+    weights = restored(Quantiser(Converter(checkpoint, quantised=True), "int4")(2)[1], "int4")
+    assert weights.keys() == checkpoint.weights.keys()
+    for name, tensor in weights.items():
+        original = checkpoint.weights[name].read()
         matrix = name == "model.embed_tokens.weight" or "_proj" in name
         wanted = dequantise(*quantise(original, "int4"), "int4") if matrix else original
         assert torch.equal(tensor.read(), wanted), name

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
+import psutil
 import pytest
 import t5
 import torch
@@ -128,6 +130,21 @@ def test_torch_session(theirs: dict[int, Any], tmp_path: Path) -> None:
     with open_torch(open_checkpoint(t5.save("t5-1.1", tmp_path)), batch=2, capacity=150) as session:
         found = [session.prefill(SOURCES).copy(), *(session.decode(tokens).copy() for tokens in TARGETS.T[1:])]
     np.testing.assert_allclose(np.stack(found, axis=1), expected(theirs[6]), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory as Linux counts it")
+def test_the_encoder_gives_its_memory_back(bundles: dict[str, Bundle]) -> None:
+    """The scores of a long input take far more than all else; they are not held until the next one."""
+    source = np.resize(SOURCES[0], 2048)
+    with open_session(bundles["static"], "g6.grouped", capacity=len(source), threads=1) as session:
+        session.prefill(SOURCES[1:])
+        before = psutil.Process().memory_info()
+        for _ in range(2):
+            session.reset()
+            session.prefill([source])
+        after = psutil.Process().memory_info()
+    scores = 4 * session.config.num_heads * len(source) ** 2
+    assert (after.rss - after.shared) - (before.rss - before.shared) < scores / 2
 
 
 def test_what_a_session_refuses(bundles: dict[str, Bundle]) -> None:

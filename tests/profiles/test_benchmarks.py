@@ -15,7 +15,7 @@ from exporter.decode import decode
 from exporter.engines import open_session
 from exporter.errors import UserError
 from exporter.export import ExportOptions, export
-from profiles.benchmarks import decoder, glu_training, papers, quantised, t5_decoding
+from profiles.benchmarks import decoder, glu_training, kv_cache, papers, quantised, t5_decoding
 from profiles.benchmarks.logits import PATHS, STEPS, differences, transformers_logits
 from profiles.results import Results
 
@@ -105,11 +105,11 @@ def test_logits_are_compared_along_every_path(tiny, cache, batch):
 
 def test_the_t5_benchmark(tmp_path):
     config, out = tmp_path / "config.json", tmp_path / "out.json"
-    small = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": 64}
+    small = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 12, "vocab_size": 64}
     config.write_text(json.dumps({**json.loads(t5_decoding.CONFIG.read_text()), **small}))
-    t5_decoding.main(out, config=config, groups=(4, 2, 1), source=40, target=37)
+    t5_decoding.main(out, config=config, groups=(12, 2, 1), source=40, target=37)
     record = json.loads(out.read_text())
-    assert [row["groups"] for row in record["rows"]] == [4, 2, 1]
+    assert [row["groups"] for row in record["rows"]] == [12, 2, 1]
     for row in record["rows"]:
         assert row["attention_gain"] == pytest.approx(record["rows"][0]["attention_ms"] / row["attention_ms"])
         assert row["sample_s"] > row["first_token_s"] + 36 * 0.2e-3 * row["step_ms"]
@@ -201,3 +201,36 @@ def test_the_quantised_benchmark(tmp_path, capsys):
     assert quantised.is_kept(fast)
     assert not quantised.is_kept([*fast[:2], {**fast[2], "times": 1.4}])
     assert not quantised.is_kept([{**fast[0], "times": 0.9}, *fast[1:]])
+
+
+@pytest.mark.usefixtures("small_probe")
+def test_the_kv_cache_benchmark(tmp_path, capsys):
+    import hf
+
+    folder, out = tmp_path / "model", tmp_path / "out.json"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    hf.build("llama", sizes).save_pretrained(folder)
+    hf.add_tokenizer(folder)
+    plan = {"samples": 8, "burst": 2, "warmup": 0, "settle": 0}
+    kv_cache.main(out, folder, folder / "config.json", (4, 1), (8, 24), 300, **plan)
+    record = json.loads(out.read_text())
+    steps = {
+        (row["weights"], row["cache"], row["groups"], row["context"]): row for row in record["rows"] if row["what"] == "step"
+    }
+    kinds = [(weights, cache) for weights in ("fp32", "int4") for cache in ("fp32", "fp16", "int8")]
+    assert set(steps) == {(*kind, g, context) for kind in kinds for g in (4, 1) for context in (8, 24)}
+    for (weights, cache, g, context), row in steps.items():
+        assert row["kv_bytes_per_token"] == 2 * g * 2 * {"fp32": 64, "fp16": 32, "int8": 20}[cache]
+        assert row["times"] == pytest.approx(steps[weights, "fp32", g, context]["p50_ms"] / row["p50_ms"])
+    assert {cell["cohort"] for cell in record["run"]["cells"]} == {0}
+    assert record["settings"]["tokens"] == 300
+    loss = {row["cache"]: row["nats_per_token"] for row in record["rows"] if row["what"] == "loss"}
+    assert 0 < abs(loss["fp16"] - loss["fp32"]) < abs(loss["int8"] - loss["fp32"])
+    assert not record["kept"]  # there is no context of 4,096
+    assert f"kept: {record['kept']}" in capsys.readouterr().out
+
+    far = [{"what": "step", "cache": cache, "context": 4096, "times": 1.2} for cache in ("fp32", "int8")]
+    lost = [{"what": "loss", "cache": cache, "nats_per_token": loss} for cache, loss in (("fp32", 2), ("int8", 2.005))]
+    assert kv_cache.is_kept([*far, *lost])
+    assert not kv_cache.is_kept([far[0], {**far[1], "times": 0.99}, *lost])
+    assert not kv_cache.is_kept([*far, lost[0], {**lost[1], "nats_per_token": 2.02}])

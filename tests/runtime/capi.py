@@ -60,7 +60,7 @@ class ModelInfo(Sized):
         ("kv_bytes_per_token", c.c_uint64),
         ("threads", c.c_int32),
         ("encoder_layers", c.c_int64),
-        *((name, c.c_char_p) for name in ("backend", "provider", "library", "library_version", "quantize")),
+        *((name, c.c_char_p) for name in ("backend", "provider", "library", "library_version", "quantize", "cache_dtype")),
     )
 
 

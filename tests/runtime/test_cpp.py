@@ -100,6 +100,20 @@ def test_headpool_reads_what_the_example_bench_writes(built: Path, bundle: Bundl
     assert sorted(tmp_path.iterdir()) == files
 
 
+@pytest.mark.parametrize("cache", ["fp16", "int8"])
+def test_bench_says_how_caches_are_stored_as_profile_does(cache: str, built: Path, tmp_path: Path) -> None:
+    bundle = export(
+        open_checkpoint(hf.save("llama", tmp_path)), tmp_path / "bundle", ExportOptions(patterns=("fused",), cache_dtype=cache)
+    )
+    files = [tmp_path / "cpp.json", tmp_path / "python.json"]
+    run(built / "examples/bench", bundle.path, "", files[0], 8, 16, 1)
+    words = ["--contexts", "8", "--samples", "16", "--threads", "1", "--out", str(files[1])]
+    assert _run(["profile", str(bundle.path), *words]) == 0
+    ours, theirs = (Results.load(file).cells[0].subject for file in files)
+    assert dataclasses.replace(ours, bundle_hash=theirs.bundle_hash) == theirs
+    assert ours.dtype == f"fp32, {cache} cache"
+
+
 def test_bench_says_how_weights_are_stored_as_profile_does(built: Path, tmp_path: Path, capfd) -> None:
     """So that compare takes an int4 bundle's cells of both together, and those of an fp32 one not."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}

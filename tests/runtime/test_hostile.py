@@ -341,6 +341,17 @@ def test_how_weights_are_stored_that_nobody_knows(bundle: Path, api: Api) -> Non
     assert api.open(bundle).info().quantize == b""
 
 
+def test_how_caches_are_stored_that_nobody_knows(bundle: Path, api: Api) -> None:
+    edit(bundle, lambda variant: variant.update(cache_dtype="int4"))
+    refused(api, bundle, BUNDLE, '^headpool.json is damaged: cache_dtype is "int4"; export the bundle again$')
+    edit(bundle, lambda variant: variant.update(cache_dtype="int8"))
+    refused(api, bundle, BUNDLE, 'binding "past_key_values.0.key" is "fp32"')
+    edit(bundle, lambda variant: variant.update(pattern="grouped"))
+    refused(api, bundle, BUNDLE, "a cache_dtype is for pattern fused, static; export the bundle again$")
+    edit(bundle, lambda variant: (variant.pop("cache_dtype"), variant.update(pattern="fused")))  # as older exports wrote it
+    assert api.open(bundle).info().cache_dtype == b""
+
+
 def test_names_of_folders_of_several_lines(bundle: Path, tmp_path: Path, api: Api) -> None:
     """Every message is one line, and a path in it is not maimed otherwise."""
     refused(api, tmp_path / "a\nb\x1b[31mé", BUNDLE, r"/a b \[31mé is not a bundle: it does not exist; make one with")

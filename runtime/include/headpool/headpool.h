@@ -85,9 +85,10 @@ typedef struct {
   int64_t encoder_layers; /* of an encoder-decoder, whose other sizes are its decoder's; 0: it has no encoder */
   const char *backend, *provider, *library, *library_version; /* headpool/model.hpp's BackendInfo */
   const char* quantize;                                       /* "int8" or "int4", how its matrices are stored; "": in dtype */
+  const char* cache_dtype;                                    /* "fp16" or "int8", how its caches are stored; "": in dtype */
 } hp_model_info;
 #define HP_INIT_hp_model_info \
-  {sizeof(hp_model_info), NULL, NULL, NULL, NULL, 0, 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL}
+  {sizeof(hp_model_info), NULL, NULL, NULL, NULL, 0, 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL}
 
 /* Fills the members that `info->size` has room for. No text is NULL; lists are where they are empty. */
 HEADPOOL_API hp_status hp_model_get_info(const hp_model* model, hp_model_info* info);

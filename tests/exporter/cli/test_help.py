@@ -17,6 +17,7 @@ def test_constants_are_those_of_the_modules_that_define_them() -> None:
     from exporter.convert import GROUPINGS, METHODS
     from exporter.engines import BACKENDS
     from exporter.layout import STORAGES
+    from graphs.caches import CACHES
     from graphs.patterns import PATTERNS
     from profiles.results import KINDS
 
@@ -25,6 +26,7 @@ def test_constants_are_those_of_the_modules_that_define_them() -> None:
     assert tuple(PATTERNS) == options.PATTERNS
     assert options.CACHES == CACHE_FORMS
     assert options.DTYPES == DTYPES
+    assert options.CACHE_DTYPES == CACHES
     assert tuple(BACKENDS) == options.BACKENDS
     assert FFN_KINDS == options.FFN_KINDS
     storage = next(p for p in app.get_command(None, "export").params if p.name == "storage")  # type: ignore[arg-type, union-attr]
