@@ -1,6 +1,6 @@
 """How a process ends whose memory has a limit, one for each MB of it: starved.py LIBRARY BUNDLE VARIANT MB…
 
-As JSON: "ok", the status of what failed, or "signal" and its number.
+As JSON: 0, the status of what failed, 99 for any other exception, or minus the number of a signal.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ from pathlib import Path
 import numpy as np
 from capi import Api, RuntimeFailure
 
+PROMPTS = [np.arange(30), np.arange(4)]
 
-def attempt(api: Api, bundle: str, variant: str, mb: int) -> str:
+
+def attempt(api: Api, bundle: str, variant: str, mb: int) -> int:
     """In a process of its own, which may take so much more than this one has."""
     if (child := os.fork()) == 0:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages, code = int(Path("/proc/self/statm").read_text().split()[0]), 99
         most = pages * resource.getpagesize() + mb * 1_000_000
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         try:
-            api.open(Path(bundle), variant, threads=2).session(batch=2, capacity=60).prefill([np.arange(30), np.arange(4)])
+            api.open(Path(bundle), variant, threads=2).session(batch=2, capacity=60).prefill(PROMPTS)
+            code = 0
         except RuntimeFailure as failure:
-            os._exit(failure.status)
+            code = failure.status
         finally:
-            os._exit(0)
+            os._exit(code)
     _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return f"signal {-code}" if code < 0 else str(code) if code else "ok"
+    return os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":

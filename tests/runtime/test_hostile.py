@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import pytest
 from building import run
-from capi import ARGUMENT, BACKEND, BUNDLE, CAPACITY, MEMORY, Api, OnTokens, RuntimeFailure
+from capi import ARGUMENT, BACKEND, BUNDLE, CAPACITY, MEMORY, Api, Model, OnTokens, RuntimeFailure
 
 from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
@@ -276,6 +276,40 @@ def test_a_file_that_is_mostly_a_hole(bundle: Path, api: Api) -> None:
     assert resident() - before < 200e6
     os.truncate(bundle / f"model.{fused(bundle)}.onnx", 2**37)
     refused(api, bundle, BUNDLE, "is damaged; export the bundle again$", fused(bundle))
+
+
+@pytest.mark.parametrize("variant", ["g2.fused", "g2.grouped"])
+def test_a_bundle_that_is_moved_replaced_or_removed_while_it_is_open(variant: str, bundle: Path, api: Api) -> None:
+    def logits(*models: Model) -> list[np.ndarray]:
+        return [model.session(capacity=30).prefill([np.arange(5, 25)]) for model in models]
+
+    opened = api.open(bundle, variant)
+    expected, moved = logits(opened)[0], bundle.with_name("moved")
+    bundle.rename(moved)
+    np.testing.assert_array_equal(logits(opened)[0], expected)
+    shutil.copytree(moved, bundle)
+    weights = bundle / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    floats = np.frombuffer(data, np.float32, offset=8 + int.from_bytes(data[:8], "little"))
+    floats *= 0.9
+    weights.write_bytes(data)
+    other = api.open(bundle, variant)
+    first, second = logits(opened, other)
+    np.testing.assert_array_equal(first, expected)
+    assert np.abs(second - expected).max() > 0.1
+    shutil.rmtree(moved)
+    np.testing.assert_array_equal(logits(opened)[0], expected)
+
+
+@pytest.mark.parametrize("variant", ["g2.fused", "g2.grouped"])
+def test_memory_that_ends(variant: str, bundle: Path, built: Path) -> None:
+    """Anywhere on the way: an error that says so, or one of threads that do not start; with enough of it, logits."""
+    sizes = (*range(6, 60, 3), 1000)
+    command = (Path(__file__).with_name("starved.py"), built / "src/libheadpool.so", bundle, variant, *sizes)
+    ends = json.loads(run(sys.executable, *command).splitlines()[-1])
+    assert set(ends) <= {0, MEMORY, BACKEND}, ends
+    assert MEMORY in ends
+    assert ends[-1] == 0
 
 
 def test_random_changes_of_a_manifest(bundle: Path, api: Api) -> None:

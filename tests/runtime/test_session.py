@@ -137,17 +137,21 @@ def test_graphs_that_give_all_logits(model: Decoder, api: Api, tmp_path: Path) -
     mirror.decode(2)
 
 
-def test_sessions_of_one_model_in_threads(bundles: dict[tuple[str, str], Path], model: Decoder, api: Api) -> None:
-    opened = api.open(bundles["fused", "static"])
-    sessions = [opened.session(capacity=90) for _ in range(2)]
+@pytest.mark.parametrize("form", [("fused", "static"), ("grouped", "static"), ("gqa", "concat")], ids="-".join)
+def test_sessions_of_one_model_in_threads(
+    form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, api: Api
+) -> None:
+    """More of them than the model has threads, whose parts of several steps wait for each other's."""
+    opened = api.open(bundles[form], threads=3)
+    sessions = [opened.session(batch=1 + i % 2, capacity=90, chunk=16) for i in range(4)]
     opened.close()  # the sessions keep it
     failures: list[BaseException] = []
 
     def work(session: CppSession) -> None:
         try:
             mirror = mirror_of(session, model)
-            mirror.prefill(10)
-            mirror.decode(40)
+            mirror.prefill(*(40, 7)[: session.batch])
+            mirror.decode(20)
         except BaseException as error:
             failures.append(error)
 

@@ -170,6 +170,17 @@ def test_the_engine_that_fits_is_chosen(bundle: Bundle, fake: Api) -> None:
     fake.open(bundle.path, backend="tensorrt").session(capacity=30)  # the smallest with plain weights
 
 
+def test_an_engine_is_found_from_another_working_directory(
+    bundle: Bundle, fake: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first session reads it, maybe long after the model was opened by a relative path."""
+    fake_engines.add(bundle, bundle.variants[0], "tensorrt")
+    monkeypatch.chdir(bundle.path.parent)
+    opened = fake.open(Path(bundle.path.name), backend="tensorrt")
+    monkeypatch.chdir("/")
+    assert opened.session().prefill([np.arange(5)]).std() > 0.3
+
+
 def test_what_does_not_fit_is_refused_with_both_sides(bundle: Bundle, fake: Api) -> None:
     variant = bundle.variants[0]
     refused(fake, bundle, BACKEND, r"has no tensorrt engine of variant v; make one: headpool build \S+ --backend tensorrt")
