@@ -73,7 +73,8 @@ def decoding(rows: Sequence[Row]) -> Figure:
     )  # fmt: skip
     least = rows[0]
     words = (
-        "T5-XXL's layers (Ainslie et al. 2023, figure 6 and table 1), 2,048 tokens in and 512 out, one sample at a time, fp32. "
+        "T5-XXL's layers (Ainslie et al. 2023, figure 6 and table 1), 2,048 tokens in and 512 out, one sample at a time, fp32, "
+        f"pattern {full['pattern']}. "
         "At batch 1 weights are most of a step, and no grouping shrinks those but K's and V's: with 1 KV head a sample takes "
         f"{least['sample_s'] / full['sample_s']:.2f} × the time here, 0.16 × in the paper, whose batches are larger; attention "
         f"alone takes 1/{least['attention_gain']:.0f}."

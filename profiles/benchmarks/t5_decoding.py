@@ -7,7 +7,7 @@ long attention takes (all but its products with weights) is ONNX Runtime's own p
 
 Promise: from MHA down to G = 8 the attention of a decode step takes at most 1 / (0.7 · H/G) of MHA's.
 
-    python -m profiles.benchmarks.t5_decoding OUT.json [PATTERN]
+    python -m profiles.benchmarks.t5_decoding OUT.json [PATTERN]    # fused unless it is named
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def rows(config: Path, groups: Sequence[int], pattern: str, source: int, target:
 
 def main(
     out: Path,
-    pattern: str = "grouped",
+    pattern: str = "fused",
     config: Path = CONFIG,
     groups: Sequence[int] = GROUPS,
     source: int = INPUT,
@@ -138,4 +138,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "grouped")
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "fused")

@@ -178,7 +178,7 @@ void test_int8_extremes(const Kernels& kernels) {
 
 struct AttentionCase {
   Attention a{};
-  Floats query, cos, sin, output;
+  Floats query, cos, sin, bias, output;
   Stored keys, values;
   std::vector<int64_t> positions;
 };
@@ -206,6 +206,14 @@ AttentionCase attention_case(CacheType type) {
   a.query = c.query.data(), a.positions = c.positions.data();
   a.cache = type, a.keys = c.keys.bytes.data(), a.values = c.values.bytes.data();
   a.cos = data(c.cos), a.sin = data(c.sin), a.output = c.output.data();
+  if (pick(0, 1)) {  // of all, or the same for all sequences, heads or tokens
+    const size_t sizes[] = {a.B, a.H, a.T};
+    size_t step = a.S;
+    for (size_t i = 3; i-- > 0;)
+      if (pick(0, 2)) a.bias_steps[i] = step, step *= sizes[i];
+    c.bias = normal(step, 2);
+    a.bias = c.bias.data();
+  }
   return c;
 }
 
@@ -225,6 +233,7 @@ std::vector<double> attention(const AttentionCase& c, size_t b, size_t t, size_t
     double score = 0;
     for (size_t d = 0; d < a.D; ++d) score += query[d] * c.keys.floats[(g * a.S + s) * a.D + d];
     weights.push_back(score * a.scale);
+    if (a.bias) weights.back() += a.bias[b * a.bias_steps[0] + h * a.bias_steps[1] + t * a.bias_steps[2] + s];
     largest = std::max(largest, weights.back());
   }
   for (double& weight : weights) total += weight = std::exp(weight - largest);

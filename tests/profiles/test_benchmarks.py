@@ -155,7 +155,7 @@ def test_its_models_have_equal_parameters(key):
 def test_the_papers_page():
     """Its words are those of the rows."""
     t5_rows = [
-        {"groups": g, "sample_s": 10 + g, "first_token_s": 9.0, "step_ms": 2.0, "attention_ms": 0.5 * g,
+        {"groups": g, "pattern": "fused", "sample_s": 10 + g, "first_token_s": 9.0, "step_ms": 2.0, "attention_ms": 0.5 * g,
          "attention_gain": 64 / g, "paper_s": t5_decoding.PAPER.get(g)}
         for g in (64, 8, 1)
     ]  # fmt: skip
