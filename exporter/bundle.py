@@ -35,7 +35,7 @@ class Variant:
     weights: tuple[str, ...]  # safetensors files its graph reads
     weight_bytes: int  # bytes of weights one decode step reads (a tied embedding once, untied embedding rows not at all)
     conversion: dict[str, Any] | None = None  # method, seed and KV heads before, where KV heads were changed
-    quantize: str | None = None  # int8, int4: how its matrices are stored, see graphs/quantise.py
+    quantize: str | None = None  # how its matrices are stored: a form of graphs/quantise.py
     rounding: dict[str, Any] | None = None  # how they were rounded: method, and what it was calibrated on
 
     @property
