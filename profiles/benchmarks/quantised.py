@@ -21,7 +21,7 @@ from exporter.files import refuse_existing
 from profiles import stats
 from profiles.benchmarks import rounding
 from profiles.benchmarks.decoder import CONFIG, GROUPS
-from profiles.benchmarks.record import save
+from profiles.benchmarks.record import Rows, save
 from profiles.bundles import profile_bundle
 from profiles.measure import Plan
 from profiles.results import Results
@@ -86,12 +86,14 @@ def main(
     refuse_existing(out)
     checkpoint = open_source(model)
     results = latency(config, groups, Plan(contexts, kinds=("decode",), **{"samples": SAMPLES, **plan}))
-    rows = rows_of(results) + rounding.rows_of(checkpoint, *pieces)
+    held = Rows(out.with_name(out.name + ".rows"))
+    rows = rows_of(results) + rounding.measure(checkpoint, held, *pieces)
     for row in rows:
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
     kept = is_kept(rows)
     print(f"kept: {kept} ({PROMISE})")
     save(out, "quantised", PROMISE, rows, kept, run=results, config=config.name, model=checkpoint.name, pieces=pieces)
+    held.path.unlink()
 
 
 if __name__ == "__main__":

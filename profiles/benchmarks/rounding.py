@@ -31,9 +31,12 @@ from exporter.export import ExportOptions, export
 from exporter.files import refuse_existing
 from exporter.quantise import QUANTIZE
 from exporter.tokenizer import Tokenizer
-from profiles.benchmarks.record import save
+from profiles.benchmarks.record import Rows, save
 
 PIECES, LENGTH = 16, 256  # predicted tokens of a piece
+NEAREST, GPTQ = "to the nearest", "by GPTQ"
+FOUR = tuple(kind for kind in QUANTIZE if kind.startswith("int4"))
+CASES = [(None, NEAREST), ("int8", NEAREST), *((kind, how) for kind in FOUR for how in (NEAREST, GPTQ))]
 PLAIN, SHARE, ERRORS = ("int4", "int4-128"), 2 / 3, 3
 PROMISE = (
     f"by GPTQ {' and '.join(PLAIN)} add at most {SHARE:.2f} of what they add rounded to the nearest, and less by {ERRORS} "
@@ -41,32 +44,42 @@ PROMISE = (
 )
 
 
-def rows_of(checkpoint: Checkpoint, pieces: int = PIECES, length: int = LENGTH) -> list[dict[str, Any]]:
-    """One row for fp32, and one each form and way to round: nats a token, what is added, bytes a decode step reads."""
+def measure(checkpoint: Checkpoint, rows: Rows, pieces: int = PIECES, length: int = LENGTH) -> list[dict[str, Any]]:
+    """Adds what `rows` lack, one each form and way to round, and gives them as `summary` does."""
     text = default_text()
     tokens = Tokenizer.from_files(checkpoint.side_files, checkpoint.name).encode(text[: 8 * pieces * length], special=False)
-    cut = tokens[: pieces * length + 1]
-    windows = np.stack([cut[start : start + length + 1] for start in range(0, pieces * length, length)])
-    rows, exact = [], np.zeros(pieces)
+    windows = np.stack([tokens[start : start + length + 1] for start in range(0, pieces * length, length)])
     with tempfile.TemporaryDirectory() as folder, progress_bar() as progress:
         calibration = Path(folder) / "text"
         calibration.write_text(text[len(text) // 5 :], "utf-8")
-        for kind in (None, *QUANTIZE):
-            for source in (None, str(calibration)) if kind else (None,):
-                options = ExportOptions(patterns=("fused",), quantize=kind, calibration=source)
-                bundle = export(checkpoint, Path(folder) / f"{kind}-{bool(source)}", options, progress)
+        for number, (kind, how) in enumerate(CASES):
+            row: dict[str, Any] = {"what": "loss", "weights": kind or "fp32", "rounded": how}
+            if rows.find(row) is None:
+                options = ExportOptions(
+                    patterns=("fused",), quantize=kind, calibration=str(calibration) if how == GPTQ else None
+                )
+                bundle = export(checkpoint, Path(folder) / str(number), options, progress)
                 with open_session(bundle, batch=pieces, capacity=length) as session:
                     found = losses(session, windows)
-                exact = found if kind is None else exact
-                error = float((found - exact).std(ddof=1) / np.sqrt(pieces))
-                row: dict[str, Any] = {
-                    "what": "loss",
-                    "weights": kind or "fp32",
-                    "rounded": "by GPTQ" if source else "to the nearest",
-                }
-                row |= {"nats_per_token": float(found.mean()), "added": float((found - exact).mean()), "error": error}
-                rows.append({**row, "weight_bytes": bundle.variants[0].weight_bytes})
-    return rows
+                rows.add({**row, "weight_bytes": bundle.variants[0].weight_bytes, "pieces": found.tolist()})
+    return summary(rows.rows)
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their mean, nats a token, what of it is added to fp32's, and the standard error of that."""
+    exact = np.array(rows[0]["pieces"])
+    made = []
+    for row in rows:
+        found = np.array(row["pieces"])
+        mean, error = _difference(found, exact)
+        made.append({**row, "nats_per_token": float(found.mean()), "added": mean, "error": error})
+    return made
+
+
+def _difference(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and standard error, piece by piece."""
+    difference = one - other
+    return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
 def losses(session: Session, windows: np.ndarray) -> NDArray[np.float64]:
@@ -85,24 +98,28 @@ def losses(session: Session, windows: np.ndarray) -> NDArray[np.float64]:
 
 
 def is_kept(rows: list[dict[str, Any]]) -> bool:
-    added = {(row["weights"], row["rounded"]): (row["added"], row["error"]) for row in rows if row["what"] == "loss"}
-    pairs = [(added[kind, "to the nearest"], added[kind, "by GPTQ"]) for kind in PLAIN]
-    return all(
-        ours <= SHARE * theirs and theirs - ours > ERRORS * float(np.hypot(error, other))
-        for (theirs, error), (ours, other) in pairs
-    )
+    """Of rows that `summary` gave."""
+    found = {(row["weights"], row["rounded"]): row for row in rows if row["what"] == "loss"}
+    for kind in PLAIN:
+        theirs, ours = found[kind, NEAREST], found[kind, GPTQ]
+        less, error = _difference(np.array(theirs["pieces"]), np.array(ours["pieces"]))
+        if ours["added"] > SHARE * theirs["added"] or less <= ERRORS * error:
+            return False
+    return True
 
 
 def main(out: Path, model: Path, pieces: int = PIECES, length: int = LENGTH) -> None:
-    """Measure, print a line a row, and write `out`."""
+    """Measure, print a line a row, and write `out`. A run that was stopped goes on."""
     refuse_existing(out)
-    checkpoint = open_source(model)
-    rows = rows_of(checkpoint, pieces, length)
-    for row in rows:
-        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
-    kept = is_kept(rows)
+    checkpoint, rows = open_source(model), Rows(out.with_name(out.name + ".rows"))
+    made = measure(checkpoint, rows, pieces, length)
+    for row in made:
+        what = f"{row['weights']:12} {row['rounded']:15} {row['added']:+.4f} ± {row['error']:.4f} nats"
+        print(f"{what}, {row['weight_bytes']:,} bytes")
+    kept = is_kept(made)
     print(f"kept: {kept} ({PROMISE})")
-    save(out, "rounding", PROMISE, rows, kept, model=checkpoint.name, pieces=pieces, tokens_a_piece=length)
+    save(out, "rounding", PROMISE, made, kept, model=checkpoint.name, tokens_a_piece=length)
+    rows.path.unlink()
 
 
 if __name__ == "__main__":

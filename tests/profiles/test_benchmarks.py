@@ -18,7 +18,7 @@ from exporter.errors import UserError
 from exporter.evaluate import cross_entropy, default_text
 from exporter.export import ExportOptions, export
 from exporter.tokenizer import Tokenizer
-from profiles.benchmarks import decoder, glu_training, papers, quantised, t5_decoding
+from profiles.benchmarks import decoder, glu_training, papers, quantised, rounding, t5_decoding
 from profiles.benchmarks.logits import PATHS, STEPS, differences, transformers_logits
 from profiles.results import Results
 
@@ -202,7 +202,7 @@ def test_the_quantised_benchmark(tmp_path, monkeypatch):
     assert not record["kept"]  # there is no context of 4,096
     assert len(record["run"]["cells"]) == 24
     losses = {(row["weights"], row["rounded"]): row for row in record["rows"] if row["what"] == "loss"}
-    assert len(losses) == 1 + 2 * 8
+    assert len(losses) == 1 + 1 + 2 * 4
     exact, eight, four = (losses[kind, "to the nearest"] for kind in ("fp32", "int8", "int4"))
     assert exact["added"] == exact["error"] == 0
     assert 0 < abs(eight["added"]) < abs(four["added"])
@@ -217,14 +217,22 @@ def test_the_quantised_benchmark(tmp_path, monkeypatch):
 
 def test_what_the_quantised_benchmark_promises():
     fast = [{"what": "step", "weights": "int4", "groups": g, "context": 4096, "times": 1.6} for g in (16, 4, 1)]
-    added = {"to the nearest": 0.30, "by GPTQ": 0.19}
-    losses = [
-        {"what": "loss", "weights": kind, "rounded": how, "added": value, "error": 0.02}
-        for kind in ("int4", "int4-128")
-        for how, value in added.items()
-    ]
+    losses = rounding.summary(
+        [
+            {"what": "loss", "weights": weights, "rounded": how, "pieces": [2.0 + added, 4.0 + added]}
+            for weights, how, added in (
+                ("fp32", "to the nearest", 0.0),
+                ("int4", "to the nearest", 0.30),
+                ("int4", "by GPTQ", 0.19),
+                ("int4-128", "to the nearest", 0.30),
+                ("int4-128", "by GPTQ", 0.19),
+            )
+        ]
+    )
+    assert [round(row["added"], 6) for row in losses] == [0, 0.3, 0.19, 0.3, 0.19]
     assert quantised.is_kept(fast + losses)
     assert not quantised.is_kept([*fast[:2], {**fast[2], "times": 1.4}, *losses])
     assert not quantised.is_kept([{**fast[0], "times": 0.9}, *fast[1:], *losses])
-    assert not quantised.is_kept([*fast, *losses[:3], {**losses[3], "added": 0.21}])
-    assert not quantised.is_kept([*fast, *losses[:3], {**losses[3], "error": 0.04}])
+    assert not quantised.is_kept([*fast, *losses[:4], {**losses[4], "added": 0.21}])
+    noisy = {**losses[4], "pieces": [2.0, 4.38]}  # as little on average, but not beyond what it varies by
+    assert not quantised.is_kept([*fast, *losses[:4], noisy])
