@@ -36,7 +36,7 @@ class Variant:
     weights: tuple[str, ...]  # safetensors files its graph reads
     weight_bytes: int  # bytes of weights one decode step reads (a tied embedding once, untied embedding rows not at all)
     conversion: dict[str, Any] | None = None  # method, seed and KV heads before, where KV heads were changed
-    quantize: str | None = None  # int8, int4: how its matrices are stored, see graphs/quantise.py
+    quantize: str | None = None  # how its matrices are stored: a form of graphs/quantise.py
     cache_dtype: str | None = None  # fp16, int8: how its caches are stored, see graphs/caches.py; None: in `dtype`
     rounding: dict[str, Any] | None = None  # how they were rounded: method, and what it was calibrated on
 

@@ -41,7 +41,7 @@ from graphs.caches import CACHES
 from graphs.canonical import GroupedAttention, standalone
 from graphs.lower import check_cache, lower
 from graphs.patterns import PATTERNS
-from graphs.quantise import parts, stored_as
+from graphs.quantise import FORMS, Form, stored_as
 from graphs.verify import check_model
 
 # The cache form a pattern is normally used with: `repeat` is what others export, the rest run in place.
@@ -69,7 +69,7 @@ class ExportOptions:
     dtype: str = "fp32"
     logits: contract.Logits = "last"
     storage: Storage = "copy"
-    quantize: str | None = None  # int8, int4: the matrices; all else stays in `dtype`
+    quantize: str | None = None  # a form of graphs/quantise.py: the matrices; all else stays in `dtype`
     cache_dtype: str | None = None  # fp16, int8: the caches, of the pattern fused; None: in `dtype`
 
     def __post_init__(self) -> None:
@@ -196,6 +196,7 @@ def _write_graphs(
 ) -> list[Variant]:
     variants: list[Variant] = []
     total = len(models) * len(options.patterns)
+    form = FORMS[options.quantize] if options.quantize is not None else None
     for label, (config, weights) in models.items():
         canonical: dict[CacheForm, dict[str, ir.Model]] = {}
         for pattern in options.patterns:
@@ -206,14 +207,14 @@ def _write_graphs(
             name = label if len(options.patterns) == 1 else f"{label}.{pattern}"
             graphs = [f"{stem}.onnx" if total == 1 else f"{stem}.{name}.onnx" for stem in canonical[cache]]
             for graph, whole in zip(graphs, canonical[cache].values(), strict=True):
-                names = quantised_names(weights, options.quantize)
-                model = lower(whole, pattern, options.quantize, names, options.cache_dtype)
+                names = quantised_names(weights, form) if form else ()
+                model = lower(whole, pattern, form, names, options.cache_dtype)
                 _attach(model, weights, layout, folder)
                 ir.save(model, folder / graph)
                 check_model(folder / graph)
             files = tuple(sorted({layout.place(tensor).file for tensor in weights.values()}))
             record = conversion_record(original, config, options.method, options.seed, options.grouping, options.calibration)
-            size = _weight_bytes(config, weights, layout, options.quantize)
+            size = _weight_bytes(config, weights, layout, form)
             variants.append(
                 _variant(
                     graphs,
@@ -264,12 +265,12 @@ def _attach(model: ir.Model, weights: Weights, layout: Layout, folder: Path) -> 
         )
 
 
-def _weight_bytes(config: ModelConfig, weights: Weights, layout: Layout, quantize: str | None) -> int:
+def _weight_bytes(config: ModelConfig, weights: Weights, layout: Layout, form: Form | None) -> int:
     """What one decode step reads: everything, but of an embedding (the head apart) only one row a sequence."""
     if isinstance(config, Seq2SeqConfig):
         return sum(layout.place(t).nbytes for name, t in weights.items() if not unread_in_decoding(config, name))
     unread = {POSITIONS, HEAD if config.tied else EMBEDDING}
-    unread |= {part for name in unread if quantize is not None for part in parts(name, quantize)}
+    unread |= {part for name in unread if form is not None for part in form.parts(name)}
     return sum(layout.place(tensor).nbytes for name, tensor in weights.items() if name not in unread)
 
 

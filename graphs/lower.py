@@ -16,17 +16,17 @@ from graphs.canonical import GroupedAttention, is_canonical
 from graphs.emit import Emitter
 from graphs.errors import GraphError, one_of
 from graphs.patterns import PATTERNS
-from graphs.quantise import quantise
+from graphs.quantise import Form, quantise
 from graphs.stamp import tidy
 
 
 def lower(
-    canonical: ir.Model, pattern: str, kind: str | None = None, weights: Collection[str] = (), cache: str | None = None
+    canonical: ir.Model, pattern: str, form: Form | None = None, weights: Collection[str] = (), cache: str | None = None
 ) -> ir.Model:
     """A lowered copy; `canonical` stays as it is. Raises GraphError naming the node and the reason.
 
-    With a `kind` of graphs/quantise.py, the weights called so are read in that form, and with a `cache` of graphs/caches.py
-    the caches are stored in that one.
+    With a `form`, the `weights` called so are read in it, and with a `cache` of graphs/caches.py the caches are stored in that
+    one.
     """
     if pattern not in PATTERNS:
         raise GraphError(one_of("pattern", pattern, PATTERNS))
@@ -45,8 +45,8 @@ def lower(
         emit.at(node.node)
         _replace(model.graph, node.node, rules.rewrite(node, emit))
     tidy(model)
-    if kind is not None:
-        quantise(model, kind, weights)
+    if form is not None:
+        quantise(model, form, weights)
     if finish := getattr(rules, "finish", None):
         finish(model)
     if cache is not None:

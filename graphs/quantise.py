@@ -1,32 +1,63 @@
-"""Weight-only quantisation for ONNX Runtime: w ≈ (q − 2^(bits−1)) · scale, one scale for each block of BLOCK inputs.
+"""Weight-only quantisation for ONNX Runtime: w ≈ (q − zero) · scale, with a scale for each block of inputs.
 
 A Gemm with such a weight becomes `com.microsoft.MatMulNBits`, a Gather of its rows `com.microsoft.GatherBlockQuantized`; the
-pattern `fused` reads the same bytes in its own operator. Of a weight [N,K] there are two tensors,
+pattern `fused` reads the same bytes in its own operator. Of a weight [N,K] in blocks of B there are
 
-NAME.int4     uint8 [N, K/BLOCK, BLOCK·bits/8]: q in order, of int4 two in a byte, the first in its low half
-NAME.scales   [N, K/BLOCK] in the dtype of the graph
+NAME.int4     uint8 [N, K/B, B·bits/8]: q in order, of int4 two in a byte, the first in its low half (NAME.int8 of 8 bits)
+NAME.scales   [N, K/B] in the dtype of the graph
+NAME.zeros    uint8 [N, ⌈K/B · bits/8⌉]: the zeros in the same order, where a form has them; else they are 2^(bits−1)
 
-and for a Gather the same bytes once more by a name and shape of its own, NAME.int4.rows [N, K·bits/8].
+and for a Gather the bytes of q once more by a name and shape of their own, NAME.int4.rows [N, K·bits/8].
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from graphs.errors import GraphError
 
-BITS = {"int8": 8, "int4": 4}
-BLOCK = 32
+
+@dataclass(frozen=True)
+class Form:
+    """How matrices are stored. Blocks are of `block` inputs, or of the most that divide a width and it."""
+
+    bits: int
+    block: int
+    zeros: bool  # each block has a zero of its own
+
+    @property
+    def middle(self) -> int:
+        """The zero of those that have none of their own."""
+        return 1 << (self.bits - 1)
+
+    def block_of(self, K: int) -> int:
+        return math.gcd(K, self.block)
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """What the tensors of the weight `name` are called: q, its scales, and where there are any its zeros."""
+        return (f"{name}.int{self.bits}", f"{name}.scales", f"{name}.zeros")[: 2 + self.zeros]
+
+    def shapes(self, N: int, K: int) -> tuple[tuple[int, ...], ...]:
+        """Their shapes, of a weight [N,K]."""
+        block = self.block_of(K)
+        q, scales = (N, K // block, block * self.bits // 8), (N, K // block)
+        return (q, scales, (N, -(-K // block * self.bits // 8)))[: 2 + self.zeros]
+
+
+BLOCK = 32  # of the plain forms, and what every width has to be a multiple of
+FORMS = {
+    f"int{bits}{f'-{block}' * (block != BLOCK)}{'-zp' * zeros}": Form(bits, block, zeros)
+    for bits in (8, 4)
+    for block in (BLOCK, 128)
+    for zeros in (False, True)
+}
 DOMAIN = "com.microsoft"
 # Activations go into the product as int8, too: what makes it faster than the bytes alone would.
 ACCURACY_LEVEL = 4
-
-
-def parts(name: str, kind: str) -> tuple[str, str]:
-    """What the tensors of the quantised weight `name` are called: q, and its scales."""
-    return f"{name}.{kind}", f"{name}.scales"
 
 
 ROWS = ".rows"  # after the name of a q, what a Gather calls the same bytes
@@ -37,7 +68,7 @@ def stored_as(name: str) -> str:
     return name.removesuffix(ROWS)
 
 
-def quantise(model: ir.Model, kind: str, names: Collection[str]) -> None:
+def quantise(model: ir.Model, form: Form, names: Collection[str]) -> None:
     """Read each of the weights `names` [N,K] that `model` has in its quantised form, in place. Raises GraphError by name."""
     graph = model.graph
     for name in names:
@@ -45,29 +76,33 @@ def quantise(model: ir.Model, kind: str, names: Collection[str]) -> None:
         if weight is None:
             continue
         for use in list(weight.uses()):
-            _replace(graph, use.node, weight, kind)
+            _replace(graph, use.node, weight, form)
         del graph.initializers[name]
     model.graph.opset_imports[DOMAIN] = 1
 
 
-def _replace(graph: ir.Graph, node: ir.Node, weight: ir.Value, kind: str) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, weight: ir.Value, form: Form) -> None:
     assert weight.name is not None and weight.shape is not None  # noqa: PT018
     N, K = (int(size) for size in weight.shape.numpy())
     if K % BLOCK:
         raise GraphError(f"weight {weight.name} has {K} inputs, no multiple of {BLOCK}; it cannot be quantised in blocks")
-    q_name, scales_name = parts(weight.name, kind)
-    scales = _initializer(graph, scales_name, weight.dtype, [N, K // BLOCK])
-    bytes_of_row = K * BITS[kind] // 8
+    names, shapes = form.parts(weight.name), form.shapes(N, K)
+    scales, *zeros = (
+        _initializer(graph, name, dtype, shape)
+        for name, dtype, shape in zip(names[1:], (weight.dtype, ir.DataType.UINT8), shapes[1:], strict=False)
+    )
+    attributes = {"bits": form.bits, "block_size": form.block_of(K)}
     if _is_linear(node, weight):
-        q = _initializer(graph, q_name, ir.DataType.UINT8, [N, K // BLOCK, bytes_of_row * BLOCK // K])
-        bias = [None, None, node.inputs[2]] if len(node.inputs) > 2 and node.inputs[2] is not None else []
-        inputs = [node.inputs[0], q, scales, *bias]
-        attributes = {"N": N, "K": K, "bits": BITS[kind], "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
+        q = _initializer(graph, names[0], ir.DataType.UINT8, shapes[0])
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        inputs = [node.inputs[0], q, scales, *zeros]
+        inputs += [None] * (5 - len(inputs)) + [bias] if bias is not None else []
+        attributes |= {"N": N, "K": K, "accuracy_level": ACCURACY_LEVEL}
         new = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=node.name)
     elif (node.domain, node.op_type) == ("", "Gather") and node.inputs[0] is weight and not _number(node, "axis"):
-        q = _initializer(graph, q_name + ROWS, ir.DataType.UINT8, [N, bytes_of_row])
-        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": BITS[kind]}
-        new = ir.node("GatherBlockQuantized", [q, node.inputs[1], scales], attributes, domain=DOMAIN, name=node.name)
+        q = _initializer(graph, names[0] + ROWS, ir.DataType.UINT8, (N, K * form.bits // 8))
+        attributes |= {"gather_axis": 0, "quantize_axis": 1}
+        new = ir.node("GatherBlockQuantized", [q, node.inputs[1], scales, *zeros], attributes, domain=DOMAIN, name=node.name)
     else:
         raise GraphError(f"weight {weight.name} is read by {node.op_type}, for which there is no quantised form")
     old, value = node.outputs[0], new.outputs[0]
@@ -90,7 +125,7 @@ def _number(node: ir.Node, name: str, otherwise: float = 0) -> float:
     return node.attributes[name].value if name in node.attributes else otherwise
 
 
-def _initializer(graph: ir.Graph, name: str, dtype: ir.DataType | None, shape: list[int]) -> ir.Value:
+def _initializer(graph: ir.Graph, name: str, dtype: ir.DataType | None, shape: Sequence[int]) -> ir.Value:
     if name not in graph.initializers:
         assert dtype is not None
         graph.initializers[name] = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))

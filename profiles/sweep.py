@@ -135,7 +135,7 @@ def _quality(
             progress("measuring quality", index, len(counts))
             config, weights = convert(count)
             if isinstance(convert, Quantiser):
-                weights = restored(weights, convert.kind)
+                weights = restored(weights, convert.form)
             converted = dataclasses.replace(checkpoint, config=config, weights=weights)
             with open_torch(converted, capacity=window, cache_dtype=cache_dtype) as session:
                 loss = cross_entropy(session, tokens, window, window // 2)

@@ -16,7 +16,7 @@ GROUPINGS = ("contiguous", "best")
 PATTERNS = ("repeat", "grouped", "attention", "gqa", "fused")
 CACHES = ("concat", "static")
 DTYPES = ("fp32", "fp16", "bf16")
-QUANTIZE = ("int8", "int4")
+QUANTIZE = ("int8", "int8-zp", "int8-128", "int8-128-zp", "int4", "int4-zp", "int4-128", "int4-128-zp")
 CACHE_DTYPES = ("fp16", "int8")
 FFN_KINDS = ("relu", "gelu", "swish", "glu", "bilinear", "reglu", "geglu", "swiglu")
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
@@ -133,7 +133,8 @@ threads: Option = click.option(
 quantize: Option = click.option(
     "--quantize",
     type=OneOf(QUANTIZE),
-    help="Store the matrices so, in blocks of 32 that share a scale, for ONNX Runtime.",
+    metavar="int8|int4[-128][-zp]",
+    help="Store the matrices so, for ONNX Runtime: blocks of 32, or of up to 128, share a scale, and with zp a zero point.",
 )
 cache_dtype: Option = click.option(
     "--cache-dtype",

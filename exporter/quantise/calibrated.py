@@ -25,21 +25,21 @@ from exporter.models.decoder import Rotary
 from exporter.quantise.blocks import dequantise, quantise
 from exporter.quantise.gptq import gptq, inverse_factor
 from exporter.weights import ComputedTensor, LazyTensor, Weights
-from graphs.quantise import parts
+from graphs.quantise import Form
 
 Progress = Callable[[str, int, int], None]  # what, done, total
-Pair = tuple[LazyTensor, LazyTensor]  # q and its scales
+Stored = tuple[LazyTensor, ...]  # the parts of a matrix in its form
 
 
 @torch.no_grad()
-def calibrated(config: ModelConfig, weights: Weights, kind: str, tokens: np.ndarray, progress: Progress) -> dict[str, Pair]:
+def calibrated(config: ModelConfig, weights: Weights, form: Form, tokens: np.ndarray, progress: Progress) -> dict[str, Stored]:
     """Of the layers' matrices and the output head, by name. tokens is int64 [n,T]: n windows.
 
     A tied head decides for the embedding, too; layers are calibrated on its rows rounded to the nearest. Raises CheckpointError
     where a weight, or what a product reads, is not finite.
     """
     (n, T), total = tokens.shape, config.num_layers + 1
-    walk, rounder = Walk(config, _with_rounded_embedding(weights, kind), T), Rounder(kind)
+    walk, rounder = Walk(config, _with_rounded_embedding(weights, form), T), Rounder(form)
     positions = torch.arange(T).expand(n, T)
     angles = (None, None) if config.rope.kind == "none" else Rotary(config, torch.float32)(positions)
     x = walk.embed(torch.from_numpy(tokens)).flatten(0, 1)
@@ -59,9 +59,9 @@ def calibrated(config: ModelConfig, weights: Weights, kind: str, tokens: np.ndar
 class Rounder:
     """Rounds what multiplies activations, when it is about to. `found` is all that it rounded."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.found: dict[str, Pair] = {}
+    def __init__(self, form: Form) -> None:
+        self.form = form
+        self.found: dict[str, Stored] = {}
         self._scratch = Scratch()
         self._read: Tensor | None = None  # several products read the same
         self._factor = torch.empty(0)
@@ -81,10 +81,10 @@ class Rounder:
         refuse_non_finite(name, weight)
         if inputs is not self._read:
             self._read, self._factor = inputs, _factor(name, inputs)
-        rounded = gptq(weight, self._factor, self.kind)
-        q, scales = (self._scratch.keep(part, tensor) for part, tensor in zip(parts(name, self.kind), rounded, strict=True))
-        self.found[name] = q, scales
-        return dequantise(*rounded, self.kind)
+        rounded = gptq(weight, self._factor, self.form)
+        named = zip(self.form.parts(name), rounded, strict=True)
+        self.found[name] = tuple(self._scratch.keep(part, tensor) for part, tensor in named)
+        return dequantise(rounded, self.form)
 
 
 def _factor(name: str, inputs: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ def _factor(name: str, inputs: Tensor) -> Tensor:
         ) from error
 
 
-def _with_rounded_embedding(weights: Weights, kind: str) -> Weights:
+def _with_rounded_embedding(weights: Weights, form: Form) -> Weights:
     """What layers read in the end, or close to it where the head is tied."""
     table = weights[EMBEDDING]
-    rounded = ComputedTensor(EMBEDDING, torch.float32, table.shape, lambda: dequantise(*quantise(table.read(), kind), kind))
+    rounded = ComputedTensor(EMBEDDING, torch.float32, table.shape, lambda: dequantise(quantise(table.read(), form), form))
     return {**weights, EMBEDDING: rounded}

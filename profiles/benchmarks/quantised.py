@@ -1,8 +1,8 @@
 """int8 and int4 weights against fp32: a decode step of 12 layers in `fused` and in ONNX Runtime's own operators, and what the
-rounding costs SmolLM2.
+rounding costs SmolLM2 (profiles/benchmarks/rounding.py).
 
 Promise: with int4 weights `fused` is at least 1.5 × as fast as `gqa`, ONNX Runtime's operators with the same weights, at 4,096
-tokens of context with 4 and 1 KV heads, and nowhere slower.
+tokens of context with 4 and 1 KV heads, and nowhere slower; and that of rounding.py.
 
     python -m profiles.benchmarks.quantised OUT.json MODEL.gguf
 """
@@ -14,18 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from exporter.checkpoint import Checkpoint, open_source
+from exporter.checkpoint import open_source
 from exporter.cli.console import progress_bar
-from exporter.engines import open_session
-from exporter.evaluate import cross_entropy, default_text
 from exporter.export import ExportOptions, export
 from exporter.files import refuse_existing
-from exporter.tokenizer import Tokenizer
 from profiles import stats
+from profiles.benchmarks import rounding
 from profiles.benchmarks.decoder import CONFIG, GROUPS
-from profiles.benchmarks.record import save
+from profiles.benchmarks.record import Rows, save
 from profiles.bundles import profile_bundle
 from profiles.measure import Plan
 from profiles.results import Results
@@ -34,10 +30,9 @@ KINDS = (None, "int8", "int4")
 PATTERNS = ("fused", "gqa")
 CONTEXTS, FAR, FEW, TIMES = (512, 4096), 4096, (4, 1), 1.5
 SAMPLES = 32  # of a cell
-TOKENS, WINDOW = 1025, 256  # of the text that the loss is measured on
 PROMISE = (
     f"int4 weights: `fused` at least {TIMES} × as fast as `gqa` at {FAR:,} tokens with {' and '.join(map(str, FEW))} KV heads, "
-    "nowhere slower"
+    f"nowhere slower; {rounding.PROMISE}"
 )
 
 
@@ -49,18 +44,6 @@ def latency(config: Path, groups: tuple[int, ...], plan: Plan) -> Results:
             options = ExportOptions(groups, patterns=PATTERNS, quantize=kind)
             bundles.append(export(open_source(config), Path(folder) / f"{kind or 'fp32'}", options, progress).path)
         return profile_bundle(bundles, plan, progress=lambda done, total, _: progress("measuring latency", done, total))
-
-
-def losses(checkpoint: Checkpoint, tokens: np.ndarray, window: int) -> list[dict[str, Any]]:
-    """Cross-entropy in nats a token on `tokens`, as `fused` computes it a token at a time."""
-    rows = []
-    for kind in KINDS:
-        with tempfile.TemporaryDirectory() as folder, progress_bar() as progress:
-            bundle = export(checkpoint, Path(folder) / "bundle", ExportOptions(patterns=("fused",), quantize=kind), progress)
-            with open_session(bundle, capacity=window) as session:
-                loss = cross_entropy(session, tokens, window, window // 2).nats_per_token
-        rows.append({"what": "loss", "weights": kind or "fp32", "nats_per_token": loss})
-    return rows
 
 
 def rows_of(results: Results) -> list[dict[str, Any]]:
@@ -86,7 +69,8 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
 def is_kept(rows: list[dict[str, Any]]) -> bool:
     steps = [row for row in rows if row["what"] == "step" and row["weights"] == "int4"]
     far = [row["times"] for row in steps if row["context"] == FAR and row["groups"] in FEW]
-    return bool(far) and min(far) >= TIMES and all(row["times"] >= 1 for row in steps)
+    fast = bool(far) and min(far) >= TIMES and all(row["times"] >= 1 for row in steps)
+    return fast and rounding.is_kept(rows)
 
 
 def main(
@@ -95,21 +79,21 @@ def main(
     config: Path = CONFIG,
     groups: tuple[int, ...] = GROUPS,
     contexts: tuple[int, ...] = CONTEXTS,
+    pieces: tuple[int, int] = (rounding.PIECES, rounding.LENGTH),
     **plan: Any,
 ) -> None:
     """Measure, print a line a row, and write `out`. `plan` goes to Plan as it is."""
     refuse_existing(out)
     checkpoint = open_source(model)
-    text = Tokenizer.from_files(checkpoint.side_files, checkpoint.name).encode(default_text()[: 8 * TOKENS], special=False)
     results = latency(config, groups, Plan(contexts, kinds=("decode",), **{"samples": SAMPLES, **plan}))
-    rows = rows_of(results) + losses(checkpoint, text[:TOKENS], min(WINDOW, checkpoint.config.max_positions))
+    held = Rows(out.with_name(out.name + ".rows"))
+    rows = rows_of(results) + rounding.measure(checkpoint, held, *pieces)
     for row in rows:
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
     kept = is_kept(rows)
     print(f"kept: {kept} ({PROMISE})")
-    save(
-        out, "quantised", PROMISE, rows, kept, run=results, config=config.name, model=checkpoint.name, tokens=len(text[:TOKENS])
-    )
+    save(out, "quantised", PROMISE, rows, kept, run=results, config=config.name, model=checkpoint.name, pieces=pieces)
+    held.path.unlink()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ namespace headpool::detail {
 namespace {
 
 constexpr std::int64_t SCHEMA = 1;
+const auto FORMS = {"int8", "int8-zp", "int8-128", "int8-128-zp", "int4", "int4-zp", "int4-128", "int4-128-zp"};
 
 std::uint64_t kv_bytes_per_token(const Variant& variant) {
   std::uint64_t sum = 0;
@@ -47,7 +48,7 @@ Variant read_variant(const Json& data) {
   }
   info.cache = one_of(data, "cache", {"static", "concat"});
   info.dtype = one_of(data, "dtype", {"fp32", "fp16", "bf16"});
-  if (data.contains("quantize") && !data["quantize"].is_null()) info.quantize = one_of(data, "quantize", {"int8", "int4"});
+  if (data.contains("quantize") && !data["quantize"].is_null()) info.quantize = one_of(data, "quantize", FORMS);
   if (data.contains("cache_dtype") && !data["cache_dtype"].is_null()) {
     info.cache_dtype = one_of(data, "cache_dtype", {"fp16", "int8"});
     if (info.pattern != "fused" || info.cache != "static") flaw("a cache_dtype is for pattern fused, static");

@@ -22,7 +22,7 @@ from exporter.export import ExportOptions, export
 from exporter.quantise import QUANTIZE, Quantiser, restored
 from exporter.quantise.blocks import dequantise, quantise
 from exporter.weights import ComputedTensor
-from graphs.quantise import BITS, BLOCK
+from graphs.quantise import BLOCK, FORMS
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "num_key_value_heads": 2}
 MODELS = {
@@ -30,7 +30,10 @@ MODELS = {
     "biased": ("qwen2", {}),
     "plain-ffn": ("starcoder2", {"tie_word_embeddings": False}),
     "scaled-embedding": ("gemma", {}),
+    "wide": ("llama", {"hidden_size": 128, "intermediate_size": 384, "tie_word_embeddings": True}),
 }
+PLAIN = ("int8", "int4")
+CASES = [(name, kind) for name in MODELS for kind in (QUANTIZE if name == "wide" else PLAIN)] + [("llama", "int4-zp")]
 TOKENS = np.random.default_rng(3).integers(0, 67, size=(2, 40))
 
 
@@ -49,7 +52,7 @@ def reference(name: str, kind: str, rounded: tuple[str, ...] = ()) -> np.ndarray
     family, changes = MODELS[name]
     theirs = hf.build(family, {**SIZES, **changes})
     for weight in (weight for weight in theirs.parameters() if weight.ndim == 2):
-        weight.data = dequantise(*quantise(weight.data, kind), kind)
+        weight.data = dequantise(quantise(weight.data, FORMS[kind]), FORMS[kind])
     for key, module in theirs.named_modules():
         if isinstance(module, torch.nn.Linear) and key.endswith(rounded):
             module.register_forward_pre_hook(lambda _, inputs: (as_int8(inputs[0]),))
@@ -63,17 +66,17 @@ def as_int8(x: torch.Tensor) -> torch.Tensor:
     return ((blocks / scale).round() * scale).flatten(-2)
 
 
-@pytest.mark.parametrize("kind", QUANTIZE)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_logits(name: str, kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Against transformers with the same weights. Activations as int8 are asked of ONNX Runtime's operators, not prescribed;
-    without that nothing but the order of sums differs. `fused` rounds where it has few rows: in the head always."""
+    without that nothing but the order of sums differs. `fused` rounds where it has few rows, in the head always, and leaves
+    forms other than the plain ones to ONNX Runtime's operators."""
     patterns = ("gqa", "grouped", "repeat", "fused")
     made = export(open_checkpoint(folders[name]), tmp_path / "out", ExportOptions(patterns=patterns, quantize=kind))
     exact = reference(name, kind)
     for variant in made.variants:
         path = made.graph_path(variant)
-        if variant.pattern != "fused":
+        if variant.pattern != "fused" or kind not in PLAIN:
             graph = onnx.load(path, load_external_data=False)
             levels = [a for node in graph.graph.node for a in node.attribute if a.name == "accuracy_level"]
             assert {level.i for level in levels} == {4}
@@ -107,24 +110,34 @@ def rms(values: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kind", QUANTIZE)
 def test_the_numbers_are_those_of_onnxruntimes_quantiser(kind: str) -> None:
-    weight = torch.randn(48, 160, generator=torch.Generator().manual_seed(1))
-    weight[5, 32:64] = 0
-    q, scales = quantise(weight, kind)
-    config = matmul_nbits_quantizer.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=BITS[kind])
+    form = FORMS[kind]
+    weight = torch.randn(48, 4 * form.block, generator=torch.Generator().manual_seed(1))
+    weight[5, form.block : 2 * form.block] = 0
+    weight[7] = weight[7].abs()
+    parts = quantise(weight, form)
+    config = matmul_nbits_quantizer.DefaultWeightOnlyQuantConfig(
+        block_size=form.block, is_symmetric=not form.zeros, bits=form.bits
+    )
     theirs = matmul_nbits_quantizer.DefaultWeightOnlyQuantizer(config)
-    packed, their_scales, _ = theirs.qbits_block_quant(np.ascontiguousarray(weight.T.numpy()))
-    np.testing.assert_array_equal(packed.reshape(q.shape)[6:], q.numpy()[6:])
-    np.testing.assert_array_equal(their_scales.reshape(scales.shape), scales.numpy())
-    assert (dequantise(q, scales, kind)[5, 32:64] == 0).all()
+    packed, their_scales, their_zeros = theirs.qbits_block_quant(np.ascontiguousarray(weight.T.numpy()))
+    expected = [packed, their_scales, their_zeros] if form.zeros else [packed, their_scales]
+    same = np.arange(48) != 5  # of a block of zeros any q will do
+    for ours, wanted, shape in zip(parts, expected, form.shapes(*weight.shape), strict=True):
+        assert ours.shape == shape
+        different = (ours.numpy() != wanted.reshape(shape))[same]
+        assert different.sum() <= (1 if ours is parts[0] else 0)  # theirs multiplies by 1 / scale: a tie may go the other way
+    assert (dequantise(parts, form)[5, form.block : 2 * form.block] == 0).all()
 
 
 @pytest.mark.parametrize("kind", QUANTIZE)
 def test_how_far_a_weight_moves(kind: str) -> None:
-    """At most half a step; the value opposite to the largest one, which has one level less, at most a whole one."""
-    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(2))
-    q, scales = quantise(weight, kind)
-    moved = (dequantise(q, scales, kind) - weight).abs().reshape(40, -1, BLOCK)
-    steps = moved / scales.abs().unsqueeze(2)
+    """At most half a step; without a zero the value opposite to the largest one, which has one level less, at most a whole one;
+    with one, values at an end as much as the zero was rounded by besides."""
+    form = FORMS[kind]
+    weight = torch.randn(40, 3 * form.block, generator=torch.Generator().manual_seed(2))
+    parts = quantise(weight, form)
+    moved = (dequantise(parts, form) - weight).abs().reshape(40, -1, form.block)
+    steps = moved / parts[1].abs().unsqueeze(2)
     assert steps.max() <= 1.0001
     assert (steps <= 0.5001).float().mean() > 0.97
 
@@ -149,7 +162,10 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path, capfd: pytest
     narrow = tmp_path / "narrow"
     hf.build("llama", {**SIZES, "intermediate_size": 40}).save_pretrained(narrow)
     cases = {
-        ("int3", str(folders["llama"])): "'int3' is not one of int8, int4",
+        (
+            "int3",
+            str(folders["llama"]),
+        ): "'int3' is not one of int8, int8-zp, int8-128, int8-128-zp, int4, int4-zp, int4-128, int4-128-zp",
         ("int4", str(narrow)): "intermediate_size is 40, no multiple of 32; such a model cannot be quantised in blocks of 32",
     }
     for (kind, folder), message in cases.items():
@@ -172,14 +188,17 @@ def test_a_damaged_weight_goes_by_the_name_it_has(folders: dict[str, Path], tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_restored_weights_are_what_is_stored(folders: dict[str, Path]) -> None:
-    """What a sweep measures quality on."""
-    checkpoint = open_checkpoint(folders["llama"])
-    weights = restored(Quantiser(Converter(checkpoint, quantised=True), "int4")(2)[1], "int4")
+@pytest.mark.parametrize("kind", QUANTIZE)
+def test_restored_weights_are_what_is_stored(kind: str, folders: dict[str, Path]) -> None:
+    """What a sweep measures quality on. Where a width is no multiple of 128, blocks are of its largest power of two."""
+    checkpoint, form = open_checkpoint(folders["llama"]), FORMS[kind]
+    weights = restored(Quantiser(Converter(checkpoint, quantised=True), kind)(2)[1], form)
     assert weights.keys() == checkpoint.weights.keys()
     for name, tensor in weights.items():
         original = checkpoint.weights[name].read()
         matrix = name == "model.embed_tokens.weight" or "_proj" in name
-        wanted = dequantise(*quantise(original, "int4"), "int4") if matrix else original
+        wanted = dequantise(quantise(original, form), form) if matrix else original
         assert torch.equal(tensor.read(), wanted), name
         assert torch.equal(wanted, original) != matrix
+    blocks = [form.block_of(width) for width in (64, 96, 128, 576, 1536)]
+    assert blocks == ([64, 32, 128, 64, 128] if "128" in kind else [32] * 5)

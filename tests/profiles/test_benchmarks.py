@@ -13,9 +13,12 @@ import torch
 from exporter.checkpoint import open_checkpoint
 from exporter.decode import decode
 from exporter.engines import open_session
+from exporter.engines.torch_eager import open_torch
 from exporter.errors import UserError
+from exporter.evaluate import cross_entropy, default_text
 from exporter.export import ExportOptions, export
-from profiles.benchmarks import decoder, glu_training, kv_cache, papers, quantised, t5_decoding
+from exporter.tokenizer import Tokenizer
+from profiles.benchmarks import decoder, glu_training, kv_cache, papers, quantised, rounding, t5_decoding
 from profiles.benchmarks.logits import PATHS, STEPS, differences, transformers_logits
 from profiles.results import Results
 
@@ -178,15 +181,19 @@ def test_the_papers_page():
 
 
 @pytest.mark.usefixtures("small_probe")
-def test_the_quantised_benchmark(tmp_path, capsys):
+def test_the_quantised_benchmark(tmp_path, monkeypatch):
     import hf
+
+    from exporter.convert import calibration
+
+    monkeypatch.setattr(calibration, "WINDOW", 64)
 
     folder, out = tmp_path / "model", tmp_path / "out.json"
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     hf.build("llama", sizes).save_pretrained(folder)
     hf.add_tokenizer(folder)
     plan = {"samples": 8, "burst": 2, "warmup": 0, "settle": 0}
-    quantised.main(out, folder, folder / "config.json", (4, 1), (8, 24), **plan)
+    quantised.main(out, folder, folder / "config.json", (4, 1), (8, 24), (4, 40), **plan)
     record = json.loads(out.read_text())
     steps = [row for row in record["rows"] if row["what"] == "step"]
     assert {(row["weights"], row["groups"], row["context"]) for row in steps} == {
@@ -194,13 +201,41 @@ def test_the_quantised_benchmark(tmp_path, capsys):
     }
     assert not record["kept"]  # there is no context of 4,096
     assert len(record["run"]["cells"]) == 24
-    losses = [row["nats_per_token"] for row in record["rows"] if row["what"] == "loss"]
-    assert len(losses) == 3
-    assert 0 < abs(losses[1] - losses[0]) < abs(losses[2] - losses[0])
+    losses = {(row["weights"], row["rounded"]): row for row in record["rows"] if row["what"] == "loss"}
+    assert len(losses) == 1 + 1 + 2 * 4
+    exact, eight, four = (losses[kind, "to the nearest"] for kind in ("fp32", "int8", "int4"))
+    assert exact["added"] == exact["error"] == 0
+    assert 0 < abs(eight["added"]) < abs(four["added"])
+    assert exact["weight_bytes"] > eight["weight_bytes"] > four["weight_bytes"] > losses["int4-128", "by GPTQ"]["weight_bytes"]
+    assert losses["int4", "by GPTQ"]["nats_per_token"] != four["nats_per_token"]
+    checkpoint = open_checkpoint(folder)
+    tokens = Tokenizer.from_files(checkpoint.side_files, "model").encode(default_text()[:2000], special=False)[:161]
+    with open_torch(checkpoint, capacity=40) as session:
+        ours = [cross_entropy(session, tokens[start : start + 41], 41, 40).nats_per_token for start in range(0, 160, 40)]
+    assert exact["nats_per_token"] == pytest.approx(np.mean(ours), abs=1e-4)
+
+
+def test_what_the_quantised_benchmark_promises():
     fast = [{"what": "step", "weights": "int4", "groups": g, "context": 4096, "times": 1.6} for g in (16, 4, 1)]
-    assert quantised.is_kept(fast)
-    assert not quantised.is_kept([*fast[:2], {**fast[2], "times": 1.4}])
-    assert not quantised.is_kept([{**fast[0], "times": 0.9}, *fast[1:]])
+    losses = rounding.summary(
+        [
+            {"what": "loss", "weights": weights, "rounded": how, "pieces": [2.0 + added, 4.0 + added]}
+            for weights, how, added in (
+                ("fp32", "to the nearest", 0.0),
+                ("int4", "to the nearest", 0.30),
+                ("int4", "by GPTQ", 0.19),
+                ("int4-128", "to the nearest", 0.30),
+                ("int4-128", "by GPTQ", 0.19),
+            )
+        ]
+    )
+    assert [round(row["added"], 6) for row in losses] == [0, 0.3, 0.19, 0.3, 0.19]
+    assert quantised.is_kept(fast + losses)
+    assert not quantised.is_kept([*fast[:2], {**fast[2], "times": 1.4}, *losses])
+    assert not quantised.is_kept([{**fast[0], "times": 0.9}, *fast[1:], *losses])
+    assert not quantised.is_kept([*fast, *losses[:4], {**losses[4], "added": 0.21}])
+    noisy = {**losses[4], "pieces": [2.0, 4.38]}  # as little on average, but not beyond what it varies by
+    assert not quantised.is_kept([*fast, *losses[:4], noisy])
 
 
 @pytest.mark.usefixtures("small_probe")

@@ -84,7 +84,7 @@ typedef struct {
   int32_t threads;
   int64_t encoder_layers; /* of an encoder-decoder, whose other sizes are its decoder's; 0: it has no encoder */
   const char *backend, *provider, *library, *library_version; /* headpool/model.hpp's BackendInfo */
-  const char* quantize;                                       /* "int8" or "int4", how its matrices are stored; "": in dtype */
+  const char* quantize;                                       /* "int8", "int4-128" and so on, its matrices; "": in dtype */
   const char* cache_dtype;                                    /* "fp16" or "int8", how its caches are stored; "": in dtype */
 } hp_model_info;
 #define HP_INIT_hp_model_info \

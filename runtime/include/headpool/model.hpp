@@ -20,7 +20,7 @@ struct ModelInfo {
   std::string pattern;      // fused, grouped, gqa, attention or repeat
   std::string cache;        // static or concat
   std::string dtype;        // fp32, fp16 or bf16
-  std::string quantize;     // int8 or int4, how its matrices are stored; empty: in dtype
+  std::string quantize;     // int8 or int4, or such with -128 or -zp: how its matrices are stored; empty: in dtype
   std::string cache_dtype;  // fp16 or int8, how its caches are stored; empty: in dtype
   std::int64_t vocab_size = 0;
   std::int64_t max_positions = 0;        // tokens of a sequence that the model was made for
