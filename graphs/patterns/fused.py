@@ -47,12 +47,12 @@ def check(node: GroupedAttention) -> str | None:
 
 def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, ir.Value]:
     if node.reads_only:
-        output = _attention(node, emit, node.query, [], [], common.mask(emit, node), outputs=1)
+        output = _attention(node, emit, node.query, [None, None], [None, None], common.mask(emit, node), outputs=1)
         return output, node.past_key, node.past_value
     query, angles = _before_rotation(node.query)
     key, key_angles = _before_rotation(node.key)
     if angles != key_angles:  # not both rotated, and by the same angles: the operator does both or none
-        query, key, angles = node.query, node.key, []
+        query, key, angles = node.query, node.key, [None, None]
     new = [_before_reshape(key), _before_reshape(node.value)]
     return _attention(node, emit, query, new, angles, node.bias, outputs=3)
 
@@ -61,12 +61,12 @@ def _attention(
     node: GroupedAttention,
     emit: Emitter,
     query: ir.Value,
-    new: Sequence[ir.Value],
+    new: Sequence[ir.Value | None],
     angles: Sequence[ir.Value | None],
     bias: ir.Value | None,
     outputs: int,
 ) -> Any:
-    inputs = [query, *(new or [None, None]), node.past_key, node.past_value, node.position_ids, *(angles or [None, None]), bias]
+    inputs = [query, *new, node.past_key, node.past_value, node.position_ids, *angles, bias]
     return emit.op(
         "FusedAttention",
         "FusedAttention",
@@ -129,10 +129,10 @@ def _flattens(node: ir.Node, width: int) -> bool:
 def _before_rotation(x: ir.Value) -> tuple[ir.Value, list[ir.Value | None]]:
     producer = x.producer()
     if producer is None or (producer.domain, producer.op_type) != ("", "RotaryEmbedding"):
-        return x, []
+        return x, [None, None]
     interleaved = producer.attributes.get("interleaved")
     if len(producer.inputs) > 3 or producer.inputs[0] is None or (interleaved is not None and interleaved.as_int()):
-        return x, []
+        return x, [None, None]
     return producer.inputs[0], list(producer.inputs[1:])
 
 
