@@ -56,7 +56,7 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     Attention a{};
     a.query = floats(query);
     a.B = k_shape[0], a.S = k_shape[2], a.H = H, a.G = G, a.D = channels(k_shape), a.Dv = channels(v_shape);
-    a.T = writes ? Shape(positions).back() : a.B * a.D ? q_shape.elements() / (a.B * H * a.D) : 0;
+    a.T = writes ? Shape(positions).back() : q_shape.elements() / std::max<size_t>(1, a.B * H * a.D);
     a.cache = cache_type(k_shape);
     expect(a.D <= MOST_CHANNELS, "headpool::FusedAttention: a head has more than 65536 channels");
     a.scale = scale;

@@ -33,7 +33,7 @@ def test_a_checkpoint(saved: Path) -> None:
         f"  {parameters(2):,} parameters ({2 * 67 * 48:,} in embeddings)",
         "  2 KV heads a layer",
         *ARCHITECTURE,
-        "  KV cache a token: 256 B in fp32, 128 B in fp16, 128 B in bf16",
+        "  KV cache a token: 256 B in fp32, 128 B in fp16, 128 B in bf16, 96 B in int8",
     ]
     assert render(inspect(saved / "config.json"))[0] == f"{saved}/config.json: config, float32"
 

@@ -23,7 +23,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["export", MODEL, "out", "--zzz"], "option --zzz does not exist (see 'headpool export --help')"),
     (
         ["export", MODEL, "out", "--dtyp", "fp16"],
-        "option --dtyp does not exist; did you mean --dtype? (see 'headpool export --help'",
+        "option --dtyp does not exist; did you mean --dtype or --cache-dtype? (see 'headpool export --help')",
     ),
     (["export", MODEL, "out", "--groups"], "option --groups requires an argument (see 'headpool export --help')"),
     (["export", MODEL, "out", "more"], "got unexpected extra argument (more) (see 'headpool export --help')"),
