@@ -1,5 +1,6 @@
 #include "bindings.hpp"
 
+#include <iterator>
 #include <set>
 
 namespace headpool::detail {
@@ -60,6 +61,9 @@ Layers read_inputs(const Json& inputs, Variant& variant) {
     } else if (b.role == "cache") {
       const bool cross = encoder && b.shape.size() == 4 && b.shape[2] == "encoder";
       expect_cache(b, cache_dtype(variant), cross ? "encoder" : variant.in_place ? "capacity" : "past");
+      const auto& heads = variant.info.kv_heads;
+      if (b.layer < 0 || b.layer >= std::ssize(heads) || b.shape[1] != heads[static_cast<std::size_t>(b.layer)])
+        flaw("input " + shown(b.name) + " has other KV heads than its config says");
       const CacheBinding cache{
           b.name, {}, b.shape[1].get<std::int64_t>(), b.shape[3].get<std::int64_t>(), data_type(cache_dtype(variant))};
       (cross ? encoder->caches : variant.caches).push_back(cache);
