@@ -58,7 +58,9 @@ def test_a_step_allocates_only_what_onnx_runtime_does(variant: str, batch: int, 
     cost = json.loads(run(built / "tests/step", bundle.path, variant, batch))
     assert cost["steps"] > 2000
     assert cost["own_allocations"] == 0
-    assert cost["step_allocations"] == cost["run_allocations"] > 0
+    # One more a step would be `steps` more. ONNX Runtime's own are not always the same: once there was one more in 884,500.
+    assert abs(cost["step_allocations"] - cost["run_allocations"]) < cost["steps"] / 100
+    assert cost["run_allocations"] > 0
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
