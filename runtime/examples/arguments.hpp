@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <exception>
 #include <headpool/error.hpp>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -38,11 +39,16 @@ inline void expect_count(const Words& words, std::size_t least, std::size_t most
   if (words.size() < least || words.size() > most) throw headpool::ArgumentError(std::string("usage: ") + usage);
 }
 
-// What `main` returns: 0 after `work` on the words, 2 where it throws.
+// What `main` returns: 0 after `work` on the words, or after `usage` where they begin with --help, 2 where it throws.
 template <class Work>
-int run_example(const char* name, int argc, char** argv, const Work& work) {
+int run_example(const char* name, const char* usage, int argc, char** argv, const Work& work) {
   try {
-    work(Words(argv + (argc > 0), argv + argc));
+    const Words words(argv + (argc > 0), argv + argc);
+    if (!words.empty() && (words[0] == "--help" || words[0] == "-h"))
+      std::printf("usage: %s\n", usage);
+    else
+      work(words);
+    if (std::fflush(stdout) != 0) throw std::runtime_error("standard output cannot be written");
     return 0;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s: %s\n", name, error.what());

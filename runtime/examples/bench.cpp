@@ -26,6 +26,7 @@ namespace {
 using Json = nlohmann::json;
 using Clock = std::chrono::steady_clock;
 
+constexpr const char* USAGE = "bench [--backend NAME] BUNDLE VARIANT OUT.json CONTEXT,… [SAMPLES [THREADS [BATCH]]]";
 constexpr int WARMUP = 8, BURST = 8, PREFILLS = 6;  // untimed steps; neighbours that intervals draw together; runs
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
@@ -220,9 +221,8 @@ void run(const std::string& bundle, const headpool::ModelOptions& how, const std
 }  // namespace
 
 int main(int argc, char** argv) {
-  return run_example("bench", argc, argv, [](Words words) {
+  return run_example("bench", USAGE, argc, argv, [](Words words) {
     headpool::ModelOptions how;
-    constexpr const char* USAGE = "bench [--backend NAME] BUNDLE VARIANT OUT.json CONTEXT,… [SAMPLES [THREADS [BATCH]]]";
     how.backend = take_backend(words, USAGE);
     expect_count(words, 4, 7, USAGE);
     const auto optional = [&](std::size_t index, const char* what, std::int64_t least, std::int64_t most,

@@ -19,6 +19,8 @@
 
 namespace {
 
+constexpr const char* USAGE = "generate [--backend NAME] BUNDLE VARIANT NEW-TOKENS PROMPT…";
+
 void run(const std::string& bundle, const headpool::ModelOptions& how, std::int64_t count, const Words& words) {
   // 1. The prompt as token ids, and what prints new ones.
   std::vector<headpool::Token> prompt;
@@ -71,9 +73,8 @@ void run(const std::string& bundle, const headpool::ModelOptions& how, std::int6
 }  // namespace
 
 int main(int argc, char** argv) {
-  return run_example("generate", argc, argv, [](Words words) {
+  return run_example("generate", USAGE, argc, argv, [](Words words) {
     headpool::ModelOptions how;
-    constexpr const char* USAGE = "generate [--backend NAME] BUNDLE VARIANT NEW-TOKENS PROMPT…";
     how.backend = take_backend(words, USAGE);
     expect_count(words, 4, SIZE_MAX, USAGE);
     how.variant = words[1];

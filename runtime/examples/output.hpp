@@ -56,7 +56,10 @@ class Output {
 
   void refuse_existing() const {
     std::error_code failure;
-    if (std::filesystem::exists(std::filesystem::symlink_status(path_, failure)))
+    const std::filesystem::file_status status = std::filesystem::symlink_status(path_, failure);
+    if (std::filesystem::is_character_file(status))
+      throw headpool::ArgumentError(path_.string() + " is a device; choose the name of a file");
+    if (std::filesystem::exists(status))
       throw headpool::ArgumentError(path_.string() + " exists; choose another name or remove it");
   }
 

@@ -56,15 +56,26 @@ void expect(const char* function, Pointers... pointers) {
   if (!(... && pointers)) throw headpool::ArgumentError(std::string(function) + " was given NULL");
 }
 
-// The caller's options as far as it knows them, zeros for the others.
+template <class Struct>
+std::size_t size_of(const char* type, const Struct* given) {
+  if (given->size < sizeof(std::size_t) || given->size > 4096)
+    throw headpool::ArgumentError("the size in an " + std::string(type) + " is " + std::to_string(given->size) + ", not " +
+                                  std::to_string(sizeof(Struct)) + "; begin it with HP_INIT(" + type + ")");
+  return given->size;
+}
+
+// The caller's options as far as it knows them, zeros for the others. A newer caller's members that this library does not know
+// have to be zeros too.
 template <class Options>
 Options known(const char* type, const Options* given) {
   Options options{};
   if (!given) return options;
-  if (given->size < sizeof(std::size_t) || given->size > 4096)
-    throw headpool::ArgumentError("the size in an " + std::string(type) + " is " + std::to_string(given->size) + ", not " +
-                                  std::to_string(sizeof(Options)) + "; begin it with HP_INIT(" + type + ")");
-  std::memcpy(static_cast<void*>(&options), given, std::min(given->size, sizeof(Options)));
+  const std::size_t size = size_of(type, given);
+  std::memcpy(static_cast<void*>(&options), given, std::min(size, sizeof(Options)));
+  const auto* const bytes = reinterpret_cast<const unsigned char*>(given);
+  if (size > sizeof(Options) && std::any_of(bytes + sizeof(Options), bytes + size, [](int byte) { return byte != 0; }))
+    throw headpool::ArgumentError("an " + std::string(type) + " sets what headpool " HEADPOOL_VERSION
+                                  " does not know; link the library that its header came with");
   return options;
 }
 
@@ -122,7 +133,7 @@ void hp_model_free(hp_model* model) { delete model; }
 hp_status hp_model_get_info(const hp_model* model, hp_model_info* info) {
   return guarded([&] {
     expect("hp_model_get_info", model, info);
-    const std::size_t size = known("hp_model_info", info).size;
+    const std::size_t size = size_of("hp_model_info", info);
     const headpool::ModelInfo& from = model->model.info();
     const headpool::BackendInfo& backend = model->model.backend();
     const hp_model_info all{size,

@@ -36,7 +36,7 @@ void add_rectangles(std::vector<Feed>& feeds, Prompts prompts, const std::vector
 }  // namespace
 
 std::string prompt_name(std::size_t row, std::size_t batch, const std::string& what) {
-  return batch > 1 ? what + " " + std::to_string(row + 1) : "the " + what;
+  return batch > 1 ? what + "s[" + std::to_string(row) + "]" : "the " + what;
 }
 
 std::vector<Feed> right_padded(Prompts prompts, std::span<const std::int64_t> lengths, std::int64_t capacity,

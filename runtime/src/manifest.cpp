@@ -105,7 +105,8 @@ std::filesystem::path file_in(const std::filesystem::path& bundle, const std::st
   if (!is_file_name(name)) fail(": " + shown(name) + " is not a file name in its own folder");
   std::error_code failed;
   const std::filesystem::path path = bundle / name;
-  if (!std::filesystem::is_regular_file(path, failed)) fail(" lacks " + shown(name));
+  if (!std::filesystem::exists(path, failed)) fail(" lacks " + shown(name));
+  if (!std::filesystem::is_regular_file(path, failed)) fail(": " + shown(name) + " is no regular file");
   const auto real = std::filesystem::canonical(path, failed);
   const auto folder = failed ? std::filesystem::path() : std::filesystem::canonical(bundle, failed);
   if (failed || real.parent_path() != folder) fail(": " + shown(name) + " is a link that leaves its folder");

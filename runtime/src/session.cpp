@@ -14,7 +14,7 @@ struct Session::State {
   void prefill(Prompts prompts);
   void decode(std::span<const Token> tokens);
 
-  void check_tokens(std::span<const Token> tokens) const;
+  void check_tokens(std::span<const Token> tokens, std::string_view name) const;
   void check_prompts(Prompts prompts) const;
   void check_sources(std::int64_t length) const;
   void check_in_step() const;
@@ -57,11 +57,13 @@ Session::State::State(Model m, const SessionOptions& options)
   });
 }
 
-void Session::State::check_tokens(std::span<const Token> tokens) const {
+// `name` says where they stand.
+void Session::State::check_tokens(std::span<const Token> tokens, std::string_view name) const {
   const std::int64_t vocab = model.info().vocab_size;
-  for (const Token token : tokens)  // a gather would read past the embedding
-    if (token < 0 || token >= vocab)
-      throw ArgumentError("token id " + std::to_string(token) + " is outside the vocabulary of " + std::to_string(vocab));
+  for (std::size_t i = 0; i < tokens.size(); ++i)  // a gather would read past the embedding
+    if (tokens[i] < 0 || tokens[i] >= vocab)
+      throw ArgumentError("token id " + std::to_string(tokens[i]) + ", " + std::string(name) + "[" + std::to_string(i) +
+                          "], is outside the vocabulary of " + std::to_string(vocab));
 }
 
 void Session::State::check_prompts(Prompts prompts) const {
@@ -78,7 +80,7 @@ void Session::State::check_prompts(Prompts prompts) const {
     if (static_cast<std::int64_t>(prompts[b].size()) > capacity - lengths[b])
       throw CapacityError(name + " needs " + (lengths[b] ? std::to_string(lengths[b]) + " + " : "") +
                           std::to_string(prompts[b].size()) + " cache rows, the capacity is " + std::to_string(capacity));
-    check_tokens(prompts[b]);  // last: what is too long is not read
+    check_tokens(prompts[b], prompts.size() > 1 ? std::string_view(name) : "prompt");  // last: what is too long is not read
   }
 }
 
@@ -116,7 +118,7 @@ void Session::State::decode(std::span<const Token> tokens) {
                         std::to_string(tokens.size()));
   std::ranges::replace_copy(tokens, step.tokens.begin(), ENDED, detail::PAD);
   std::ranges::transform(tokens, step.counts.begin(), [](Token token) { return token != ENDED; });
-  check_tokens(step.tokens);
+  check_tokens(step.tokens, "tokens");
   if (std::ranges::count(tokens, ENDED) == batch) throw ArgumentError("decode was given no token: all sequences have ended");
   if (pair() && !longest()) throw ArgumentError("an encoder-decoder decodes after a source; give it one with prefill");
   check_in_step();

@@ -190,6 +190,17 @@ def test_programs_built_for_an_older_header(api: Api, bundle: Bundle) -> None:
     api.check(api.c.hp_session_create(model.handle, c.byref(options), c.byref(session)))
     assert api.c.hp_session_batch(session) == 3
     api.c.hp_session_free(session)
+    later = (c.c_char * 64)()  # of a newer header, which may set nothing that this library does not know
+    c.memmove(later, c.byref(options), c.sizeof(options))
+    SessionOptions.from_buffer(later).size, SessionOptions.from_buffer(later).capacity = len(later), 0
+    api.check(api.c.hp_session_create(model.handle, c.cast(later, c.POINTER(SessionOptions)), c.byref(session)))
+    assert api.c.hp_session_batch(session) == 3
+    api.c.hp_session_free(session)
+    later[40] = 1
+    with pytest.raises(
+        RuntimeFailure, match=r"^an hp_session_options sets what headpool [0-9.]+ does not know; link the library"
+    ):
+        api.check(api.c.hp_session_create(model.handle, c.cast(later, c.POINTER(SessionOptions)), c.byref(session)))
     options.size = 0
     with pytest.raises(
         RuntimeFailure, match=r"^the size in an hp_session_options is 0, not 32; begin it with HP_INIT\(hp_session_options\)$"
@@ -207,6 +218,15 @@ def test_the_installed_package(built: Path, tools: dict[str, str], bundle: Bundl
     run(tools["cmake"], "--build", consumer)
     for program in ("consumer", "consumer_static", "consumer_c"):
         assert run(consumer / program, bundle.path, *PROMPT) == f"{greedy[0]}\n"
+    in_c = tmp_path / "in_c"
+    in_c.mkdir()
+    (in_c / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.22)\nproject(in_c LANGUAGES C)\nfind_package(headpool REQUIRED)\n"
+        f"add_executable(program {source / 'main.c'})\ntarget_link_libraries(program PRIVATE headpool::runtime_static)\n"
+    )
+    run(tools["cmake"], "-S", in_c, "-B", in_c / "build", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run(tools["cmake"], "--build", in_c / "build")
+    assert run(in_c / "build/program", bundle.path, *PROMPT) == f"{greedy[0]}\n"
     if shutil.which("pkg-config") is None:
         return
     pkgconfig = str(next(prefix.glob("lib*/**/pkgconfig")))
@@ -236,6 +256,31 @@ def test_a_package_whose_onnx_runtime_has_gone(built: Path, tools: dict[str, str
     words = "add the folder whose include and lib have ONNX Runtime's headers and library to CMAKE_PREFIX_PATH"
     assert done.returncode
     assert words in " ".join(done.stderr.split())
+
+
+def test_as_a_part_of_another_project(tools: dict[str, str], tmp_path: Path) -> None:
+    """The library alone: neither tests nor examples nor operators."""
+    lines = [
+        "cmake_minimum_required(VERSION 3.22)",
+        "project(whole LANGUAGES CXX)",
+        f'add_subdirectory("{REPOSITORY}/runtime" headpool)',
+    ]
+    (tmp_path / "CMakeLists.txt").write_text("\n".join(lines))
+    run(tools["cmake"], "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={tools['deps']}")
+    made = run(tools["cmake"], "--build", tmp_path / "build", "--", "-n")
+    assert "libheadpool.a" in made
+    for other in ("libheadpool_ops", "kernel_tests", "examples/"):
+        assert other not in made
+
+
+def test_what_a_build_lacks(tools: dict[str, str], tmp_path: Path) -> None:
+    """Is said by its name, and nothing is built."""
+    command = [tools["cmake"], "-S", REPOSITORY / "runtime", "-B", tmp_path, "-DCMAKE_FIND_ROOT_PATH=/nowhere"]
+    command += ["-DCMAKE_FIND_ROOT_PATH_MODE_INCLUDE=ONLY", "-DCMAKE_FIND_ROOT_PATH_MODE_PACKAGE=ONLY"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode
+    words = " ".join(done.stderr.split())
+    assert "headpool needs ONNX Runtime's headers and library and nlohmann-json, not found here: add a prefix" in words
 
 
 LANGUAGES = [("cc", "c90"), ("cc", "c99"), ("cc", "c11"), ("c++", "c++11"), ("c++", "c++20")]

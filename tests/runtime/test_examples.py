@@ -14,6 +14,7 @@ from typing import Any
 import fake_engines
 import hf
 import pytest
+from building import run
 
 from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
@@ -77,6 +78,7 @@ def test_words_that_are_not_due(example: str, built: Path, bundle: Bundle) -> No
     program = built / "examples" / example
     usage = refused(program, bundle.path, "")
     assert usage.startswith(f"usage: {example} [--backend NAME] BUNDLE VARIANT ")
+    assert run(program, "--help") == run(program, "-h", "more") == f"{usage}\n"
     if example == "bench":
         assert refused(program, bundle.path, "", "out.json", 8, 16, 1, 1, 1) == usage
     nameless = "--backend lacks a name; choose from onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx"
@@ -95,8 +97,8 @@ def test_words_that_are_not_due(example: str, built: Path, bundle: Bundle) -> No
             'built without -DTOKENIZERS_CPP (see README), token id "2x" is not a whole number from 0 to 2147483647',
         ),
         ((4, "-1"), 'built without -DTOKENIZERS_CPP (see README), token id "-1" is not a whole number from 0 to 2147483647'),
-        ((4, 67), "token id 67 is outside the vocabulary of 67"),
-        ((130, 1), "the prompt of 1 tokens and 130 new ones need 130 cache rows, the capacity is 128"),
+        ((4, 5, 67), "token id 67, prompt[1], is outside the vocabulary of 67"),
+        ((130, 1), "the prompt of 1 token and 130 new need 130 cache rows, the capacity is 128"),
     ],
 )
 def test_words_of_generate(words: tuple[object, ...], message: str, built: Path, bundle: Bundle) -> None:
@@ -115,6 +117,7 @@ def test_where_bench_cannot_write(built: Path, bundle: Bundle, tmp_path: Path) -
 
     for path in (link, there, tmp_path):
         assert measure(path) == f"{path} exists; choose another name or remove it"
+    assert measure("/dev/null") == "/dev/null is a device; choose the name of a file"
     missing = tmp_path / "no/out.json"
     assert measure(missing) == f"{missing} cannot be written: No such file or directory; choose another place"
     below = there / "out.json"

@@ -99,6 +99,12 @@ def test_a_manifest_that_is_not_as_export_writes_it(name: str, bundle: Path, api
     refused(api, bundle, BUNDLE, message + ".*; export the bundle again$")
 
 
+def test_what_is_not_a_file(bundle: Path, api: Api) -> None:
+    os.mkfifo(bundle / "waits")  # for what nobody writes, if it were opened
+    edit(bundle, lambda v: v.update(graph="waits"))
+    refused(api, bundle, BUNDLE, ': "waits" is no regular file; export the bundle again$')
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

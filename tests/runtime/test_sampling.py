@@ -113,14 +113,14 @@ def test_generation_ends_where_it_should(session: CppSession) -> None:
     session.reset()
     assert session.generate(prompts, 20, until=lambda row: row == tokens[2]) == tokens[:3]
     session.reset()
-    words = r"^prompt 1 of 3 tokens and 39 new ones need 41 cache rows, the capacity is 40$"
+    words = r"^prompts\[0\] of 3 tokens and 39 new need 41 cache rows, the capacity is 40$"
     with pytest.raises(RuntimeFailure, match=words) as caught:
         session.generate(prompts, 39)
     assert caught.value.status == CAPACITY
     assert session.lengths.tolist() == [0, 0]
     session.generate(prompts, 30)
     words = (
-        r"^prompt 1 of 3 tokens, after 32 in the cache, and 9223372036854775807 new ones need 9223372036854775841 cache rows, "
+        r"^prompts\[0\] of 3 tokens, after 32 in the cache, and 9223372036854775807 new need 9223372036854775841 cache rows, "
     )
     with pytest.raises(RuntimeFailure, match=words):
         session.generate(prompts, 2**63 - 1)

@@ -90,7 +90,7 @@ def test_every_row_of_the_capacity_can_be_used_and_no_more(
     with pytest.raises(RuntimeFailure, match=r"^the cache is full: 50 tokens a sequence$"):
         session.decode(np.array([1, 2]))
     session.rewind(10)
-    with pytest.raises(RuntimeFailure, match=r"^prompt 2 needs 10 \+ 41 cache rows, the capacity is 50$"):
+    with pytest.raises(RuntimeFailure, match=r"^prompts\[1\] needs 10 \+ 41 cache rows, the capacity is 50$"):
         session.prefill([np.ones(1, np.int64), np.ones(41, np.int64)])
     assert session.lengths.tolist() == [10, 10]
 

@@ -92,7 +92,7 @@ def test_a_loop_of_ones_own(form: tuple[str, str], model: Decoder, api: Api, tmp
     with pytest.raises(RuntimeFailure, match=r"^decode was given no token: all sequences have ended$") as caught:
         session.decode(np.full(3, ENDED))
     assert caught.value.status == ARGUMENT
-    with pytest.raises(RuntimeFailure, match=r"^token id -2 is outside the vocabulary of 61$"):
+    with pytest.raises(RuntimeFailure, match=r"^token id -2, tokens\[2\], is outside the vocabulary of 61$"):
         session.decode(np.array([1, ENDED, -2]))
     assert session.lengths.tolist() == [len(row) for row in rows]
     session.close()

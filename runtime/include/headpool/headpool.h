@@ -10,7 +10,8 @@
  * is due is HP_ARGUMENT; a function that has no status to give answers a session that is NULL with 0 or NULL.
  *
  * Options are structs whose first member is their size, set by HP_INIT, so that a program built for an older version of this
- * header goes on working; NULL stands for the defaults, and so does 0 or NULL in each other member.
+ * header goes on working; NULL stands for the defaults, and so does 0 or NULL in each other member. What a newer header's
+ * struct sets beyond what this library knows is HP_ARGUMENT.
  *
  * Threads: models may be used from several threads at once, a session or a sampler by one at a time, different ones together.
  *
@@ -140,7 +141,7 @@ HEADPOOL_API void hp_sampler_free(hp_sampler* sampler);
 HEADPOOL_API hp_status hp_sampler_pick(hp_sampler* sampler, const float* logits, size_t vocab_size, int64_t* tokens);
 
 /* Called with the new token of each sequence, HP_ENDED of one that has met a stop token before, valid during the call; 0 goes
- * on, anything else stops. */
+ * on, anything else stops, and hp_generate returns HP_OK. */
 typedef int32_t (*hp_on_tokens)(void* user, const int64_t* tokens, size_t batch);
 
 /* Feeds the prompts, as hp_session_prefill does, and generates, a sequence until it draws one of `stop_ids` (which `on_tokens`

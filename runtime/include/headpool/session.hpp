@@ -43,8 +43,8 @@ inline constexpr Token ENDED = -1;  // in place of the token of a sequence that 
 // Threads: a session may be moved to another thread, but is used by one at a time. Different sessions, of one model too, may
 // run at the same time.
 //
-// A session that was moved from is of batch 0, holds nothing, and throws ArgumentError of all that computes, until it is
-// assigned to; only model() must not be asked.
+// A session that was moved from is of batch 0, holds nothing, and throws ArgumentError of all that computes, reset() too, until
+// another is assigned to it; only model() must not be asked.
 class HEADPOOL_API Session {
  public:
   // Throws ArgumentError, MemoryError. A TensorRT engine is loaded by the first session that needs it: BundleError,
