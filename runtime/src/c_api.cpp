@@ -74,7 +74,8 @@ Options known(const char* type, const Options* given) {
   std::memcpy(static_cast<void*>(&options), given, std::min(size, sizeof(Options)));
   const auto* const bytes = reinterpret_cast<const unsigned char*>(given);
   if (size > sizeof(Options) && std::any_of(bytes + sizeof(Options), bytes + size, [](int byte) { return byte != 0; }))
-    throw headpool::ArgumentError("an " + std::string(type) + " sets what headpool " HEADPOOL_VERSION
+    throw headpool::ArgumentError("an " + std::string(type) +
+                                  " sets what headpool " HEADPOOL_VERSION
                                   " does not know; link the library that its header came with");
   return options;
 }

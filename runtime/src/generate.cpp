@@ -134,7 +134,8 @@ void check_room(const Session& session, Prompts prompts, std::int64_t count) {
     const auto need = static_cast<std::uint64_t>(held + fed) + static_cast<std::uint64_t>(count - 1);
     if (need > static_cast<std::uint64_t>(session.capacity()))
       throw CapacityError(detail::prompt_name(b, batch) + " of " + std::to_string(fed) + (fed == 1 ? " token" : " tokens") +
-                          (held ? ", after " + std::to_string(held) + " in the cache," : "") + " and " + std::to_string(count) + " new need " + std::to_string(need) + " cache rows, the capacity is " +
+                          (held ? ", after " + std::to_string(held) + " in the cache," : "") + " and " + std::to_string(count) +
+                          " new need " + std::to_string(need) + " cache rows, the capacity is " +
                           std::to_string(session.capacity()));
   }
 }
