@@ -145,3 +145,5 @@ def _read(path: Path) -> str:
         return path.read_text("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give a text file") from None

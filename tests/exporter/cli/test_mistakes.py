@@ -121,6 +121,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["eval", BUNDLE, *SHORT, "--text", "nothing.txt"], "nothing.txt: No such file or directory"),
     (["eval", BUNDLE, *SHORT, "--text", MODEL], "model: Is a directory"),
     (["eval", BUNDLE, *SHORT, "--text", MODEL + "/model.safetensors"], "model.safetensors is not UTF-8 text"),
+    (["eval", BUNDLE, *SHORT, "--text", MODEL], "is a folder; give a text file"),
     (["eval", BUNDLE, *SHORT, "--text", "/dev/null"], "the text has 0 of the at least 2 tokens that are needed"),
     ([*PROFILE, "--breakdown", "8"], "breakdown context 8 is not one of 4"),
     ([*PROFILE, "--variants", "g2,g7"], "variant 'g7' is not one of g1, g2"),
