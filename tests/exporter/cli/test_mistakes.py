@@ -119,7 +119,6 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["eval", MODEL, "--backend", "tensorrt"], "is a checkpoint, which is scored in eager torch"),
     (["eval", MODEL + "/config.json"], "config.json is not a checkpoint"),
     (["eval", BUNDLE, *SHORT, "--text", "nothing.txt"], "nothing.txt: No such file or directory"),
-    (["eval", BUNDLE, *SHORT, "--text", MODEL], "model: Is a directory"),
     (["eval", BUNDLE, *SHORT, "--text", MODEL + "/model.safetensors"], "model.safetensors is not UTF-8 text"),
     (["eval", BUNDLE, *SHORT, "--text", MODEL], "is a folder; give a text file"),
     (["eval", BUNDLE, *SHORT, "--text", "/dev/null"], "the text has 0 of the at least 2 tokens that are needed"),
