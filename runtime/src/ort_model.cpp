@@ -1,6 +1,7 @@
 #include "ort_model.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 
@@ -25,9 +26,17 @@ void start_onnxruntime() {
 
 namespace {
 
+// ONNX Runtime crashes where memory ends while it registers its operators, which takes megabytes.
+constexpr std::size_t ENVIRONMENT_BYTES = 32 << 20;
+
 // One for the process, never ended: models may be held until its very end.
 Ort::Env& environment() {
-  static Ort::Env* const env = new Ort::Env(ORT_LOGGING_LEVEL_FATAL, "headpool");  // errors come as exceptions
+  static Ort::Env* const env = [] {
+    void* const volatile room = std::malloc(ENVIRONMENT_BYTES);
+    if (!room) throw MemoryError("not enough memory to begin: ONNX Runtime wants 32 MB");
+    std::free(room);
+    return new Ort::Env(ORT_LOGGING_LEVEL_FATAL, "headpool");  // errors come as exceptions
+  }();
   return *env;
 }
 

@@ -18,7 +18,7 @@ enum class ErrorCode {
   bundle = 2,    // the bundle is missing, damaged, of another schema, or points outside its folder
   capacity = 3,  // the cache is full, or would be
   backend = 4,   // it is not in this library, has no GPU, cannot load the graph or the engine, or failed in a step
-  memory = 5,    // not enough of it
+  memory = 5,    // not enough of it; where ONNX Runtime has none to start its threads, it or the C library may end the process
   internal = 6,  // anything else
 };
 
