@@ -53,13 +53,13 @@ class Peer(Runner):
         self.fed = np.concatenate([self.fed, tokens.astype(np.int32)], axis=1)
         for part in [tokens] if whole else np.split(tokens, tokens.shape[1], axis=1):
             self._append(part) if whole else self._draw(part)
-        return np.asarray(self.generator.get_logits()).reshape(self.batch, -1, self.vocabulary)[:, -1]
+            logits = np.asarray(self.generator.get_logits())
+        return logits.reshape(self.batch, -1, self.vocabulary)[:, -1]
 
     def _append(self, tokens: np.ndarray) -> None:
         self.generator.append_tokens(tokens.astype(np.int32).ravel())
 
     def _draw(self, tokens: np.ndarray) -> None:
-        self.generator.get_logits()  # of the token before this one, where nobody has asked for them
         np.put_along_axis(self.choice, tokens, 1, axis=1)
         self.generator.set_logits(self.choice)
         self.generator.generate_next_token()
