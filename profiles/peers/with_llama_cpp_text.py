@@ -50,7 +50,8 @@ def _tokens(peer: Peer, text: bytes) -> np.ndarray:
 
 def _piece(peer: Peer, token: int) -> bytes:
     room = ctypes.create_string_buffer(256)
-    return room.raw[: peer.c.llama_token_to_piece(peer.words, token, room, len(room), 0, False)]
+    size = peer.c.llama_token_to_piece(peer.words, token, room, len(room), 0, False)
+    return room.raw[:size]
 
 
 if __name__ == "__main__":

@@ -276,7 +276,13 @@ def test_the_text_benchmark(tmp_path, monkeypatch, capsys):
     import hf
 
     folder, out = tmp_path / "model", tmp_path / "out.json"
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "eos_token_id": None,
+    }
     hf.build("llama", sizes).save_pretrained(folder)
     hf.add_tokenizer(folder)
     asked = []
