@@ -127,7 +127,7 @@ def main(
         file, size = quantised(model, folder, threads)
         weights = {OWN: subject_of(bundle, bundle.variants[0]).weight_bytes, **dict.fromkeys(OTHERS, size)}
         ways: dict[str, Way] = {OWN: partial(in_headpool, bundle.path, threads, count)}
-        ways |= {other: partial(in_llama_cpp, file, threads, flash, count) for flash, other in enumerate(OTHERS)}
+        ways |= {other: partial(in_llama_cpp, file, threads, bool(flash), count) for flash, other in enumerate(OTHERS)}
         rows = [in_turns(ways, tokenizer.decode(text[:length]), count, turns) for length in lengths]
     for row in rows:
         speeds = ", ".join(f"{name} {speed:.1f}" for name, speed in row["tokens_per_second"].items())
