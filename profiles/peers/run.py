@@ -23,7 +23,7 @@ from exporter.checkpoint import open_source
 from exporter.errors import EngineError, UserError
 from profiles.bandwidth import BandwidthProbe, floor_seconds
 from profiles.machine import fingerprint, versions
-from profiles.measure import Plan, Progress, cohorts, measure
+from profiles.measure import Plan, Progress, measure
 from profiles.peers.agreement import Agreement
 from profiles.peers.models import make_checkpoint
 from profiles.peers.runtimes import Opener, Place, Runtime, make_model
@@ -31,6 +31,7 @@ from profiles.results import Cell, Results, Subject
 
 Say = Callable[[str], None]
 MEMORY = 0.85  # of what is available: workers hold what they need, and little of a model lies in two of them
+TOGETHER = 1 << 62  # bytes of memory that measure.py takes for granted: what shares it is chosen here
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,12 @@ class Comparison:
         for whole, context in ((plan, context) for plan in plans for context in plan.contexts):
             plan = dataclasses.replace(whole, contexts=(context,), memory=int(MEMORY * psutil.virtual_memory().available))
             room = plan.settle + plan.turn
-            for subjects in in_turns([Opener(r, weights, groups, self.place, room) for r in self.present(weights)], plan):
+            openers = [Opener(runtime, weights, groups, self.place, room) for runtime in self.present(weights)]
+            for subjects in in_turns(openers, plan, open_source(self.options.config).config.vocab_size):
                 names = ", ".join(subject.pattern for subject, _ in subjects)
                 self.say(f"measuring {weights}, {groups} KV heads, {context} tokens, {', '.join(plan.kinds)}: {names}")
-                runs.append(measure(subjects, plan, probe=probe, progress=self.progress))
+                chosen = dataclasses.replace(plan, memory=TOGETHER)
+                runs.append(measure(subjects, chosen, probe=probe, progress=self.progress))
         part = Results(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             machine=machine,
@@ -144,15 +147,23 @@ class Comparison:
         return part
 
 
-def in_turns(openers: Sequence[Opener], plan: Plan) -> list[list[tuple[Subject, Opener]]]:
-    """What is measured in one go by a plan of one context: all where memory holds it, else headpool with each of the others."""
+def in_turns(openers: Sequence[Opener], plan: Plan, vocabulary: int) -> list[list[tuple[Subject, Opener]]]:
+    """What is measured in one go by a plan of one context: all where memory holds it, else headpool with each of the others.
+
+    Of a prompt, every other runtime may hold the logits of all tokens, and the one that reads it the scores of a layer.
+    """
     subjects = [(opener.subject, opener) for opener in openers]
     own = [each for each in subjects if each[1].runtime.own]
     others = [each for each in subjects if not each[1].runtime.own]
     [batch], [context], memory = plan.batches, plan.contexts, plan.memory or 0
-    if len(cohorts([subject for subject, _ in subjects], batch, plan.capacity_at(context), memory)) == 1 or not others:
-        return [subjects]
-    return [[*own, other] for other in others]
+    takes = sum(bytes_of(subject, batch * plan.capacity_at(context)) for subject, _ in subjects)
+    prompts = 4 * batch * context * (len(others) * vocabulary + context * max(subject.heads for subject, _ in subjects))
+    return [subjects] if takes + prompts <= memory or not others else [[*own, other] for other in others]
+
+
+def bytes_of(subject: Subject, tokens: int) -> int:
+    """Of a session: its weights and a copy in a layout of its own; its caches, twice where they are written anew or grow."""
+    return 2 * subject.weight_bytes + (1 if subject.cache == "static" else 2) * tokens * subject.kv_bytes_per_token
 
 
 def apart(runs: Iterable[Iterable[Cell]]) -> tuple[Cell, ...]:

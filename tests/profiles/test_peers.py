@@ -321,7 +321,7 @@ def test_what_memory_does_not_hold_takes_turns_with_headpool_alone(factory):
 
     openers = [Opened("fused", own=True), Opened("gqa", own=True), Opened("a"), Opened("b")]
     plan = Plan((512,), kinds=("decode",), memory=1 << 50)
-    names = lambda plan: [[subject.pattern for subject, _ in turns] for turns in in_turns(openers, plan)]  # noqa: E731
+    names = lambda plan: [[subject.pattern for subject, _ in turns] for turns in in_turns(openers, plan, 1000)]  # noqa: E731
     assert names(plan) == [["fused", "gqa", "a", "b"]]
     assert names(dataclasses.replace(plan, memory=1)) == [["fused", "gqa", "a"], ["fused", "gqa", "b"]]
     runs = []
