@@ -28,12 +28,15 @@ def transformers_logits(folder: Path) -> Reference:
     return logits
 
 
-def differences(session: Session, tokens: list[np.ndarray], expected: list[np.ndarray]) -> dict[str, float]:
+def differences(
+    session: Session, tokens: list[np.ndarray], expected: list[np.ndarray], in_step: bool = False
+) -> dict[str, float]:
     """The largest |Δ logits| of each of PATHS, for a session of as many sequences as `tokens`.
 
     tokens    int64 [T_b] a sequence; the last STEPS of each are decoded one by one, the others prefilled: at once, and in two
               parts of unequal lengths.
     expected  float32 [T_b, V]: the reference's logits after each of those tokens.
+    in_step   whether all prompts are cut at one place: some sessions have sequences of one length alone.
     """
     prompts = [sequence[:-STEPS] for sequence in tokens]
     last = [len(prompt) - 1 for prompt in prompts]
@@ -41,7 +44,7 @@ def differences(session: Session, tokens: list[np.ndarray], expected: list[np.nd
     session.reset()
     found["prefill"] = _largest(session.prefill(prompts), expected, last)
     session.reset()
-    cuts = [len(prompt) // 3 + row for row, prompt in enumerate(prompts)]
+    cuts = [len(prompt) // 3 + (0 if in_step else row) for row, prompt in enumerate(prompts)]
     session.prefill([prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=True)])
     rest = [prompt[cut:] for prompt, cut in zip(prompts, cuts, strict=True)]
     found["chunked prefill"] = _largest(session.prefill(rest), expected, last)

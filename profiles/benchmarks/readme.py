@@ -29,6 +29,8 @@ from profiles.units import milliseconds
 
 FOLDER = ROOT / "profiles" / "results" / "xeon-2core"
 LOSS = "cross-entropy, nats a token"
+SHAPES = {"peers-128": "Heads of 128", "peers-batch4": "A batch of 4"}  # other shapes than decoder.json's, by file
+LATER = "not measured yet"
 # What a pattern is, where the table names it first.
 PATTERNS = {
     "fused": "`fused` (headpool's operators; static cache)",
@@ -44,7 +46,9 @@ def texts(folder: Path) -> dict[Path, dict[str, str]]:
     decoder = _decoder(folder)
     pages = {ROOT / "README.md": {"results": results(folder), "limit": limit(decoder)}}
     compared = "tokens and logits" if "largest_logit_difference" in _read(folder / "parity.json")["rows"][0] else "tokens"
-    return {**pages, ROOT / "profiles" / "results" / "README.md": {"decoder": targets(decoder), "parity": f"greedy {compared}"}}
+    measured = {"decoder": targets(decoder), "parity": f"greedy {compared}", "text": generated(folder / "text.json") or LATER}
+    measured |= {name: shape(folder / f"{name}.json") or LATER for name in SHAPES}
+    return {**pages, ROOT / "profiles" / "results" / "README.md": measured}
 
 
 def replace(text: str, marks: dict[str, str]) -> str:
@@ -124,6 +128,8 @@ def _benchmarks(folder: Path, run: Results) -> str:
         _attention(_read(folder / "attention.json")),
         *_floor(_decoder(folder), run),
         *_peers(folder / "peers.json"),
+        *(f"{name}: {words}." for file, name in SHAPES.items() if (words := shape(folder / f"{file}.json"))),
+        *(f"{words}." for words in [generated(folder / "text.json")] if words),
         _parity(_read(folder / "parity.json")),
     ]
     lines += [_export(_read(folder / "export.json"))]
@@ -167,16 +173,59 @@ def _peers(path: Path) -> list[str]:
         best = {row["runtime"] for row in part if row.get("to_headpool") == 1}
         *names, last = dict.fromkeys(row["runtime"] for row in others)
         counts = " / ".join(map(str, dict.fromkeys(row["groups"] for row in others)))
-        places = []
-        for (what, context), place in grouped(others, lambda row: (row["what"], row["context"])).items():
-            next_best = [min(r["to_headpool"] for r in each) for each in grouped(place, lambda row: row["groups"]).values()]
-            step = "in a step after" if what == "decode" else "to the first token after"
-            places.append(f"{' / '.join(format(ratio, '.2f') for ratio in next_best)} × as fast {step} {context:,} tokens")
         lines.append(
             f"The same model and {weights} weights in {', '.join(names)} and {last}, all in turns: "
-            f"{' or '.join(best).replace('headpool ', '')}, beside the fastest of them, is {', '.join(places)} (G = {counts})."
+            f"{' or '.join(best).replace('headpool ', '')}, beside the fastest of them, is {_beside(others)} (G = {counts})."
         )
     return lines
+
+
+def shape(path: Path) -> str:
+    """fp32 decode steps of another shape, of `scripts/peers`: `fused` against the floor and the fastest other runtime."""
+    if not path.exists():
+        return ""
+    rows = [row for row in _read(path)["rows"] if row["what"] == "decode" and row["weights"] == "fp32"]
+    own = grouped([row for row in rows if row["runtime"] == "headpool `fused`"], lambda row: row["context"])
+    counts = " / ".join(map(str, dict.fromkeys(row["groups"] for row in rows)))
+    places = []
+    for context, part in own.items():
+        most = [max(r["ms"] / r["floor_ms"] for r in each) for each in grouped(part, lambda row: row["groups"]).values()]
+        verdict = "met" if max(most) <= LIMITS[context] else "**not met**"
+        places.append(f"{_slashed(most)} × the floor at {context:,} tokens (target {LIMITS[context]:g}, {verdict})")
+    beside = _beside([row for row in rows if not row["runtime"].startswith("headpool")])
+    return f"`fused` takes {', '.join(places)}; beside the fastest other runtime it is {beside} (fp32, G = {counts})"
+
+
+def generated(path: Path) -> str:
+    """int4 text generation beside llama.cpp's."""
+    if not path.exists():
+        return ""
+    record = _read(path)
+    rows, weights = record["rows"], record["settings"]["weight_bytes"]
+    own, other = (
+        [row["tokens_per_second"][name(row)] for row in rows] for name in (lambda _: "headpool", lambda r: r["beside"])
+    )
+    times = " / ".join(f"{row['times']:.2f} ({row['low']:.2f} to {row['high']:.2f})" for row in rows)
+    lengths = " / ".join(f"{row['prompt_tokens']:,}" for row in rows)
+    ours, theirs = size(weights["headpool"]), size(weights["llama.cpp"])
+    return (
+        f"`headpool run` on SmolLM2-135M in int4 ({ours} of weights a step) makes {_slashed(own, 0)} tokens a second after a "
+        f"text of {lengths} tokens, llama.cpp on its Q4_0 ({theirs}) {_slashed(other, 0)}: {times} ×"
+    )
+
+
+def _beside(others: Sequence[dict[str, Any]]) -> str:
+    """How much faster headpool is than the fastest of other runtimes, at each place."""
+    places = []
+    for (what, context), place in grouped(others, lambda row: (row["what"], row["context"])).items():
+        next_best = [min(r["to_headpool"] for r in each) for each in grouped(place, lambda row: row["groups"]).values()]
+        step = "in a step after" if what == "decode" else "to the first token after"
+        places.append(f"{_slashed(next_best)} × as fast {step} {context:,} tokens")
+    return ", ".join(places)
+
+
+def _slashed(values: Sequence[float], digits: int = 2) -> str:
+    return " / ".join(f"{value:.{digits}f}" for value in values)
 
 
 def _parity(record: dict[str, Any]) -> str:

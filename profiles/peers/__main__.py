@@ -39,12 +39,21 @@ def compare(given: argparse.Namespace) -> None:
     for weights in given.weights:
         if weights not in WEIGHTS:
             raise UserError(one_of("weights", weights, WEIGHTS))
+    if given.batch < 1:
+        raise UserError(f"batch {given.batch} is not a whole number from 1")
     if not given.out.is_dir():
         refuse_existing(given.out)
         given.out.mkdir()
     place = Place(given.out.resolve(), given.threads or physical_cores())
     options = Options(
-        given.config, given.groups, given.weights, given.contexts, given.samples, given.prefill, given.prefill_samples
+        given.config,
+        given.groups,
+        given.weights,
+        given.batch,
+        given.contexts,
+        given.samples,
+        given.prefill,
+        given.prefill_samples,
     )
     with progress_bar() as progress:
         comparison = Comparison(
@@ -82,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", type=Path, default=CONFIG, help="config.json of a Llama (default: %(default)s)")
     parser.add_argument("--groups", type=numbers, default=GROUPS, help="KV heads, for example 16,4,1")
+    parser.add_argument("--batch", type=int, default=1, help="sequences in step, of one length (default: 1)")
     parser.add_argument("--contexts", type=numbers, default=(512, 4096), help="tokens of context of a decode step")
     parser.add_argument("--weights", type=lambda text: tuple(text.split(",")), default=WEIGHTS, help="fp32,int4 or one of them")
     parser.add_argument("--samples", type=int, default=48, help="decode steps timed a runtime and place (default: 48)")

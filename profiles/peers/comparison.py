@@ -1,8 +1,9 @@
 """The comparison of what was measured: rows, and tables in Markdown.
 
 A runtime's time is the median of its samples. Ratios are to the fastest of headpool's patterns at that place; `own` and `best`
-say whether a row is one of them, and the fastest. The floor is of memory alone: weights and KV cache, as headpool stores
-them, at the best read bandwidth of the whole run.
+say whether a row is one of them, and the fastest. Where memory did not hold all at once, headpool was measured with each of the
+others: a ratio is of what took turns, and headpool's own line of a table is the last of its several. The floor is of memory
+alone: weights and KV cache, as headpool stores them, at the best read bandwidth of the whole run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def rows_of(results: Results) -> list[Row]:
     """A row a cell of decoding and first tokens: milliseconds, the floor's, the ratio to headpool's fastest, intervals."""
     rows = []
     cells = [cell for cell in results.cells if cell.kind != "prefill"]
-    for place in grouped(cells, lambda cell: (weights_of(cell), cell.kind, cell.subject.groups, cell.context)).values():
+    for place in grouped(cells, lambda cell: (weights_of(cell), cell.kind, cell.cohort, cell.context)).values():
         best = min((cell for cell in place if cell.backend == OWN), key=_median, default=None)
         rows += [_row(cell, best) for cell in place]
     return rows
@@ -44,6 +45,7 @@ def _row(cell: Cell, best: Cell | None) -> Row:
         "what": cell.kind,
         "weights": weights_of(cell),
         "groups": cell.subject.groups,
+        "batch": cell.batch,
         "context": cell.context,
         "runtime": name_of(cell),
         "ms": _median(cell) * 1e3,
@@ -89,7 +91,8 @@ def _table(weights: str, rows: list[Row], differences: Sequence[Row]) -> str:
     prompts = sorted({row["context"] for row in rows if row["what"] == "ttft"})
     slopes = grouped(slopes_of(rows), lambda row: row["runtime"])
     far = grouped([row for row in differences if row["weights"] == weights], lambda row: row["runtime"])
-    titles = [f"{weights} weights, G = {heads}", *(f"{c:,} tokens, ms | × headpool's best" for c in contexts)]
+    titles = [f"{weights} weights, batch {rows[0]['batch']}, G = {heads}"]
+    titles += [f"{context:,} tokens, ms | × headpool's best" for context in contexts]
     titles += ["ms per 1,000 more tokens"] if slopes else []
     titles += [f"first token of {prompt:,}, ms | × headpool's best" for prompt in prompts]
     titles += ["logits off by"]

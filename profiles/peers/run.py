@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 
+from exporter.checkpoint import open_source
 from exporter.errors import EngineError, UserError
 from profiles.bandwidth import BandwidthProbe, floor_seconds
 from profiles.machine import fingerprint, versions
@@ -26,10 +27,11 @@ from profiles.measure import Plan, Progress, measure
 from profiles.peers.agreement import Agreement
 from profiles.peers.models import make_checkpoint
 from profiles.peers.runtimes import Opener, Place, Runtime, make_model
-from profiles.results import Cell, Results
+from profiles.results import Cell, Results, Subject
 
 Say = Callable[[str], None]
 MEMORY = 0.85  # of what is available: workers hold what they need, and little of a model lies in two of them
+TOGETHER = 1 << 62  # bytes of memory that measure.py takes for granted: what shares it is chosen here
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,17 @@ class Options:
     config: Path
     groups: tuple[int, ...]
     weights: tuple[str, ...]
+    batch: int
     contexts: tuple[int, ...]
     samples: int
     prompt: int
     prefill_samples: int
 
     def plans(self, weights: str) -> tuple[Plan, ...]:
-        decode = Plan(self.contexts, kinds=("decode",), samples=self.samples)
+        decode = Plan(self.contexts, (self.batch,), kinds=("decode",), samples=self.samples)
         if not self.prompt or weights != "fp32":
             return (decode,)
-        return (decode, Plan((self.prompt,), kinds=("prefill", "ttft"), prefill_samples=self.prefill_samples))
+        return (decode, Plan((self.prompt,), (self.batch,), ("prefill", "ttft"), prefill_samples=self.prefill_samples))
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Missing:
 
 
 class Comparison:
-    """Raises UserError for a part that was measured with other options."""
+    """Raises UserError for models of another config, and for a part that was measured with other options."""
 
     def __init__(
         self,
@@ -72,16 +75,20 @@ class Comparison:
         progress: Progress = lambda done, total, what: None,
     ) -> None:
         self.runtimes, self.place, self.options, self.say, self.progress = runtimes, place, options, say, progress
-        self.agreement = Agreement(place)
+        self.agreement = Agreement(place, options.batch)
         self.missing: list[Missing] = []
 
     def prepare(self) -> None:
         """Weights, every runtime's model of them, and the check of its logits; what fails is left out, by name."""
+        config = open_source(self.options.config).config
         for groups in self.options.groups:
-            if not self.place.checkpoint(groups).exists():
+            checkpoint = self.place.checkpoint(groups)
+            if not checkpoint.exists():
                 self.say(f"weights with {groups} KV heads")
-                self.place.checkpoint(groups).parent.mkdir(parents=True, exist_ok=True)
-                make_checkpoint(self.options.config, groups, self.place.checkpoint(groups))
+                checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                make_checkpoint(self.options.config, groups, checkpoint)
+            elif open_source(checkpoint / "huggingface").config != config.with_kv_heads(groups):
+                raise UserError(f"{checkpoint} holds a model of another config than {self.options.config}; name another OUT")
         for weights in self.options.weights:
             for runtime in self.runtimes:
                 self._prepare(runtime, weights)
@@ -118,31 +125,60 @@ class Comparison:
             return part
         machine, software = fingerprint(), versions()
         probe = BandwidthProbe(self.place.threads)
-        cells: list[Cell] = []
-        for plan in plans:
-            openers = [Opener(r, weights, groups, self.place, plan.settle + plan.turn) for r in self.present(weights)]
-            plan = dataclasses.replace(plan, memory=int(MEMORY * psutil.virtual_memory().available))
-            self.say(f"measuring {weights}, {groups} KV heads, {', '.join(plan.kinds)}")
-            cells += measure([(opener.subject, opener) for opener in openers], plan, probe=probe, progress=self.progress)
+        runs: list[list[Cell]] = []
+        for whole, context in ((plan, context) for plan in plans for context in plan.contexts):
+            plan = dataclasses.replace(whole, contexts=(context,), memory=int(MEMORY * psutil.virtual_memory().available))
+            room = plan.settle + plan.turn
+            openers = [Opener(runtime, weights, groups, self.place, room) for runtime in self.present(weights)]
+            for subjects in in_turns(openers, plan, open_source(self.options.config).config.vocab_size):
+                names = ", ".join(subject.pattern for subject, _ in subjects)
+                self.say(f"measuring {weights}, {groups} KV heads, {context} tokens, {', '.join(plan.kinds)}: {names}")
+                chosen = dataclasses.replace(plan, memory=TOGETHER)
+                runs.append(measure(subjects, chosen, probe=probe, progress=self.progress))
         part = Results(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             machine=machine,
             versions=software,
             settings=settings,
-            cells=tuple(cells),
+            cells=apart(runs),
             bandwidth=probe.result(),
         )
         part.save(path)
         return part
 
 
+def in_turns(openers: Sequence[Opener], plan: Plan, vocabulary: int) -> list[list[tuple[Subject, Opener]]]:
+    """What is measured in one go by a plan of one context: all where memory holds it, else headpool with each of the others.
+
+    Of a prompt, every other runtime may hold the logits of all tokens, and the one that reads it the scores of a layer.
+    """
+    subjects = [(opener.subject, opener) for opener in openers]
+    own = [each for each in subjects if each[1].runtime.own]
+    others = [each for each in subjects if not each[1].runtime.own]
+    [batch], [context], memory = plan.batches, plan.contexts, plan.memory or 0
+    takes = sum(bytes_of(subject, batch * plan.capacity_at(context)) for subject, _ in subjects)
+    prompts = 4 * batch * context * (len(others) * vocabulary + context * max(subject.heads for subject, _ in subjects))
+    return [subjects] if takes + prompts <= memory or not others else [[*own, other] for other in others]
+
+
+def bytes_of(subject: Subject, tokens: int) -> int:
+    """Of a session: its weights and a copy in a layout of its own; its caches, twice where they are written anew or grow."""
+    return 2 * subject.weight_bytes + (1 if subject.cache == "static" else 2) * tokens * subject.kv_bytes_per_token
+
+
+def apart(runs: Iterable[Iterable[Cell]]) -> tuple[Cell, ...]:
+    """Cells of all runs, those of each in cohorts of their own."""
+    cells: list[Cell] = []
+    for run in runs:
+        first = 1 + max((cell.cohort for cell in cells), default=-1)
+        cells += [dataclasses.replace(cell, cohort=first + cell.cohort) for cell in run]
+    return tuple(cells)
+
+
 def together(parts: Sequence[Results]) -> Results:
     """One results file: cells of different parts in cohorts of their own, one floor, of the best bandwidth of all."""
-    cells: list[Cell] = []
-    for part in parts:
-        first = 1 + max((cell.cohort for cell in cells), default=-1)
-        cells += [dataclasses.replace(cell, cohort=first + cell.cohort) for cell in part.cells]
+    cells = apart(part.cells for part in parts)
     read = [part.bandwidth for part in parts if part.bandwidth]
     bandwidth = dataclasses.replace(read[0], samples=tuple(sample for each in read for sample in each.samples))
-    cells = [dataclasses.replace(cell, floor=floor_seconds(cell, bandwidth.best)) for cell in cells]
-    return dataclasses.replace(parts[0], cells=tuple(cells), bandwidth=bandwidth)
+    cells = tuple(dataclasses.replace(cell, floor=floor_seconds(cell, bandwidth.best)) for cell in cells)
+    return dataclasses.replace(parts[0], cells=cells, bandwidth=bandwidth)

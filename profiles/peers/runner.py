@@ -10,23 +10,24 @@ import numpy as np
 
 
 class Runner(abc.ABC):
-    """One sequence over one model, opened in the constructor: `Runner(model, capacity, threads, **options)`.
+    """B sequences in step over one model, opened in the constructor: `Runner(model, batch, capacity, threads, **options)`.
 
     model     what the module's `export` has made
-    capacity  tokens of the sequence, at the most
+    capacity  tokens of a sequence, at the most
     threads   of every operator
     """
 
     versions: dict[str, str]
     options: dict[str, Any]  # what figures have to name: settings that differ from the runtime's defaults
+    slack: float = 0.0  # where to forget is dear: the share of its length that a sequence outgrows before steps make it
 
     @abc.abstractmethod
-    def __init__(self, model: Path, capacity: int, threads: int, **options: Any) -> None: ...
+    def __init__(self, model: Path, batch: int, capacity: int, threads: int, **options: Any) -> None: ...
 
     @abc.abstractmethod
     def feed(self, tokens: np.ndarray) -> np.ndarray:
-        """Add tokens (int64 [T]) to the sequence; float32 logits [V] of the last one, valid until the next call."""
+        """Add tokens (int64 [B, T]) to the sequences; float32 logits [B, V] of the last ones, valid until the next call."""
 
     @abc.abstractmethod
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens; what that takes is in no sample."""
+        """Forget all but the first `length` tokens of every sequence; what that takes is in no sample."""

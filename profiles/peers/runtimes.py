@@ -103,20 +103,19 @@ class Opener:
     place: Place
     room: int
 
-    def __call__(self, *, batch: int = 1, capacity: int, profile_to: Path | None = None) -> PeerSession:
-        assert batch == 1
+    def __call__(self, *, batch: int, capacity: int, profile_to: Path | None = None) -> PeerSession:
         model = self.place.model(self.runtime, self.weights, self.groups)
         config = open_source(self.place.checkpoint(self.groups) / "huggingface").config
         worker = self.runtime.start(self.place)
         try:
-            threads = self.place.threads
-            info = worker.ask("open", model=str(model), capacity=capacity + self.room, threads=threads, **self.runtime.options)
+            sizes = {"batch": batch, "capacity": capacity + self.room, "threads": self.place.threads}
+            info = worker.ask("open", model=str(model), **sizes, **self.runtime.options)
         except BaseException:
             worker.close()
             raise
         provider = "CPUExecutionProvider" if self.runtime.own else "CPU"
         backend = "onnxruntime" if self.runtime.own else self.runtime.name
-        return PeerSession(worker, config, capacity, SessionInfo(backend, provider, info["versions"], info["options"]))
+        return PeerSession(worker, config, batch, capacity, SessionInfo(backend, provider, info["versions"], info["options"]))
 
     @property
     def subject(self) -> Subject:

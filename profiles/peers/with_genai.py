@@ -24,26 +24,52 @@ def export(checkpoint: Path, out: Path, weights: str) -> None:
 
 
 class Peer(Runner):
-    """Caches of `capacity` rows that K and V of every step share, as its own configuration has it."""
+    """Caches of `capacity` rows that K and V of every step share, as its own configuration has it.
 
-    def __init__(self, model: Path, capacity: int, threads: int) -> None:
+    A batch takes a prompt once, and can forget all or nothing. Later tokens are then what it draws: from logits of ours, which
+    leave it no choice. To forget some, it forgets all and reads the prompt again, which takes seconds, and so `slack`.
+    """
+
+    def __init__(self, model: Path, batch: int, capacity: int, threads: int) -> None:
         import onnxruntime_genai as og
 
         path = model / "genai_config.json"
         settings = json.loads(path.read_text("utf-8"))
         settings["model"]["decoder"]["session_options"] |= {"intra_op_num_threads": threads}
         path.write_text(json.dumps(settings), "utf-8")
-        self.vocabulary: int = settings["model"]["vocab_size"]
+        self.slack = 0.02 if batch > 1 else 0.0
+        self.batch, self.vocabulary = batch, int(settings["model"]["vocab_size"])
         self.model = og.Model(str(model))
         parameters = og.GeneratorParams(self.model)
-        parameters.set_search_options(max_length=capacity, do_sample=False)
+        parameters.set_search_options(batch_size=batch, max_length=int(capacity * (1 + self.slack)), do_sample=False)
         self.generator = og.Generator(self.model, parameters)
+        self.fed = np.empty((batch, 0), np.int32)
+        self.choice = np.zeros((batch, self.vocabulary), np.float32)
         self.versions = {name: version(name) for name in ("onnxruntime-genai", "onnxruntime")}
-        self.options = {"threads": threads}
+        self.options = {"threads": threads, "slack": self.slack}
 
     def feed(self, tokens: np.ndarray) -> np.ndarray:
-        self.generator.append_tokens(tokens.astype(np.int32))
-        return np.asarray(self.generator.get_logits()).reshape(-1, self.vocabulary)[-1]
+        whole = self.batch == 1 or not self.fed.shape[1]
+        self.fed = np.concatenate([self.fed, tokens.astype(np.int32)], axis=1)
+        for part in [tokens] if whole else np.split(tokens, tokens.shape[1], axis=1):
+            self._append(part) if whole else self._draw(part)
+            logits = np.asarray(self.generator.get_logits())
+        return logits.reshape(self.batch, -1, self.vocabulary)[:, -1]
+
+    def _append(self, tokens: np.ndarray) -> None:
+        self.generator.append_tokens(tokens.astype(np.int32).ravel())
+
+    def _draw(self, tokens: np.ndarray) -> None:
+        np.put_along_axis(self.choice, tokens, 1, axis=1)
+        self.generator.set_logits(self.choice)
+        self.generator.generate_next_token()
+        np.put_along_axis(self.choice, tokens, 0, axis=1)
 
     def rewind(self, length: int) -> None:
-        self.generator.rewind_to(length)
+        if self.batch == 1 or not length:
+            self.generator.rewind_to(length)
+            self.fed = self.fed[:, :length]
+        elif length < self.fed.shape[1]:
+            kept = self.fed[:, :length]
+            self.rewind(0)
+            self.feed(kept)

@@ -25,15 +25,14 @@ def export(checkpoint: Path, out: Path, weights: str) -> None:
 class Peer(Runner):
     """`pattern` is the one to run."""
 
-    def __init__(self, model: Path, capacity: int, threads: int, pattern: str = "") -> None:
+    def __init__(self, model: Path, batch: int, capacity: int, threads: int, pattern: str = "") -> None:
         bundle = Bundle.open(model)
         [variant] = [variant for variant in bundle.variants if variant.pattern == pattern]
-        self.session = open_session(bundle, variant, capacity=capacity, threads=threads)
+        self.session = open_session(bundle, variant, batch=batch, capacity=capacity, threads=threads)
         self.versions, self.options = dict(self.session.info.versions), dict(self.session.info.options)
 
     def feed(self, tokens: np.ndarray) -> np.ndarray:
-        logits = self.session.decode(tokens) if len(tokens) == 1 else self.session.prefill([tokens])
-        return logits[0]
+        return self.session.decode(tokens[:, 0]) if tokens.shape[1] == 1 else self.session.prefill(list(tokens))
 
     def rewind(self, length: int) -> None:
         self.session.rewind(length)

@@ -25,7 +25,7 @@ def export(checkpoint: Path, out: Path, weights: str) -> None:
 class Peer(Runner):
     """To forget tokens, every layer's state is read, cut and set again: once a burst, before the untimed steps of the next."""
 
-    def __init__(self, model: Path, capacity: int, threads: int) -> None:
+    def __init__(self, model: Path, batch: int, capacity: int, threads: int) -> None:
         import openvino as ov
 
         self.ov = ov
@@ -33,21 +33,22 @@ class Peer(Runner):
         self.request = ov.Core().compile_model(model / "openvino_model.xml", "CPU", settings).create_infer_request()
         self.versions = {name: version(name) for name in ("openvino", "optimum-intel", "nncf")}
         self.options = {"threads": threads, "KV": "f32", "attention": "SDPA"}
+        self.beams = np.arange(batch, dtype=np.int32)  # every sequence goes on from itself
         self.length = 0
 
     def feed(self, tokens: np.ndarray) -> np.ndarray:
-        total = self.length + len(tokens)
+        batch, total = len(tokens), self.length + tokens.shape[1]
         self.request.infer(
             {
-                "input_ids": tokens[None],
-                "attention_mask": np.ones((1, total), np.int64),
-                "position_ids": np.arange(self.length, total)[None],
-                "beam_idx": np.zeros(1, np.int32),
+                "input_ids": tokens,
+                "attention_mask": np.ones((batch, total), np.int64),
+                "position_ids": np.broadcast_to(np.arange(self.length, total), tokens.shape).copy(),
+                "beam_idx": self.beams,
             },
             share_inputs=True,
         )
         self.length = total
-        logits: np.ndarray = self.request.get_tensor("logits").data[0, -1]
+        logits: np.ndarray = self.request.get_tensor("logits").data[:, -1]
         return logits
 
     def rewind(self, length: int) -> None:

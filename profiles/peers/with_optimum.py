@@ -29,10 +29,16 @@ def export(checkpoint: Path, out: Path, weights: str) -> None:
     quantizer.model.save_model_to_file(str(path), use_external_data_format=True)
 
 
-class Peer(Runner):
-    """Concat caches: each step's output is the next one's input. To forget tokens is to take an earlier step's caches."""
+PIECE = 4096
 
-    def __init__(self, model: Path, capacity: int, threads: int) -> None:
+
+class Peer(Runner):
+    """Concat caches: each step's output is the next one's input. To forget tokens is to take an earlier step's caches.
+
+    Prompts of more than PIECE tokens, all sequences together, are fed in pieces: it holds scores and logits of every token.
+    """
+
+    def __init__(self, model: Path, batch: int, capacity: int, threads: int) -> None:
         import torch
         from onnxruntime import SessionOptions
         from optimum.onnxruntime import ORTModelForCausalLM
@@ -48,19 +54,25 @@ class Peer(Runner):
         self.kept: dict[int, Any] = {}  # caches by their length
 
     def feed(self, tokens: np.ndarray) -> np.ndarray:
-        torch, total = self.torch, self.length + len(tokens)
+        piece = max(1, PIECE // len(tokens))
+        for start in range(0, tokens.shape[1], piece):
+            logits = self._feed(tokens[:, start : start + piece])
+        if tokens.shape[1] > 1:
+            self.kept[self.length] = self.past
+        return logits
+
+    def _feed(self, tokens: np.ndarray) -> np.ndarray:
+        torch, batch, total = self.torch, len(tokens), self.length + tokens.shape[1]
         with torch.inference_mode():
             made = self.model(
-                input_ids=torch.from_numpy(tokens)[None],
-                attention_mask=torch.ones(1, total, dtype=torch.int64),
-                position_ids=torch.arange(self.length, total)[None],
+                input_ids=torch.from_numpy(tokens),
+                attention_mask=torch.ones(batch, total, dtype=torch.int64),
+                position_ids=torch.arange(self.length, total).expand(tokens.shape),
                 past_key_values=self.past,
                 use_cache=True,
             )
         self.length, self.past = total, made.past_key_values
-        if len(tokens) > 1:
-            self.kept[total] = self.past
-        logits: np.ndarray = made.logits[0, -1].numpy()
+        logits: np.ndarray = made.logits[:, -1].numpy()
         return logits
 
     def rewind(self, length: int) -> None:

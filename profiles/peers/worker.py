@@ -1,13 +1,14 @@
 """The other end of process.py, in a runtime's environment: `python -m profiles.peers.worker MODULE`, JSON lines in and out.
 
     {"do": "export", "checkpoint": …, "out": …, "weights": "fp32"}  →  {}
-    {"do": "open", "model": …, "capacity": …, "threads": …, …}      →  {"versions": …, "options": …}
-    {"do": "feed", "tokens": […]}                                    →  {"logits": […]}
+    {"do": "open", "model": …, "batch": …, "capacity": …, …}        →  {"versions": …, "options": …}
+    {"do": "feed", "tokens": [[…], …]}                               →  {"logits": [[…], …]}
     {"do": "rewind", "length": n}                                    →  {}
-    {"do": "prefill", "tokens": […]}                                 →  {"prefill": s, "ttft": s}, from an empty cache
-    {"do": "steps", "token": t, "settle": s, "count": n}             →  {"seconds": […]}, n steps after s untimed ones
+    {"do": "prefill", "tokens": [[…], …]}                            →  {"prefill": s, "ttft": s}, from an empty cache
+    {"do": "steps", "tokens": […], "settle": s, "count": n}          →  {"seconds": […]}, n steps after s untimed ones
 
-Whatever goes wrong is answered by {"error": "…"}. Between a request and the next, the process waits in a read.
+Tokens are a list for each sequence, all of one length; those of steps one token a sequence, which every step feeds. Whatever
+goes wrong is answered by {"error": "…"}. Between a request and the next, the process waits in a read.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Worker:
     def __init__(self, module: Any, clock: Clock = time.perf_counter) -> None:
         self.module, self.clock = module, clock
         self.runner: Runner | None = None
-        self.length = 0
+        self.length = 0  # of the sequences, as the other end knows it
+        self.grown = 0  # tokens of steps beyond it that are not forgotten yet
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         what = request.pop("do")
@@ -47,47 +49,52 @@ class Worker:
             return {"versions": self.runner.versions, "options": self.runner.options}
         runner = self.runner
         assert runner, f"{what} before open"
+        if what == "steps":
+            return {"seconds": self._steps(runner, request["tokens"], request["settle"], request["count"])}
         if what == "feed":
             logits = self._feed(runner, request["tokens"])
             return {"logits": logits.tolist()}
         if what == "rewind":
             self._rewind(runner, request["length"])
             return {}
-        if what == "prefill":
-            return self._prefill(runner, request["tokens"])
-        assert what == "steps", what
-        return {"seconds": self._steps(runner, request["token"], request["settle"], request["count"])}
+        assert what == "prefill", what
+        return self._prefill(runner, request["tokens"])
 
-    def _feed(self, runner: Runner, tokens: list[int]) -> np.ndarray:
+    def _feed(self, runner: Runner, tokens: list[list[int]]) -> np.ndarray:
+        if self.grown:
+            self._rewind(runner, self.length)
         logits = runner.feed(np.array(tokens, np.int64))
-        self.length += len(tokens)
+        self.length += len(tokens[0])
         return logits
 
     def _rewind(self, runner: Runner, length: int) -> None:
         runner.rewind(length)
-        self.length = length
+        self.length, self.grown = length, 0
 
-    def _prefill(self, runner: Runner, tokens: list[int]) -> dict[str, float]:
+    def _prefill(self, runner: Runner, tokens: list[list[int]]) -> dict[str, float]:
         self._rewind(runner, 0)
         prompt = np.array(tokens, np.int64)
         start = self.clock()
         logits = runner.feed(prompt)
         filled = self.clock()
-        np.argmax(logits)
+        np.argmax(logits, axis=-1)
         chosen = self.clock()
-        self.length = len(tokens)
+        self.length = prompt.shape[1]
         return {"prefill": filled - start, "ttft": chosen - start}
 
-    def _steps(self, runner: Runner, token: int, settle: int, count: int) -> list[float]:
-        """As in real decoding the sequence grows by a token a step; then it is as long as before."""
-        fed, seconds = np.array([token], np.int64), []
+    def _steps(self, runner: Runner, tokens: list[int], settle: int, count: int) -> list[float]:
+        """As in real decoding the sequences grow by a token a step; then they are as long as before, or, where the runtime
+        cannot forget at little cost, once they have grown by its slack."""
+        fed, seconds = np.array(tokens, np.int64)[:, None], []
         for _ in range(settle):
             runner.feed(fed)
         for _ in range(count):
             start = self.clock()
             runner.feed(fed)
             seconds.append(self.clock() - start)
-        runner.rewind(self.length)
+        self.grown += settle + count
+        if self.grown > runner.slack * self.length:
+            self._rewind(runner, self.length)
         return seconds
 
 

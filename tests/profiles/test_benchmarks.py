@@ -14,11 +14,11 @@ from exporter.checkpoint import open_checkpoint
 from exporter.decode import decode
 from exporter.engines import open_session
 from exporter.engines.torch_eager import open_torch
-from exporter.errors import UserError
+from exporter.errors import EngineError, UserError
 from exporter.evaluate import cross_entropy, default_text
 from exporter.export import ExportOptions, export
 from exporter.tokenizer import Tokenizer
-from profiles.benchmarks import decoder, glu_training, kv_cache, papers, quantised, rounding, t5_decoding
+from profiles.benchmarks import decoder, glu_training, kv_cache, papers, quantised, rounding, t5_decoding, text
 from profiles.benchmarks.logits import PATHS, STEPS, differences, transformers_logits
 from profiles.results import Results
 
@@ -269,3 +269,64 @@ def test_the_kv_cache_benchmark(tmp_path, capsys):
     assert kv_cache.is_kept([*far, *lost])
     assert not kv_cache.is_kept([far[0], {**far[1], "times": 0.99}, *lost])
     assert not kv_cache.is_kept([*far, lost[0], {**lost[1], "nats_per_token": 2.02}])
+
+
+def test_the_text_benchmark(tmp_path, monkeypatch, capsys):
+    """headpool's side as it is; llama.cpp's, whose environment is not here, with times that are told."""
+    import hf
+
+    folder, out = tmp_path / "model", tmp_path / "out.json"
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "eos_token_id": None,
+    }
+    hf.build("llama", sizes).save_pretrained(folder)
+    hf.add_tokenizer(folder)
+    asked = []
+
+    def other(model, threads, flash, count, prompt):
+        asked.append((model, threads, flash))
+        return report(len(prompt), [0] * count, 20.0 if flash else 10.0)  # its tokenizer has a sign a token
+
+    monkeypatch.setattr(text, "quantised", lambda source, folder, threads: (source, 1234))
+    monkeypatch.setattr(text, "in_llama_cpp", other)
+    text.main(out, folder, (9, 30), count=3, turns=2, threads=1)
+    record = json.loads(out.read_text())
+    assert record["kept"]  # a tiny model's token takes less than ten seconds
+    assert asked == [(folder, 1, flash) for flash in (0, 1, 1, 0)] * 2
+    assert record["settings"]["weight_bytes"]["llama.cpp"] == 1234
+    assert record["settings"]["weight_bytes"]["headpool"] > 1234
+    for row in record["rows"]:
+        assert row["beside"] == "llama.cpp"
+        assert len(row["ms"]["headpool"]) == 2
+        assert row["tokens_per_second"]["llama.cpp"] == pytest.approx(0.1)
+        assert row["times"] == pytest.approx(np.median([1e4 / ms for ms in row["ms"]["headpool"]]))
+        assert set(row["texts"]) == {"headpool", "llama.cpp", "llama.cpp, flash attention"}
+    assert "tokens/s: headpool" in capsys.readouterr().out
+
+
+def report(length, tokens, seconds):
+    return {"prompt_tokens": [length], "tokens": [tokens], "texts": ["…"], "time_to_first_token_seconds": 1.0,
+            "seconds_per_token_p50": seconds}  # fmt: skip
+
+
+def test_text_is_compared_turn_by_turn():
+    """A machine that gets slower from turn to turn changes no ratio; what does other work is no comparison."""
+    turns = dict.fromkeys((text.OWN, *text.OTHERS), 0)
+
+    def way(name, seconds, tokens=4):
+        def run(prompt):
+            turns[name] += 1
+            return report(7, [0] * tokens, seconds * 2 ** turns[name])
+
+        return run
+
+    ways = {"headpool": way("headpool", 1.0), "llama.cpp": way("llama.cpp", 3.0)}
+    row = text.in_turns(ways | {"llama.cpp, flash attention": way("llama.cpp, flash attention", 1.5)}, "text", 4, 6)
+    assert (row["beside"], row["times"], row["low"], row["high"]) == ("llama.cpp, flash attention", 1.5, 1.5, 1.5)
+    assert row["ms"]["headpool"] == [2000.0 * 2**turn for turn in range(6)]
+    with pytest.raises(EngineError, match=r"not all read 7 tokens and made 4, \(read, made\) are .*3\)"):
+        text.in_turns(ways | {"llama.cpp": way("llama.cpp", 3.0, tokens=3)}, "text", 4, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -23,7 +24,8 @@ from profiles.peers import runtimes
 from profiles.peers.comparison import rows_of, slopes_of, tables
 from profiles.peers.models import make_checkpoint
 from profiles.peers.process import ROOT, WorkerProcess
-from profiles.peers.run import together
+from profiles.peers.run import apart, in_turns, together
+from profiles.peers.runner import Runner
 from profiles.peers.runtimes import RUNTIMES, Runtime
 from profiles.peers.session import PeerSession
 from profiles.peers.worker import Worker
@@ -52,11 +54,11 @@ def start(tmp_path, fakes):
     """Opens a fake runtime in a process, which notes what it is asked in tmp_path/asked."""
     opened = []
 
-    def start(name: str = "fake", capacity: int = 64) -> PeerSession:
+    def start(name: str = "fake", capacity: int = 64, batch: int = 1) -> PeerSession:
         worker = WorkerProcess(name, fake_command(), tmp_path / "log", threads=1)
         opened.append(worker)
-        info = worker.ask("open", model=str(tmp_path / "asked"), capacity=capacity, threads=1, name=name)
-        return PeerSession(worker, fakes.CONFIG, capacity, SessionInfo(name, "CPU", info["versions"], info["options"]))
+        info = worker.ask("open", model=str(tmp_path / "asked"), batch=batch, capacity=capacity, threads=1, name=name)
+        return PeerSession(worker, fakes.CONFIG, batch, capacity, SessionInfo(name, "CPU", info["versions"], info["options"]))
 
     yield start
     for worker in opened:
@@ -82,6 +84,17 @@ def test_a_session_over_a_pipe(start, tmp_path):
     assert "its library, too" in (tmp_path / "log").read_text()
 
 
+def test_a_batch_over_a_pipe(start, tmp_path):
+    session = start(batch=3)
+    logits = session.prefill([np.array([7, 7]), np.array([8, 7]), np.array([9, 9])])
+    assert logits[:, [7, 8, 9]].tolist() == [[2, 0, 0], [1, 1, 0], [0, 0, 2]]
+    assert session.decode(np.array([9, 8, 7]))[:, [7, 8, 9]].tolist() == [[2, 0, 1], [1, 2, 0], [1, 0, 2]]
+    assert session.lengths.tolist() == [3, 3, 3]
+    assert len(session.timed_steps(np.array([1, 2, 3]), settle=1, count=2)) == 2
+    assert session.timed_prefill([np.array([1]), np.array([2]), np.array([3])]).keys() == {"prefill", "ttft"}
+    assert session.decode(np.array([4, 5, 6]))[:, 1:7].tolist() == (np.eye(6)[:3] + np.eye(6)[3:]).tolist()
+
+
 def test_steps_are_timed_there_and_leave_no_tokens(start, tmp_path):
     session = start()
     session.prefill([np.array([1, 2, 3])])
@@ -99,21 +112,50 @@ def test_only_the_runtime_is_in_a_sample():
     """Times of a clock that feeding moves by 1 and rewinding by 100."""
     now = [0.0]
 
-    class Slow:
-        def __init__(self, model, capacity):
+    class Slow(Runner):
+        def __init__(self, model, batch, capacity, threads):
             self.versions, self.options = {}, {}
 
         def feed(self, tokens):
             now[0] += 1
-            return np.zeros(4)
+            return np.zeros((1, 4))
 
         def rewind(self, length):
             now[0] += 100
 
     worker = Worker(types.SimpleNamespace(Peer=Slow), clock=lambda: now[0])
-    worker.answer({"do": "open", "model": "m", "capacity": 9})
-    assert worker.answer({"do": "prefill", "tokens": [1, 2]}) == {"prefill": 1, "ttft": 1}
-    assert worker.answer({"do": "steps", "token": 1, "settle": 4, "count": 3}) == {"seconds": [1, 1, 1]}
+    worker.answer({"do": "open", "model": "m", "batch": 1, "capacity": 9, "threads": 1})
+    assert worker.answer({"do": "prefill", "tokens": [[1, 2]]}) == {"prefill": 1, "ttft": 1}
+    assert worker.answer({"do": "steps", "tokens": [1], "settle": 4, "count": 3}) == {"seconds": [1, 1, 1]}
+
+
+def test_a_runtime_that_forgets_at_a_cost_forgets_less_often():
+    """Steps leave their tokens until there are more than its slack; whatever else is asked finds the sequence as it was."""
+    done = []
+
+    class Dear(Runner):
+        slack = 0.1
+
+        def __init__(self, model, batch, capacity, threads):
+            self.versions, self.options = {}, {}
+
+        def feed(self, tokens):
+            done.append(tokens.shape[1])
+            return np.zeros((1, 4))
+
+        def rewind(self, length):
+            done.append(f"to {length}")
+
+    worker = Worker(types.SimpleNamespace(Peer=Dear))
+    worker.answer({"do": "open", "model": "m", "batch": 1, "capacity": 99, "threads": 1})
+    worker.answer({"do": "feed", "tokens": [[0] * 60]})
+    steps = {"do": "steps", "tokens": [1], "settle": 2, "count": 1}
+    for _ in range(3):
+        worker.answer(dict(steps))
+    assert done == [60, *[1] * 9, "to 60"]
+    worker.answer(dict(steps))
+    worker.answer({"do": "feed", "tokens": [[5]]})
+    assert done[-5:] == [1, 1, 1, "to 60", 1]
 
 
 def test_what_goes_wrong_there_is_said_here(start, tmp_path):
@@ -134,7 +176,7 @@ def test_runtimes_take_turns(start, tmp_path, factory):
     """Forwards, then backwards; every turn settles first, and a worker that is not asked does nothing."""
     plan = Plan((4,), kinds=("decode",), samples=8, burst=2, settle=1, warmup=1)
     subjects = [
-        (factory.subject(2, name), lambda batch, capacity, profile_to=None, name=name: start(name, capacity))
+        (factory.subject(2, name), lambda batch, capacity, profile_to=None, name=name: start(name, capacity, batch))
         for name in ("a", "b")
     ]
     cells = measure(subjects, plan)
@@ -190,8 +232,28 @@ def test_what_cannot_run_or_computes_something_else_is_left_out_by_name(fake_pee
     assert "fp32-g2.json was measured with other options" in capsys.readouterr().err
 
 
+def test_a_batch_of_equal_lengths(fake_peers, tmp_path, capsys, monkeypatch):
+    """Every sequence is checked and all are measured, in a folder of models that are there; another config's are refused."""
+    assert command.main([*fake_peers, "--batch", "3"]) == 0
+    record = json.loads((tmp_path / "out" / "peers.json").read_text())
+    [row] = [row for row in record["rows"] if row["what"] == "decode"]
+    [cell] = record["run"]["cells"]
+    assert row["batch"] == cell["batch"] == 3
+    [logits] = [row for row in record["rows"] if row["what"] == "logits" and row["runtime"] == "headpool grouped"]
+    assert logits["batch"] == 3
+    assert 0 < logits["difference"] < 1e-4
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"intermediate_size": 64}))
+    assert command.main(fake_peers) == 2
+    assert "g2 holds a model of another config than" in capsys.readouterr().err
+
+
 def test_mistakes(fake_peers, capsys):
-    for more, text in ((["--runtimes", "vllm"], "vllm"), (["--weights", "int3"], "int3"), (["--groups", "3"], "3")):
+    for more, text in (
+        (["--runtimes", "vllm"], "vllm"),
+        (["--weights", "int3"], "int3"),
+        (["--groups", "3"], "3"),
+        (["--batch", "0"], "batch 0 is not a whole number from 1"),
+    ):
         assert command.main([*fake_peers, *more]) == 2
         assert text in capsys.readouterr().err
 
@@ -241,13 +303,35 @@ def test_comparison(factory):
     far = [{"runtime": "Other", "weights": "fp32", "groups": 4, "difference": 2.1e-6}]
     text = tables(rows, far, [{"runtime": "gone", "weights": "int4", "reason": "not here"}])
     lines = text.splitlines()
-    assert lines[0].startswith("| fp32 weights, G = 4 / 1 | 512 tokens, ms | × headpool's best | 1,512 tokens, ms |")
+    assert lines[0].startswith("| fp32 weights, batch 1, G = 4 / 1 | 512 tokens, ms | × headpool's best | 1,512 tokens, ms |")
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     assert re.search(
         r"\| Other \| 30.0 / 30.0 \| 1.50 / 1.50 \| 33.0 / 33.0 \| 1.50 / 1.50 \| 3.00 / 3.00 \| 4,500 / 4,500", text
     )
     assert "| 2.1e-06 / – |" in text
     assert lines[-1] == "gone, int4: left out, not here"
+
+
+def test_what_memory_does_not_hold_takes_turns_with_headpool_alone(factory):
+    """Ratios are then within each of those runs."""
+
+    class Opened:
+        def __init__(self, name, own=False):
+            self.runtime, self.subject = types.SimpleNamespace(own=own), factory.subject(4, name)
+
+    openers = [Opened("fused", own=True), Opened("gqa", own=True), Opened("a"), Opened("b")]
+    plan = Plan((512,), kinds=("decode",), memory=1 << 50)
+    names = lambda plan: [[subject.pattern for subject, _ in turns] for turns in in_turns(openers, plan, 1000)]  # noqa: E731
+    assert names(plan) == [["fused", "gqa", "a", "b"]]
+    assert names(dataclasses.replace(plan, memory=1)) == [["fused", "gqa", "a"], ["fused", "gqa", "b"]]
+    runs = []
+    for ms, name in ((20, "a"), (40, "b")):  # a machine that is half as fast in the second run
+        times = (("fused", "onnxruntime", ms), (name, name, 1.5 * ms))
+        runs.append([factory.cell(factory.subject(4, n), backend=b, provider="CPU", samples=(t,) * 8) for n, b, t in times])
+    rows = rows_of(factory.sweep(cells=apart(runs)))
+    assert [(row["runtime"], row["to_headpool"]) for row in rows] == [
+        ("headpool `fused`", 1), ("a", pytest.approx(1.5)), ("headpool `fused`", 1), ("b", pytest.approx(1.5))
+    ]  # fmt: skip
 
 
 def test_the_script_pins_what_it_installs():
