@@ -44,11 +44,11 @@ class Seq2SeqConfig(ModelConfig):
             raise UserError(f"config decoder_start_id {self.decoder_start_id} is outside the vocabulary of {self.vocab_size}")
         lacking = [
             name
-            for name in ("qkv_bias", "o_bias", "ffn_bias", "qk_norm", "norm_offset", "glu_value_dim", "learned_positions")
+            for name in ("glu_value_dim", "qkv_bias", "o_bias", "ffn_bias", "qk_norm", "norm_offset", "learned_positions")
             if getattr(self, name)
         ]
         if lacking or self.rope.kind != "none" or self.norm != "rms":
-            what = ", ".join(lacking) or (f"rope {self.rope.kind}" if self.rope.kind != "none" else f"norm {self.norm}")
+            what = "".join(lacking[:1]) or (f"rope {self.rope.kind}" if self.rope.kind != "none" else f"norm {self.norm}")
             raise UserError(f"an encoder-decoder with {what} is not implemented")
 
 

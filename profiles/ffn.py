@@ -11,6 +11,7 @@ from exporter.checkpoint import Checkpoint, expected_shapes
 from exporter.checkpoint.random_weights import random_weights
 from exporter.config import GATED_FFN_KINDS, ModelConfig
 from exporter.errors import UserError
+from exporter.seq2seq_config import require_decoder
 
 MULTIPLES = (64, 32, 16, 8, 4, 2, 1)  # 64: whole cache lines and tiles of tensor cores in every dtype
 OFF = 0.01  # as far as rounding may take the width from two thirds
@@ -19,8 +20,10 @@ OFF = 0.01  # as far as rounding may take the width from two thirds
 def ffn_family(source: Checkpoint, kinds: Sequence[str], seed: int) -> list[Checkpoint]:
     """`source`, a CONFIG, with each of `kinds` as its FFN, its parameters kept, under names that say so.
 
-    Raises UserError for a checkpoint that has weights: they are of one FFN.
+    Raises UserError for a checkpoint that has weights: they are of one FFN, and for an encoder-decoder.
     """
+    if kinds:
+        require_decoder(source.config, source.name, "--ffn")
     if kinds and source.files:
         raise UserError(
             f"{source.name} has the weights of a {source.config.ffn} FFN; --ffn takes a config.json, without weights"

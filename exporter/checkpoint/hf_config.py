@@ -173,7 +173,7 @@ class Reader:
             raise UserError(f"quantization_config {method!r} is not supported; use the checkpoint's F32, F16 or BF16 weights")
         asked = {key: self.hf.get(key) for key in REFUSED_KEYS} | {"is_causal": not self.hf.get("is_causal", True)}
         for key in filter(asked.get, asked):
-            raise UserError(f"{key} {self.hf[key]!r} is not supported; headpool exports dense causal decoders")
+            raise UserError(f"{key} {self.hf[key]!r} is not supported; headpool exports dense causal decoders and T5")
 
     def refuse_window(self, max_positions: int, layers: int) -> None:
         """Sliding windows that some layer obeys and that are shorter than the context."""

@@ -12,7 +12,7 @@ from exporter.bundle import Seq2SeqVariant
 from exporter.contract_seq2seq import names
 from exporter.engines.base import SessionInfo
 from exporter.engines.ort_session import DEVICES, ELEMENT_TYPES, Scores, run
-from exporter.engines.ort_static import Buffer, Names, grown, next_rows
+from exporter.engines.ort_static import Buffer, Names, next_rows, resized
 from exporter.engines.seq2seq import Seq2SeqSession
 
 PAST, PRESENT = "past_key_values", "present"
@@ -76,7 +76,7 @@ class OrtSeq2SeqSession(Seq2SeqSession):
             return
         rows = next_rows(need, self._held, self.capacity + 1)
         self._held = 0  # until all are bound: what an interrupt leaves is not to be used
-        self._caches = grown(self.variant, self._self_names, self.batch, rows, self.device, self._caches, self.rows)
+        self._caches = resized(self.variant, self._self_names, self.batch, rows, self.device, self._caches, self.rows)
         for (past, present), buffer in self._caches.items():
             buffer.bind(self._binding, past, present)
         self._held = rows

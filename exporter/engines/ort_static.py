@@ -79,7 +79,7 @@ class Buffer:
 Names = tuple[str, str]  # past and present of a cache
 
 
-def grown(
+def resized(
     variant: Variant, names: list[Names], batch: int, rows: int, device: str, old: dict[Names, Buffer], used: int
 ) -> dict[Names, Buffer]:
     """Caches of `rows` rows for K and V of every layer, the first `used` those of `old`, which are freed one by one.
@@ -114,6 +114,11 @@ class StaticSession(OrtSession):
     def rewind(self, length: int) -> None:
         self.check_rewind(length)
         self.lengths[:] = length  # the rows after it are overwritten before they are seen
+        self._ahead = 0
+        # Where most are such, S follows the context down, too; not with a few tokens taken back, nor before a new prompt.
+        rows = next_rows(length, length, self.capacity)
+        if length and self.rows > rows * 5 // 4:
+            self._resize(rows)
 
     def _plan(self, prompts: list[np.ndarray]) -> Iterator[Feed]:
         self._ahead = 1 + int(max(n + len(prompt) for n, prompt in zip(self.lengths, prompts, strict=True)))
@@ -129,12 +134,14 @@ class StaticSession(OrtSession):
         call.run(self.runtime)
 
     def _reserve(self, need: int) -> None:
-        if need <= self.rows:
-            return
-        rows, used = next_rows(need, self.rows, self.capacity, self._ahead), int(self.lengths.max())
+        if need > self.rows:
+            self._resize(next_rows(need, self.rows, self.capacity, self._ahead))
+
+    def _resize(self, rows: int) -> None:
         self._bound_rows = 0
         names = [pair for layer in range(self.config.num_layers) for pair in _alias_pairs(layer)]
-        self._caches = grown(self.variant, names, self.batch, rows, self.device, self._caches, used)
+        used = int(self.lengths.max())
+        self._caches = resized(self.variant, names, self.batch, rows, self.device, self._caches, used)
         self.rows = rows
 
     def _prefill_rows(self, prompts: list[np.ndarray]) -> np.ndarray:

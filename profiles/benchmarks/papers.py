@@ -1,9 +1,9 @@
 """The papers' experiments beside the papers' numbers, as one page, from what was measured: t5-decoding.json (GQA, figure 6 and
 table 1) and glu-training.json (GLU variants, table 1; GLU attention).
 
-    python -m profiles.benchmarks.papers OUT.html [FOLDER]
+    python -m profiles.benchmarks.papers OUT.html [T5-DECODING.json GLU-TRAINING.json]
 
-FOLDER (default: profiles/results/xeon-2core) holds the two files.
+Without them, those in profiles/results.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from markupsafe import Markup
 
 from exporter.files import write_text
 from profiles import report_page
-from profiles.benchmarks.readme import FOLDER
+from profiles.machine import ROOT
 from profiles.report_figures import Figure, Table
 from profiles.report_svg import Axis, Point, Series, line_chart, nice_axis, ordinal_axis, swatch
 
-T5, GLU = "t5-decoding.json", "glu-training.json"
+RESULTS = ROOT / "profiles" / "results"
+T5, GLU = RESULTS / "epyc-2core" / "t5-decoding.json", RESULTS / "xeon-2core" / "glu-training.json"
 Row = dict[str, Any]
 
 
@@ -37,7 +38,10 @@ def render(t5: Row, glu: Row) -> str:
             title="The papers' experiments, at the scale of two CPU cores",
             warnings=(),
             css=Markup(report_page.css(2)),
-            subtitle=f"{t5['machine']['cpu']}, {t5['machine']['cores']} cores · {t5['created'][:10]}",
+            subtitle="; ".join(
+                f"{what}: {record['machine']['cpu']}, {record['machine']['cores']} cores · {record['created'][:10]}"
+                for what, record in (("T5", t5), ("GLU", glu))
+            ),
             figures=[
                 decoding(t5["rows"]),
                 variants([row for row in glu["settings"]["summary"] if row["paper"] is not None], steps),
@@ -72,13 +76,17 @@ def decoding(rows: Sequence[Row]) -> Figure:
         ),
     )  # fmt: skip
     least = rows[0]
+    missed = [f"{row['groups']} KV heads" for row in rows if not row.get("kept", True)]
+    target = (
+        f"The target, attention in at most 1 / (0.7 · H/G) of MHA's time, is missed with {', '.join(missed)}." if missed else ""
+    )
     words = (
         "T5-XXL's layers (Ainslie et al. 2023, figure 6 and table 1), 2,048 tokens in and 512 out, one sample at a time, fp32, "
         f"pattern {full['pattern']}. "
         "At batch 1 weights are most of a step, and no grouping shrinks those but K's and V's: with 1 KV head a sample takes "
         f"{least['sample_s'] / full['sample_s']:.2f} × the time here, 0.16 × in the paper, whose batches are larger; attention "
-        f"alone takes 1/{least['attention_gain']:.0f}."
-    )
+        f"alone takes 1/{least['attention_gain']:.0f}. {target}"
+    ).rstrip()
     legend = tuple((swatch(s.style, s.shape), name) for name, s in lines.items())
     return Figure("decoding", "Time per sample by KV heads", words, (("", chart),), table, legend)
 
@@ -108,7 +116,8 @@ def variants(rows: Sequence[Row], steps: str) -> Figure:
     words = (
         "Eight FFNs at equal parameters (Shazeer 2020, table 1): held-out log-perplexity, lower is better. Here the gated ones "
         f"have {sum(gated) / len(gated):.3f} in the mean, the others {sum(plain) / len(plain):.3f}; the rank correlation with "
-        f"the paper's order is {found.statistic:.2f} (p = {found.pvalue:.2f})."
+        f"the paper's order is {found.statistic:.2f} (p = {found.pvalue:.2f}). "
+        f"From the best on, here: {_order(rows, 'nats_per_token')}; in the paper: {_order(rows, 'paper')}."
     )
     table = Table(
         ("FFN", "nats a token", "spread", "the paper's"),
@@ -149,14 +158,18 @@ def attention(rows: Sequence[Row], steps: str) -> Figure:
     return Figure("glu-attention", "GLU attention", words, (("", chart),), Table(headings, tuple(table)), legend)
 
 
+def _order(rows: Sequence[Row], key: str) -> str:
+    return ", ".join(row["ffn"] for row in sorted(rows, key=lambda row: row[key]))
+
+
 def _axis(points: Sequence[Point]) -> Axis:
     values = [value for p in points for value in (p.y, p.low, p.high) if value is not None]
     return nice_axis("nats a token", values, zero=False)
 
 
 def main() -> None:
-    out, folder = Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else FOLDER
-    t5, glu = (json.loads((folder / name).read_text("utf-8")) for name in (T5, GLU))
+    out, *files = (Path(word) for word in sys.argv[1:])
+    t5, glu = (json.loads(file.read_text("utf-8")) for file in files or (T5, GLU))
     print(write_text(out, render(t5, glu)))
 
 

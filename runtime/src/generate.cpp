@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <headpool/generate.hpp>
+#include <limits>
 #include <numeric>
 #include <random>
 
@@ -36,9 +37,16 @@ std::mt19937_64 stream(std::uint64_t seed, std::uint64_t sequence) {
 
 double uniform(std::mt19937_64& stream) { return static_cast<double>(stream() >> 11) * 0x1p-53; }  // [0, 1)
 
-void check_finite(std::span<const float> logits) {
-  for (const float logit : logits)
-    if (!std::isfinite(logit)) throw ArgumentError("the logits are not finite numbers; the weights or the graph are broken");
+// −inf is a token that is not to be drawn.
+void check(std::span<const float> logits) {
+  float most = -std::numeric_limits<float>::infinity();
+  bool nan = false;
+  for (const float logit : logits) {
+    nan |= std::isnan(logit);
+    most = std::max(most, logit);
+  }
+  if (nan || !std::isfinite(most))
+    throw ArgumentError("the logits are not finite numbers; the weights or the graph are broken");
 }
 
 }  // namespace
@@ -67,9 +75,9 @@ std::span<const Token> Sampler::pick(std::span<const float> logits) {
   const std::size_t batch = state_->tokens.size(), V = logits.size() / batch;
   if (!V || logits.size() % batch)
     throw ArgumentError(std::to_string(logits.size()) + " logits are not those of " + std::to_string(batch) + " sequences");
-  check_finite(logits);
   for (std::size_t b = 0; b < batch; ++b) {
     const auto row = logits.subspan(b * V, V);
+    check(row);
     state_->tokens[b] = state_->streams.empty() ? state_->greedy(row) : state_->draw(row, state_->streams[b]);
   }
   return state_->tokens;
@@ -140,6 +148,15 @@ void check_room(const Session& session, Prompts prompts, std::int64_t count) {
   }
 }
 
+// From the model's own logits, which are not the caller's to mend.
+std::span<const Token> pick(Sampler& sampler, std::span<const float> logits) {
+  try {
+    return sampler.pick(logits);
+  } catch (const ArgumentError& error) {
+    throw BackendError(error.what());
+  }
+}
+
 }  // namespace
 
 std::int64_t generate(Session& session, Prompts prompts, const GenerateOptions& options, const OnTokens& on_tokens) {
@@ -151,7 +168,7 @@ std::int64_t generate(Session& session, Prompts prompts, const GenerateOptions& 
   std::vector<Token> next(static_cast<std::size_t>(session.batch()));
   std::span<const float> logits = session.prefill(prompts);
   for (std::int64_t count = 1;; ++count) {
-    const std::span<const Token> tokens = sampler.pick(logits);
+    const std::span<const Token> tokens = pick(sampler, logits);
     for (std::size_t b = 0; b < next.size(); ++b)
       if (next[b] != ENDED) next[b] = tokens[b];
     if (!on_tokens(next) || count == options.max_new_tokens) return count;

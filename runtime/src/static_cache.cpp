@@ -40,7 +40,7 @@ class StaticCache final : public Cache {
     for (std::size_t last = static_cast<std::size_t>(call.T()) - 1; last < positions.size();
          last += static_cast<std::size_t>(call.T()))
       need = std::max(need, positions[last] + 1);
-    if (need > rows_) grow(next_rows(need), *std::max_element(lengths.begin(), lengths.end()));
+    if (need > rows_) resize(next_rows(need), *std::max_element(lengths.begin(), lengths.end()));
   }
 
   void bind(Call& call, std::int64_t first) override {
@@ -60,8 +60,15 @@ class StaticCache final : public Cache {
 
   void commit(const Call&) override {}
 
-  void rewind(std::int64_t length) override {  // the rows after it are overwritten before they are seen
-    if (!length) rows_ = 0;
+  // The rows after it are overwritten before they are seen; but where most are such, S follows the context down, too. A few
+  // tokens taken back change nothing, so that it does not go up and down with them.
+  void rewind(std::int64_t length) override {
+    ahead_ = 0;
+    const std::int64_t rows = length ? rounded(length + step_from(length)) : 0;
+    if (!length)
+      rows_ = 0;
+    else if (rows_ > rows + rows / 4)
+      resize(rows, length);
   }
 
  private:
@@ -72,19 +79,27 @@ class StaticCache final : public Cache {
       const std::int64_t doubled = std::max(need, 2 * rows_);
       need = ahead_ <= doubled + 64 ? ahead_ : doubled;
     } else if (rows_) {
-      need = std::max(need, rows_ + std::max<std::int64_t>(64, rows_ / 16));
+      need = std::max(need, rows_ + step_from(rows_));
     }
-    return std::min(capacity_, (need + 63) / 64 * 64);
+    return rounded(need);
   }
 
-  // Every slab moves up, the last one first, so that none is written over before it has moved. The new rows become zeros: a
-  // masked row is multiplied by probability 0, and 0 times the NaN that old bytes may make is NaN.
-  void grow(std::int64_t rows, std::int64_t used) {
-    for (std::size_t i = layout_.tensors().size(); i-- > 0;) {
+  static std::int64_t step_from(std::int64_t rows) { return std::max<std::int64_t>(64, rows / 16); }
+  std::int64_t rounded(std::int64_t rows) const { return std::min(capacity_, (rows + 63) / 64 * 64); }
+
+  // Every slab moves up, the last one first, or down, the first one first, so that none is written over before it has moved.
+  // The rows after those used become zeros: a masked row is multiplied by probability 0, and 0 times the NaN that old bytes may
+  // make is NaN.
+  void resize(std::int64_t rows, std::int64_t used) {
+    const bool up = rows > rows_;
+    const std::size_t tensors = layout_.tensors().size();
+    for (std::size_t n = 0; n < tensors; ++n) {
+      const std::size_t i = up ? tensors - 1 - n : n;
       const Layout::Tensor& tensor = layout_.tensors()[i];
       const std::size_t kept = static_cast<std::size_t>(used) * tensor.row_bytes;
       const std::size_t all = static_cast<std::size_t>(rows) * tensor.row_bytes;
-      for (std::size_t slab = tensor.slabs; slab-- > 0;) {
+      for (std::size_t m = 0; m < tensor.slabs; ++m) {
+        const std::size_t slab = up ? tensor.slabs - 1 - m : m;
         std::byte* to = memory_.data() + layout_.offset(i, slab, rows);
         if (kept) std::memmove(to, memory_.data() + layout_.offset(i, slab, rows_), kept);
         if (written_) std::memset(to + kept, 0, all - kept);

@@ -159,7 +159,7 @@ def test_the_papers_page():
     """Its words are those of the rows."""
     t5_rows = [
         {"groups": g, "pattern": "fused", "sample_s": 10 + g, "first_token_s": 9.0, "step_ms": 2.0, "attention_ms": 0.5 * g,
-         "attention_gain": 64 / g, "paper_s": t5_decoding.PAPER.get(g)}
+         "attention_gain": 64 / g, "kept": g != 8, "paper_s": t5_decoding.PAPER.get(g)}
         for g in (64, 8, 1)
     ]  # fmt: skip
     rows = [
@@ -172,9 +172,15 @@ def test_the_papers_page():
     machine = {"cpu": "a <CPU>", "cores": 2}
     page = papers.render(
         {"rows": t5_rows, "machine": machine, "created": "2026-01-02T03:04"},
-        {"rows": rows, "settings": {"steps": 2, "summary": glu_training.summary(rows)}},
+        {
+            "rows": rows,
+            "settings": {"steps": 2, "summary": glu_training.summary(rows)},
+            "machine": {"cpu": "another", "cores": 4},
+            "created": "2026-05-06T07:08",
+        },
     )
-    assert "a &lt;CPU&gt;, 2 cores · 2026-01-02" in page
+    assert "T5: a &lt;CPU&gt;, 2 cores · 2026-01-02; GLU: another, 4 cores · 2026-05-06" in page
+    assert "is missed with 8 KV heads." in page
     assert "takes 0.15 × the time here" in page
     assert "rank correlation with the paper&#39;s order is 1.00" in page
     assert "after 2 steps the lower one with 2 of 2 seeds" in page

@@ -32,8 +32,8 @@ class HEADPOOL_API Sampler {
   Sampler& operator=(Sampler&&) noexcept;
   ~Sampler();
 
-  // The next token of each sequence, valid until the next call, from logits [B, V]. Throws ArgumentError, also where logits
-  // are not finite. Allocates in its first call only.
+  // The next token of each sequence, valid until the next call, from logits [B, V], of which −inf is never drawn. Throws
+  // ArgumentError, also where one is NaN or +inf, or all of a sequence are −inf. Allocates in its first call only.
   std::span<const Token> pick(std::span<const float> logits);
 
  private:
@@ -59,7 +59,7 @@ using OnTokens = std::function<bool(std::span<const Token>)>;
 // batch of its own.
 //
 // Throws as Session and Sampler do, ArgumentError where `on_tokens` is empty, and CapacityError before the first token where
-// that many do not fit; what on_tokens throws passes through.
+// that many do not fit; BackendError where the model's logits are NaN or infinite; what on_tokens throws passes through.
 HEADPOOL_API std::int64_t generate(Session& session, Prompts prompts, const GenerateOptions& options,
                                    const OnTokens& on_tokens);
 

@@ -137,7 +137,7 @@ typedef struct {
 
 HEADPOOL_API hp_status hp_sampler_create(const hp_sampling* sampling, int64_t batch, hp_sampler** out);
 HEADPOOL_API void hp_sampler_free(hp_sampler* sampler);
-/* The next token of each sequence into tokens[batch], from logits [batch, vocab_size]. */
+/* The next token of each sequence into tokens[batch], from logits [batch, vocab_size]; −inf is never drawn. */
 HEADPOOL_API hp_status hp_sampler_pick(hp_sampler* sampler, const float* logits, size_t vocab_size, int64_t* tokens);
 
 /* Called with the new token of each sequence, HP_ENDED of one that has met a stop token before, valid during the call; 0 goes

@@ -61,8 +61,8 @@ class HEADPOOL_API Session {
   std::span<const float> prefill(Prompts prompts);
   std::span<const float> prefill(std::span<const Token> prompt);  // of a batch of 1
 
-  // Feeds one token to each sequence. Returns logits [B, V], in fp32 the very memory that the graph wrote; valid until the next
-  // call. Throws as prefill does, and ArgumentError of an encoder-decoder without a source.
+  // Feeds one token to each sequence. Returns logits [B, V], in fp32 on ONNX Runtime the very memory that the graph wrote;
+  // valid until the next call. Throws as prefill does, and ArgumentError of an encoder-decoder without a source.
   //
   // A sequence whose token is ENDED stays as it is, and its logits mean nothing; it needs room for one token all the same, and
   // one sequence at least has to go on. It goes on itself with its next token or prompt; but in an encoder-decoder's concat

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import hf
 import pytest
+import t5
 
 MODEL, BUNDLE, FAST = "{made}/model", "{made}/bundle", "{made}/fast.json"
 SHORT = ["--tokens", "30", "--window", "16"]
@@ -247,6 +249,12 @@ def test_an_empty_standard_input(held: bytes, refused, made: Path, monkeypatch) 
 def test_a_prompt_that_is_not_text(refused, made: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00")))
     assert refused("run", made / "bundle") == "the prompt on standard input is not UTF-8 text"
+
+
+def test_ffns_of_an_encoder_decoder(refused, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "t5", **t5.SIZES}))
+    assert "is an encoder-decoder (t5); --ffn takes decoder-only models" in refused("sweep", config, "out", "--ffn", "relu")
 
 
 def test_a_plan_is_no_config(refused, tmp_path: Path) -> None:
