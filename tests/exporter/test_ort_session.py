@@ -139,6 +139,25 @@ def test_the_static_cache_grows_in_steps_and_keeps_to_its_capacity(bundles: dict
         assert sorted(set(sizes)) == [64, 128, 192, 200]
 
 
+@pytest.mark.parametrize("pattern", ["grouped", "gqa"])
+def test_rows_follow_the_context_down(
+    pattern: str, bundles: dict[tuple[str, str], Bundle], model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a rewind that leaves few of them; what is held stays. A few tokens taken back and fed again move nothing."""
+    with open_session(bundles[pattern, "static"], batch=2, capacity=300, threads=1) as session:
+        assert isinstance(session, StaticSession)
+        mirror = Mirror(session, model)
+        mirror.prefill(290, 200)
+        mirror.rewind(20)
+        assert session.rows == 128
+        mirror.decode(3)
+        mirror.prefill(30, 5)
+        mirror.prefill(180, 205)
+        monkeypatch.setattr(session, "_resize", None)
+        mirror.rewind(220)
+        mirror.decode(3)
+
+
 def test_growth_copies_few_rows_and_leaves_few_unread() -> None:
     rows = copied = 0
     for need in range(1, 100_001):

@@ -78,6 +78,19 @@ def test_glu_attention(form: tuple[str, str], tmp_path: Path, api: Api) -> None:
     mirror_of(opened.session(batch=3, capacity=120, chunk=16), model).unequal_lengths()
 
 
+@pytest.mark.parametrize("form", [form for form in ALL if form[1] == "static"], ids="-".join)
+def test_a_rewind_that_leaves_few_rows(
+    form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, api: Api
+) -> None:
+    session = api.open(bundles[form]).session(batch=2, capacity=300)
+    mirror = mirror_of(session, model)
+    for length in (20, 1, 64):
+        mirror.prefill(*(290 - session.lengths - [0, 90]))
+        mirror.rewind(length)
+        mirror.decode(3)
+        mirror.prefill(30, 5)
+
+
 @pytest.mark.parametrize("form", [("grouped", "static"), ("grouped", "concat"), ("fused", "static")], ids="-".join)
 def test_every_row_of_the_capacity_can_be_used_and_no_more(
     form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, api: Api
