@@ -89,6 +89,26 @@ def test_logits(groups: int, pattern: str, cache: str, bundles: dict[str, Bundle
         np.testing.assert_allclose(np.concatenate(found), wanted[0, 1:6], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["t5", "t5-wide", "mt5"])
+def test_other_families(name: str, tmp_path: Path) -> None:
+    """A tied head that is scaled, relu; heads that are wider than the model; mT5's buckets, which end at 128 tokens: greedy
+    tokens and logits, inputs and outputs longer than that."""
+    checkpoint = open_checkpoint(t5.save(name, tmp_path))
+    bundle = export(checkpoint, tmp_path / "static", ExportOptions(patterns=("fused", "grouped"), cache="static"))
+    concat = export(checkpoint, tmp_path / "concat", ExportOptions(patterns=("grouped",), cache="concat"))
+    sources = [np.random.default_rng(1).integers(1, 67, 150), np.arange(40) * 3 % 66 + 1]
+    with open_session(bundle, "g6.fused", batch=2, capacity=300, threads=1) as session:
+        greedy = np.stack(list(generate(session, sources, 140, stop_ids=())), axis=1)
+    targets = np.concatenate([np.zeros((2, 1), np.int64), greedy], axis=1)
+    wanted = np.stack([t5.logits(name, source, target[:-1]) for source, target in zip(sources, targets, strict=True)])
+    assert (wanted.argmax(-1) == greedy).all()
+    for opened, variant in ((bundle, "g6.fused"), (bundle, "g6.grouped"), (concat, "g6")):
+        with open_session(opened, variant, batch=2, capacity=300, threads=1) as session:
+            found = [session.prefill(sources).copy()]
+            found += [session.decode(tokens).copy() for tokens in greedy.T[:-1]]
+        np.testing.assert_allclose(np.stack(found, axis=1), wanted, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize(("groups", "pattern", "cache"), FORMS)
 def test_several_tokens_at_once(
     groups: int, pattern: str, cache: str, bundles: dict[str, Bundle], theirs: dict[int, Any]
