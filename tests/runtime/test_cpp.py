@@ -23,6 +23,7 @@ from exporter.cli import _run
 from exporter.engines import open_session
 from exporter.export import ExportOptions, export
 from exporter.generate import generate
+from profiles.benchmarks import runtime as benchmark
 from profiles.results import Results
 
 PROMPT = [5, 17, 33, 2, 40]
@@ -61,6 +62,30 @@ def test_a_step_allocates_only_what_onnx_runtime_does(variant: str, batch: int, 
     # One more a step would be `steps` more. ONNX Runtime's own are not always the same: once there was one more in 884,500.
     assert abs(cost["step_allocations"] - cost["run_allocations"]) < cost["steps"] / 100
     assert cost["run_allocations"] > 0
+
+
+def test_what_the_benchmark_says_a_session_adds(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a tiny form. Times are not tested, but that each is a part of what it has to be a part of."""
+    monkeypatch.setattr(benchmark, "TINY_FORMS", {"static": ("fused", "gqa"), "concat": ("grouped",)})
+    config = tmp_path / "deeper.json"
+    config.write_text(json.dumps({**benchmark.TINY, "num_hidden_layers": 3, "max_position_embeddings": 200}))
+    rows = list(benchmark.added(built, str(config), tmp_path, turns=1))
+    assert [(row["variant"], row["cache"], row["layers"], row["batch"]) for row in rows] == [
+        *((f"tiny {pattern}", "static", 2, batch) for pattern in ("fused", "gqa") for batch in (1, 4)),
+        *(("tiny grouped", "concat", 2, batch) for batch in (1, 4)),
+        ("fused", "static", 3, 1),
+        ("grouped", "concat", 3, 1),
+    ]
+    for row in rows:
+        (cost,) = row["turns"]
+        grown = cost["grown"]
+        assert (grown["from"], grown["to"]) == (64, 1100 if row["layers"] == 2 else 200)
+        assert 0 < grown["beside_mean_us"] < grown["beside_largest_us"] <= grown["step_largest_us"]
+        assert ("kept" in row) == ("beside_us" in row) == (row["cache"] == "static")
+        if "kept" in row:
+            assert 0 < cost["beside_us"] < cost["step_us"]
+            over = max(cost["beside_us"], (cost["step_us"] - cost["run_us"]) if row["layers"] == 2 else 0)
+            assert row["kept"] == (over < 20)
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
