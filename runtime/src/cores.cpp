@@ -20,8 +20,8 @@ std::string text_of(const std::filesystem::path& file) {
   return {std::istreambuf_iterator<char>(in), {}};
 }
 
-// CPUs' worth of time that the cgroup of `folder` has itself, rounded up: of "200000 100000", quota and period in µs, but not of
-// "max 100000" (version 2) or -1 and 100000 (version 1). 0 where there is no limit.
+// CPUs' worth of time that the cgroup of `folder` has itself, rounded up: of "200000 100000", quota and period in µs, but not
+// of "max 100000" (version 2) or -1 and 100000 (version 1). 0 where there is no limit.
 int quota_in(const std::filesystem::path& folder, bool version2) {
   std::istringstream words(version2 ? text_of(folder / "cpu.max")
                                     : text_of(folder / "cpu.cfs_quota_us") + text_of(folder / "cpu.cfs_period_us"));

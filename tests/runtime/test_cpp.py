@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes as c
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import cgroups
 import fake_engines
 import hf
 import numpy as np
@@ -21,9 +23,11 @@ from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
 from exporter.cli import _run
 from exporter.engines import open_session
+from exporter.engines.cores import physical_cores
 from exporter.export import ExportOptions, export
 from exporter.generate import generate
 from profiles.benchmarks import runtime as benchmark
+from profiles.machine import fingerprint
 from profiles.results import Results
 
 PROMPT = [5, 17, 33, 2, 40]
@@ -125,6 +129,25 @@ def test_headpool_reads_what_the_example_bench_writes(built: Path, bundle: Bundl
     assert _run(["compare", *map(str, files)]) == 0
     assert "fused" in capfd.readouterr().out
     assert sorted(tmp_path.iterdir()) == files
+
+
+def test_bench_knows_the_machine_as_profile_does(built: Path, bundle: Bundle, tmp_path: Path) -> None:
+    """Whatever number of threads it was given."""
+    file = tmp_path / "cpp.json"
+    run(built / "examples/bench", bundle.path, "g2.fused", file, 8, 16, 3)
+    ours = Results.load(file).machine
+    assert dataclasses.replace(ours, load=0.0) == dataclasses.replace(fingerprint(), gpus=(), load=0.0)
+    assert Results.load(file).cells[0].options["threads"] == 3
+
+
+@pytest.mark.parametrize("case", cgroups.CASES)
+def test_threads_are_those_that_python_takes(case: str, built: Path, tmp_path: Path) -> None:
+    files, cpus = cgroups.CASES[case]
+    shared = cgroups.topology(dict.fromkeys(os.sched_getaffinity(0), "0-63"))  # one core
+    for siblings in ({}, shared):
+        cgroups.write({**files, **siblings}, tmp_path)
+        assert run(built / "tests/cores", tmp_path).split() == [str(physical_cores(tmp_path)), str(cpus)]
+    assert physical_cores(tmp_path) == 1
 
 
 @pytest.mark.parametrize("cache", ["fp16", "int8"])
@@ -281,6 +304,23 @@ def test_a_package_whose_onnx_runtime_has_gone(built: Path, tools: dict[str, str
     words = "add the folder whose include and lib have ONNX Runtime's headers and library to CMAKE_PREFIX_PATH"
     assert done.returncode
     assert words in " ".join(done.stderr.split())
+
+
+def test_a_package_needs_no_headers_of_onnx_runtime(
+    built: Path, tools: dict[str, str], bundle: Bundle, greedy: list[int], tmp_path: Path
+) -> None:
+    """Where they have gone, or never were: its library alone is linked."""
+    prefix, consumer = tmp_path / "prefix", tmp_path / "consumer"
+    run(tools["cmake"], "--install", built, "--prefix", prefix)
+    config = next(prefix.glob("lib*/**/headpool-config.cmake"))
+    text = config.read_text()
+    line = next(line for line in text.splitlines() if line.startswith("set(headpool_ONNXRUNTIME_INCLUDE_DIR"))
+    config.write_text(text.replace(line, 'set(headpool_ONNXRUNTIME_INCLUDE_DIR "/gone")'))
+    source = REPOSITORY / "runtime/examples/consumer"
+    run(tools["cmake"], "-S", source, "-B", consumer, f"-DCMAKE_PREFIX_PATH={prefix}")
+    run(tools["cmake"], "--build", consumer)
+    for program in ("consumer", "consumer_static", "consumer_c"):
+        assert run(consumer / program, bundle.path, *PROMPT) == f"{greedy[0]}\n"
 
 
 def test_as_a_part_of_another_project(tools: dict[str, str], tmp_path: Path) -> None:
