@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from profiles.machine import physical_cores
+from exporter.engines.cores import physical_cores
 from profiles.results import Arithmetic
 
 SIZE = 1024  # of square matrices: three of them lie in the caches of one core or two

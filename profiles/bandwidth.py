@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import psutil
 
+from exporter.engines.cores import physical_cores
 from exporter.errors import UserError
-from profiles.machine import l3_bytes, physical_cores
+from profiles.machine import l3_bytes
 from profiles.results import Bandwidth, Cell
 
 GIB = 1 << 30

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from exporter.engines.cores import physical_cores
 from exporter.engines.operators import operator_library
 from exporter.errors import EngineError
 from profiles.results import Machine
@@ -73,11 +74,6 @@ def _git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def physical_cores() -> int:
-    """Physical cores this process may use: what ONNX Runtime makes threads for when it is not told."""
-    return max(1, min(psutil.cpu_count(logical=False) or 1, _usable_cpus()))
 
 
 def l3_bytes() -> int:

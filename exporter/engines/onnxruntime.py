@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
-import psutil
 
 from exporter.bundle import Bundle, Seq2SeqVariant, Variant
 from exporter.contract import Binding
 from exporter.engines import huge_pages, require_provider
 from exporter.engines.base import Session, SessionInfo
+from exporter.engines.cores import physical_cores
 from exporter.engines.operators import operator_library
 from exporter.engines.ort_concat import ConcatSession
 from exporter.engines.ort_seq2seq import OrtSeq2SeqSession
@@ -90,12 +89,6 @@ def _use_own_operators(options: Any, graph: Path) -> list[Any]:
     for name, value in values.items():
         options.add_initializer(name, value)
     return [*values.values(), *files]
-
-
-def physical_cores() -> int:
-    """Cores this process may use, hyper-threads not counted: both threads of a core share the units that attention needs."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
 
 def _load(

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from exporter.engines.cores import physical_cores
 from exporter.engines.operators import operator_library
 from graphs.canonical import standalone
 from graphs.lower import lower
 from profiles import stats
 from profiles.benchmarks.record import save
-from profiles.machine import physical_cores
 
 HEADS, SIZE, CONTEXT = 32, 64, 4096
 GROUPS = (32, 16, 8, 4, 2, 1)

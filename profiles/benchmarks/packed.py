@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from exporter.engines.cores import physical_cores
 from exporter.files import refuse_existing
 from profiles import stats
 from profiles.benchmarks.record import save
-from profiles.machine import physical_cores
 
 HIDDEN, WIDTH, LAYERS = 1024, 2816, 6
 TOKENS = (1, 256)

@@ -1,11 +1,16 @@
 """The C++ runtime beside the Python engine, on one bundle: decode a token, and what a session costs beside ONNX Runtime's Run.
 
-Promise: p50 of a decode step in C++ is at most 1.03 × the Python engine's, and a session adds less than 20 µs to Run.
+Promise: p50 of a decode step in C++ is at most 1.03 × the Python engine's, and a session adds less than 20 µs to the median
+step of a static cache that does not grow. What a growing cache and a concat cache cost stands beside it.
 
 The two programs run in turns, each in a process of its own with the same number of threads: runtime/examples/bench and
 `headpool profile`. A row's ratio is the median over the turns of the ratio within a turn, so that a drift of the machine from
-turn to turn cancels. What a session adds is measured in one process on a tiny model (runtime/tests/step), where a Run takes a
-few microseconds and nothing hides it.
+turn to turn cancels.
+
+What a session adds is measured within a process (runtime/tests/step) in two ways: a step less a bare Run of the same graph, in
+turns, on a tiny model where a Run takes some ten microseconds and nothing hides it; and a step less the Run within it, by a
+clock around ONNX Runtime's function, on any model. The latter follows a session from 64 to 1,100 tokens, too: the mean over
+all steps, those in which the cache grows among them, and the largest. A concat cache is bound anew in each step.
 
     cmake -S runtime -B build/runtime -DCMAKE_PREFIX_PATH="$(scripts/cpp_deps --runtime)" && cmake --build build/runtime
     python -m profiles.benchmarks.runtime OUT.json CHECKPOINT [BUILD]
@@ -18,12 +23,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from exporter.bundle import Variant
 from exporter.checkpoint import open_source
+from exporter.config import CacheForm
+from exporter.engines.cores import physical_cores
 from exporter.export import ExportOptions, export
 from exporter.files import refuse_existing
 from profiles.benchmarks.process import headpool
@@ -34,10 +42,11 @@ from profiles.stats import median
 
 PATTERNS = ("fused", "grouped", "gqa")
 CONTEXTS = "128,1024"
-SAMPLES, TURNS = 104, 5
+SAMPLES, TURNS = 104, 3
 RATIO, MICROSECONDS = 1.03, 20
 PROMISE = (
-    f"p50 of a decode step in C++ ≤ {RATIO} × the Python engine's; a session adds < {MICROSECONDS} µs to ONNX Runtime's Run"
+    f"p50 of a decode step in C++ ≤ {RATIO} × the Python engine's; a session adds < {MICROSECONDS} µs to ONNX Runtime's Run in "
+    "the median step of a static cache that does not grow (growing and concat caches: stated, not held)"
 )
 TINY = {
     "model_type": "llama",
@@ -47,10 +56,18 @@ TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 2048,
     "hidden_act": "silu",
 }
-TINY_PATTERNS = ("grouped", "gqa", "attention")
+TINY_FORMS: dict[CacheForm, tuple[str, ...]] = {
+    "static": ("fused", "grouped", "gqa", "attention"),
+    "concat": ("grouped", "gqa", "attention"),
+}
+TINY_BATCHES = (1, 4)
+LARGE_FORMS: dict[CacheForm, tuple[str, ...]] = {
+    "static": ("fused",),
+    "concat": ("grouped",),
+}  # of the checkpoint, one turn each
 
 
 def in_cpp(build: Path, bundle: Path, variant: str, out: Path) -> dict[int, float]:
@@ -86,14 +103,49 @@ def in_turns(build: Path, bundle: Path, variant: str, folder: Path) -> list[dict
     return rows
 
 
-def overhead(build: Path, bundle: Path, variant: str) -> dict[str, Any]:
-    """Microseconds of a step and of Run alone, in turns in one process: the median over several processes."""
-    costs = [
-        json.loads(subprocess.run([build / "tests/step", bundle, variant], check=True, capture_output=True).stdout)
-        for _ in range(TURNS)
-    ]
-    added = statistics.median(cost["step_us"] - cost["run_us"] for cost in costs)
-    return {"variant": f"tiny {variant}", "added_us": added, "turns": costs, "kept": added < MICROSECONDS}
+def overhead(build: Path, bundle: Path, variant: Variant, name: str, batch: int, threads: int, turns: int) -> dict[str, Any]:
+    """What a session adds, in µs, each the median over `turns` processes. `added_us` is a step less a bare Run, `beside_us`
+    less its own, both of a static cache that does not grow; `grown_…` are of steps from 64 to 1,100 tokens."""
+    words = list(map(str, (build / "tests/step", bundle, variant.name, batch, threads)))
+    costs = [json.loads(subprocess.run(words, check=True, capture_output=True).stdout) for _ in range(turns)]
+    row: dict[str, Any] = {"variant": name, "cache": variant.cache, "layers": len(variant.config.kv_heads), "batch": batch}
+    if variant.cache == "static":
+        row["added_us"] = statistics.median(cost["step_us"] - cost["run_us"] for cost in costs)
+        row["beside_us"] = statistics.median(cost["beside_us"] for cost in costs)
+    for key in ("beside_mean_us", "beside_largest_us", "step_us"):
+        row[f"grown_{key}"] = statistics.median(cost["grown"][key] for cost in costs)
+    return {**row, "threads": threads, "turns": costs}
+
+
+def held(row: dict[str, Any], tiny: bool) -> dict[str, Any]:
+    """With whether it is as promised, where that is promised: a bare Run is beside a step of microseconds alone."""
+    if row["cache"] != "static":
+        return row
+    return {**row, "kept": max(row["beside_us"], row["added_us"] if tiny else 0.0) < MICROSECONDS}
+
+
+def told(row: dict[str, Any]) -> str:
+    still = f"{row['beside_us']:.1f} µs beside Run, " if "beside_us" in row else ""
+    grown = f"{row['grown_beside_mean_us']:.1f} µs a token over a growing cache, at most {row['grown_beside_largest_us']:.0f}"
+    return f"{row['variant']} ({row['cache']}, batch {row['batch']}): a session adds {still}{grown}"
+
+
+def added(build: Path, checkpoint: str, folder: Path, turns: int = TURNS) -> Iterator[dict[str, Any]]:
+    """Rows of a tiny model, whose Run hides nothing, and of `checkpoint`."""
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    for cache, patterns in TINY_FORMS.items():
+        options = ExportOptions(patterns=patterns, cache=cache)
+        bundle = export(open_source(folder / "tiny.json"), folder / f"tiny-{cache}", options)
+        for variant in bundle.variants:
+            for batch in TINY_BATCHES:
+                row = overhead(build, bundle.path, variant, f"tiny {variant.pattern}", batch, 1, turns)
+                yield held(row, tiny=True)
+    for cache, patterns in LARGE_FORMS.items():
+        options = ExportOptions(patterns=patterns, cache=cache)
+        bundle = export(open_source(Path(checkpoint)), folder / f"large-{cache}", options)
+        for variant in bundle.variants:
+            row = overhead(build, bundle.path, variant, variant.pattern, 1, physical_cores(), 1)
+            yield held(row, tiny=False)
 
 
 def main() -> None:
@@ -103,17 +155,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "tiny.json").write_text(json.dumps(TINY))
-        tiny = export(open_source(folder / "tiny.json"), folder / "tiny", ExportOptions(patterns=TINY_PATTERNS, cache="static"))
-        for variant in tiny.variants:
-            rows.append(overhead(build, tiny.path, variant.name))
-            print(f"{rows[-1]['variant']}: a session adds {rows[-1]['added_us']:.1f} µs", flush=True)
+        for row in added(build, checkpoint, folder):
+            rows.append(row)
+            print(told(row), flush=True)
         bundle = export(open_source(Path(checkpoint)), folder / "bundle", ExportOptions(patterns=PATTERNS))
         for variant in bundle.variants:
             for row in in_turns(build, bundle.path, variant.name, folder):
                 rows.append(row)
                 print(f"{row['variant']} at {row['context']} tokens: C++ {row['ratio']:.3f} × Python", flush=True)
-    kept = all(row["kept"] for row in rows)
+    kept = all(row["kept"] for row in rows if "kept" in row)
     print(f"kept: {kept} ({PROMISE})")
     save(out, "runtime", PROMISE, rows, kept, checkpoint=Path(checkpoint).name, samples=SAMPLES, turns=TURNS, tiny=TINY)
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from exporter.bundle import Bundle
 from exporter.checkpoint import open_source
+from exporter.engines.cores import physical_cores
 from exporter.errors import EngineError
 from exporter.evaluate import default_text
 from exporter.files import refuse_existing
@@ -31,7 +32,7 @@ from profiles import stats
 from profiles.benchmarks.process import headpool
 from profiles.benchmarks.record import save
 from profiles.bundles import subject_of
-from profiles.machine import ROOT, physical_cores
+from profiles.machine import ROOT
 from profiles.peers.runtimes import RUNTIMES, Place
 
 LENGTHS = (64, 1024)  # tokens of the prompts

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from exporter.cli.console import progress_bar
+from exporter.engines.cores import physical_cores
 from exporter.errors import UserError, one_of
 from exporter.files import refuse_existing, replacing
 from profiles.benchmarks.decoder import CONFIG, GROUPS
 from profiles.benchmarks.record import save
-from profiles.machine import physical_cores
 from profiles.peers.comparison import rows_of, slopes_of, tables
 from profiles.peers.run import Comparison, Options, together
 from profiles.peers.runtimes import RUNTIMES, WEIGHTS, Place

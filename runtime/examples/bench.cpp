@@ -4,12 +4,8 @@
 //     bench --backend tensorrt-rtx bundle g4.attention out.json 128,1024
 //
 // As `headpool profile` does: random tokens, decode steps one after another at a fixed context, prefill into an empty cache.
-#include <sys/utsname.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <ctime>
 #include <fstream>
 #include <headpool/generate.hpp>
@@ -19,6 +15,7 @@
 #include <sstream>
 
 #include "arguments.hpp"
+#include "machine.hpp"
 #include "output.hpp"
 
 namespace {
@@ -31,40 +28,9 @@ constexpr int WARMUP = 8, BURST = 8, PREFILLS = 6;  // untimed steps; neighbours
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// The first value of `key` in /proc/cpuinfo; empty where there is none.
-std::string cpu_info(const std::string& key) {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);) {
-    const auto colon = line.find(':');
-    if (colon != std::string::npos && line.substr(0, line.find_last_not_of(" \t", colon - 1) + 1) == key)
-      return colon + 2 <= line.size() ? line.substr(colon + 2) : "";
-  }
-  return "";
-}
-
-Json machine(const headpool::Model& model) {
-  utsname os{};
-  uname(&os);
-  double load = 0;
-  if (getloadavg(&load, 1) != 1) load = 0;
-  std::istringstream words(cpu_info("flags") + cpu_info("Features"));
-  Json flags = Json::array();
-  for (std::string flag; words >> flag;)  // those that decide the speed of a matrix product
-    if (flag.starts_with("avx") || flag.starts_with("amx") || flag == "fma" || flag == "f16c" || flag.starts_with("sve") ||
-        flag.starts_with("asimd"))
-      flags.push_back(flag);
-  const long cpus = sysconf(_SC_NPROCESSORS_ONLN);
-  const std::string& backend = model.backend().name;
-  const bool gpu = backend.starts_with("tensorrt") || backend == "onnxruntime-cuda";  // no threads of the CPU are used there
-  return {{"cpu", cpu_info("model name")},
-          {"cores", gpu ? cpus : model.threads()},
-          {"cpus", cpus},
-          {"memory_bytes", sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGE_SIZE)},
-          {"l3_bytes", std::max(0L, sysconf(_SC_LEVEL3_CACHE_SIZE))},
-          {"flags", flags},
-          {"os", std::string(os.sysname) + "-" + os.release + "-" + os.machine},
-          {"gpus", gpu ? Json{model.backend().provider} : Json::array()},
-          {"load", load}};
+Json gpus_of(const headpool::BackendInfo& backend) {
+  const bool gpu = backend.name.starts_with("tensorrt") || backend.name == "onnxruntime-cuda";
+  return gpu ? Json{backend.provider} : Json::array();
 }
 
 // Of attention in a step for each token of context: a product and a sum for each channel of every query head's K and V.
@@ -186,7 +152,7 @@ void run(const std::string& bundle, const headpool::ModelOptions& how, const std
   const headpool::Model model = headpool::Model::open(bundle, how);
   check_longest(model, *std::max_element(contexts.begin(), contexts.end()), batch);
   const headpool::BackendInfo& backend = model.backend();
-  Json result{{"schema", 1}, {"created", now()}, {"machine", machine(model)}, {"cells", Json::array()}};
+  Json result{{"schema", 1}, {"created", now()}, {"machine", machine::record(gpus_of(backend))}, {"cells", Json::array()}};
   result["versions"] = {{"headpool", HEADPOOL_VERSION}, {backend.library, backend.version}};
   result["settings"] = {{"contexts", contexts}, {"batches", {batch}}, {"samples", samples}, {"warmup", WARMUP}};
   Json settings{{"threads", model.threads()}};

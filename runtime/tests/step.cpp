@@ -1,8 +1,13 @@
-// What a decode step costs beside ONNX Runtime's own Run: step BUNDLE VARIANT [BATCH]
+// What a decode step costs beside ONNX Runtime's own Run: step BUNDLE VARIANT [BATCH [THREADS]]
 //
-// Prints JSON: microseconds of a step and of Run alone (medians), how often each of them allocated with operator new, and how
-// often this library did so, by any means, while tokens were decoded. Of a concat cache, whose binding changes with each step,
-// only the last.
+// Prints JSON, times in microseconds:
+//   of a static cache that does not grow: step_us and run_us, medians of a step and of Run alone, in turns, over bindings that
+//     nothing else touches; beside_us, the median of a step without the Run within it; how often each allocated with operator
+//     new
+//   grown: steps one after another while the cache grows from 64 tokens to 1,100: the mean and the largest without the Run
+//   within
+//     them, and the median and the largest of whole steps
+//   own_allocations: how often this library allocated, by any means, while tokens were decoded
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
@@ -13,13 +18,20 @@
 #include <headpool/session.hpp>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <numeric>
+#include <stdexcept>
 
 #include "allocations.hpp"
+#include "inside_run.hpp"
 
 namespace {
 
-constexpr int STEPS = 3000;
-constexpr std::int64_t ROWS = 64;
+using Clock = std::chrono::steady_clock;
+using Microseconds = std::chrono::duration<double, std::micro>;
+
+constexpr int STEPS = 3000, UNTIMED = 100;
+constexpr std::chrono::seconds LONGEST{5};  // of a large model, fewer than STEPS
+constexpr std::int64_t ROWS = 64, GROWN = 1100;
 
 // What a binding's dtype is called, and its bytes.
 const std::map<std::string, std::pair<ONNXTensorElementDataType, std::size_t>> TYPES{
@@ -32,12 +44,12 @@ const std::map<std::string, std::pair<ONNXTensorElementDataType, std::size_t>> T
 // ONNX Runtime as anyone would drive it: one binding, static caches as input and output.
 class Raw {
  public:
-  Raw(const std::string& bundle, const std::string& variant, std::int64_t batch) : batch_(batch) {
+  Raw(const std::string& bundle, const std::string& variant, std::int64_t batch, int threads) : batch_(batch) {
     std::ifstream file(bundle + "/headpool.json");
     const auto manifest = nlohmann::json::parse(file);
     for (const auto& item : manifest["variants"]) {
       if (item["name"] != variant) continue;
-      options_.SetIntraOpNumThreads(1);
+      options_.SetIntraOpNumThreads(threads);
       if (item["pattern"] == "fused") options_.RegisterCustomOpsLibrary(HEADPOOL_OPS);
       session_ = Ort::Session(env_, (bundle + "/" + item["graph"].get<std::string>()).c_str(), options_);
       binding_ = Ort::IoBinding(session_);
@@ -77,33 +89,36 @@ class Raw {
   Ort::IoBinding binding_{nullptr};
 };
 
+double median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
 struct Cost {
-  std::vector<double> times;
+  std::vector<double> times, beside;  // whole, and without ONNX Runtime's Run
   long allocated = 0;
 
   template <class Step>
   void add(const Step& step) {
     const long before = allocations::all;
-    const auto start = std::chrono::steady_clock::now();
+    const auto inside = inside_run::spent;
+    const auto start = Clock::now();
     step();
-    const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - start;
+    const Microseconds time = Clock::now() - start;
     allocated += allocations::all - before;
     times.push_back(time.count());
-  }
-
-  double median() {
-    std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-    return times[times.size() / 2];
+    beside.push_back((time - Microseconds(inside_run::spent - inside)).count());
   }
 };
 
-// A session of its own model that has decoded 8 tokens a sequence.
+// A session that has decoded 8 tokens a sequence.
 //
 // Decoded, as Raw does: ONNX Runtime plans memory for the shapes it sees first, and a prefill of several tokens has others.
-headpool::Session begun(char** argv, const std::vector<headpool::Token>& tokens) {
+headpool::Session begun(const headpool::Model& model, const std::vector<headpool::Token>& tokens) {
   headpool::SessionOptions sizes;
   sizes.batch = static_cast<std::int64_t>(tokens.size());
-  headpool::Session session(headpool::Model::open(argv[1], {argv[2], 1}), sizes);
+  headpool::Session session(model, sizes);
   const std::vector<std::span<const headpool::Token>> sources(tokens.size(), std::span(tokens).first(1));
   if (session.model().info().encoder_layers) session.prefill(sources);  // of one token, as Raw's
   for (int i = 0; i < 8; ++i) session.decode(tokens);
@@ -118,33 +133,54 @@ long own(headpool::Session session, const std::vector<headpool::Token>& tokens) 
   return allocations::of_headpool;
 }
 
+// A step in turns with Run alone, of a cache that does not grow.
+nlohmann::json steady(headpool::Session session, Raw raw, const std::vector<headpool::Token>& tokens) {
+  Cost alone, whole;
+  Clock::time_point end;
+  for (int i = 0; i < STEPS && (i <= UNTIMED || Clock::now() < end); ++i) {
+    const std::int64_t position = 8 + i % 50;
+    if (position == 8) session.rewind(8);
+    if (i < UNTIMED) {
+      raw.step(position);
+      session.decode(tokens);
+      end = Clock::now() + LONGEST;
+      continue;
+    }
+    alone.add([&] { raw.step(position); });
+    whole.add([&] { session.decode(tokens); });
+  }
+  return {{"steps", whole.times.size()},       {"run_us", median(alone.times)},      {"step_us", median(whole.times)},
+          {"beside_us", median(whole.beside)}, {"run_allocations", alone.allocated}, {"step_allocations", whole.allocated}};
+}
+
+// Steps one after another from ROWS tokens a sequence to GROWN, or as many as the model takes.
+nlohmann::json growing(headpool::Session session, const std::vector<headpool::Token>& tokens) {
+  const std::int64_t last = std::min(GROWN, session.capacity()), first = std::min(ROWS, last - 1);
+  while (session.lengths()[0] < first) session.decode(tokens);
+  Cost cost;
+  while (session.lengths()[0] < last) cost.add([&] { session.decode(tokens); });
+  const auto largest = std::max_element(cost.beside.begin(), cost.beside.end());
+  return {{"from", first},
+          {"to", last},
+          {"beside_mean_us", std::accumulate(cost.beside.begin(), cost.beside.end(), 0.0) / static_cast<double>(last - first)},
+          {"beside_largest_us", *largest},
+          {"largest_at", first + (largest - cost.beside.begin())},  // tokens in the cache before it
+          {"step_us", median(cost.times)},
+          {"step_largest_us", *std::max_element(cost.times.begin(), cost.times.end())}};
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3 && argc != 4) return 2;
-  const std::vector<headpool::Token> tokens(argc == 4 ? std::strtoul(argv[3], nullptr, 10) : 1, 1);
+  if (argc < 3 || argc > 5) return 2;
+  const std::vector<headpool::Token> tokens(argc > 3 ? std::strtoul(argv[3], nullptr, 10) : 1, 1);
+  const int threads = argc > 4 ? std::atoi(argv[4]) : 1;
+  const auto batch = static_cast<std::int64_t>(tokens.size());
+  const auto model = headpool::Model::open(argv[1], {argv[2], threads});
   nlohmann::json found;
-  headpool::Session session = begun(argv, tokens);
-  if (session.model().info().cache == "static") {
-    Raw raw(argv[1], argv[2], session.batch());
-    Cost alone, whole;
-    for (int i = 0; i < STEPS; ++i) {
-      const std::int64_t position = 8 + i % 50;
-      if (position == 8) session.rewind(8);
-      if (i < 100) {  // untimed
-        raw.step(position);
-        session.decode(tokens);
-        continue;
-      }
-      alone.add([&] { raw.step(position); });
-      whole.add([&] { session.decode(tokens); });
-    }
-    found = {{"steps", whole.times.size()},
-             {"run_us", alone.median()},
-             {"step_us", whole.median()},
-             {"run_allocations", alone.allocated},
-             {"step_allocations", whole.allocated}};
-  }
-  found["own_allocations"] = own(begun(argv, tokens), tokens);
+  if (model.info().cache == "static") found = steady(begun(model, tokens), Raw(argv[1], argv[2], batch, threads), tokens);
+  found["grown"] = growing(begun(model, tokens), tokens);
+  found["own_allocations"] = own(begun(model, tokens), tokens);
+  if (inside_run::spent.count() == 0) throw std::logic_error("no Run was seen");
   std::printf("%s\n", found.dump().c_str());
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes as c
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import cgroups
 import fake_engines
 import hf
 import numpy as np
@@ -21,8 +23,11 @@ from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
 from exporter.cli import _run
 from exporter.engines import open_session
+from exporter.engines.cores import physical_cores
 from exporter.export import ExportOptions, export
 from exporter.generate import generate
+from profiles.benchmarks import runtime as benchmark
+from profiles.machine import fingerprint
 from profiles.results import Results
 
 PROMPT = [5, 17, 33, 2, 40]
@@ -63,6 +68,30 @@ def test_a_step_allocates_only_what_onnx_runtime_does(variant: str, batch: int, 
     assert cost["run_allocations"] > 0
 
 
+def test_what_the_benchmark_says_a_session_adds(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a tiny form. Times are not tested, but that each is a part of what it has to be a part of."""
+    monkeypatch.setattr(benchmark, "TINY_FORMS", {"static": ("fused", "gqa"), "concat": ("grouped",)})
+    config = tmp_path / "deeper.json"
+    config.write_text(json.dumps({**benchmark.TINY, "num_hidden_layers": 3, "max_position_embeddings": 200}))
+    rows = list(benchmark.added(built, str(config), tmp_path, turns=1))
+    assert [(row["variant"], row["cache"], row["layers"], row["batch"]) for row in rows] == [
+        *((f"tiny {pattern}", "static", 2, batch) for pattern in ("fused", "gqa") for batch in (1, 4)),
+        *(("tiny grouped", "concat", 2, batch) for batch in (1, 4)),
+        ("fused", "static", 3, 1),
+        ("grouped", "concat", 3, 1),
+    ]
+    for row in rows:
+        (cost,) = row["turns"]
+        grown = cost["grown"]
+        assert (grown["from"], grown["to"]) == (64, 1100 if row["layers"] == 2 else 200)
+        assert 0 < grown["beside_mean_us"] < grown["beside_largest_us"] <= grown["step_largest_us"]
+        assert ("kept" in row) == ("beside_us" in row) == (row["cache"] == "static")
+        if "kept" in row:
+            assert 0 < cost["beside_us"] < cost["step_us"]
+            over = max(cost["beside_us"], (cost["step_us"] - cost["run_us"]) if row["layers"] == 2 else 0)
+            assert row["kept"] == (over < 20)
+
+
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
 def test_sessions_on_a_fake_gpu(backend: str, built: Path, bundle: Bundle, tmp_path: Path) -> None:
     with_engines = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
@@ -100,6 +129,25 @@ def test_headpool_reads_what_the_example_bench_writes(built: Path, bundle: Bundl
     assert _run(["compare", *map(str, files)]) == 0
     assert "fused" in capfd.readouterr().out
     assert sorted(tmp_path.iterdir()) == files
+
+
+def test_bench_knows_the_machine_as_profile_does(built: Path, bundle: Bundle, tmp_path: Path) -> None:
+    """Whatever number of threads it was given."""
+    file = tmp_path / "cpp.json"
+    run(built / "examples/bench", bundle.path, "g2.fused", file, 8, 16, 3)
+    ours = Results.load(file).machine
+    assert dataclasses.replace(ours, load=0.0) == dataclasses.replace(fingerprint(), gpus=(), load=0.0)
+    assert Results.load(file).cells[0].options["threads"] == 3
+
+
+@pytest.mark.parametrize("case", cgroups.CASES)
+def test_threads_are_those_that_python_takes(case: str, built: Path, tmp_path: Path) -> None:
+    files, cpus = cgroups.CASES[case]
+    shared = cgroups.topology(dict.fromkeys(os.sched_getaffinity(0), "0-63"))  # one core
+    for siblings in ({}, shared):
+        cgroups.write({**files, **siblings}, tmp_path)
+        assert run(built / "tests/cores", tmp_path).split() == [str(physical_cores(tmp_path)), str(cpus)]
+    assert physical_cores(tmp_path) == 1
 
 
 @pytest.mark.parametrize("cache", ["fp16", "int8"])
@@ -256,6 +304,23 @@ def test_a_package_whose_onnx_runtime_has_gone(built: Path, tools: dict[str, str
     words = "add the folder whose include and lib have ONNX Runtime's headers and library to CMAKE_PREFIX_PATH"
     assert done.returncode
     assert words in " ".join(done.stderr.split())
+
+
+def test_a_package_needs_no_headers_of_onnx_runtime(
+    built: Path, tools: dict[str, str], bundle: Bundle, greedy: list[int], tmp_path: Path
+) -> None:
+    """Where they have gone, or never were: its library alone is linked."""
+    prefix, consumer = tmp_path / "prefix", tmp_path / "consumer"
+    run(tools["cmake"], "--install", built, "--prefix", prefix)
+    config = next(prefix.glob("lib*/**/headpool-config.cmake"))
+    text = config.read_text()
+    line = next(line for line in text.splitlines() if line.startswith("set(headpool_ONNXRUNTIME_INCLUDE_DIR"))
+    config.write_text(text.replace(line, 'set(headpool_ONNXRUNTIME_INCLUDE_DIR "/gone")'))
+    source = REPOSITORY / "runtime/examples/consumer"
+    run(tools["cmake"], "-S", source, "-B", consumer, f"-DCMAKE_PREFIX_PATH={prefix}")
+    run(tools["cmake"], "--build", consumer)
+    for program in ("consumer", "consumer_static", "consumer_c"):
+        assert run(consumer / program, bundle.path, *PROMPT) == f"{greedy[0]}\n"
 
 
 def test_as_a_part_of_another_project(tools: dict[str, str], tmp_path: Path) -> None:
