@@ -8,6 +8,8 @@
 namespace headpool::detail {
 namespace {
 
+constexpr std::int32_t UNDEFINED = 0, STRING = 8;  // of TensorProto.DataType
+
 struct Damaged {};
 
 [[noreturn]] void damaged() { throw Damaged(); }
@@ -23,7 +25,7 @@ class Message {
     const std::uint64_t tag = varint();
     field = tag >> 3;
     if (!field) damaged();  // zeros, as a hole in a file has them
-    bytes = {};
+    bytes = {}, number = 0;
     is_number = (tag & 7) == 0;
     switch (tag & 7) {
       case 0:
@@ -101,7 +103,9 @@ void read_tensor(std::string_view tensor, std::vector<Initializer>& results) {  
     if (m.field == 13) read_place(m.bytes, result);
     if (m.field == 14) external = m.number == 1;
   }
-  if (external) results.push_back(std::move(result));
+  if (!external) return;
+  if (result.type == UNDEFINED || result.type == STRING) damaged();  // a text in memory is a pointer: none comes from a file
+  results.push_back(std::move(result));
 }
 
 }  // namespace

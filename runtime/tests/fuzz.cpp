@@ -2,32 +2,63 @@
 //
 // Built with clang's -fsanitize=fuzzer (cmake -DHEADPOOL_FUZZER=ON) libFuzzer drives it: fuzz CORPUS. Otherwise its own main
 // does, by blind mutations from a fixed seed: fuzz ROUNDS FILE…
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <random>
+#include <span>
 #include <string>
+#include <string_view>
 
 #include "../src/fields.hpp"
 #include "../src/initializers.hpp"
 #include "../src/manifest.hpp"
 #include "../src/tensorrt/record.hpp"
 
+namespace {
+
+void expect(bool holds) {
+  if (!holds) std::abort();
+}
+
+void expect_one_line(std::string_view message) {
+  expect(!message.empty() && std::ranges::none_of(message, [](char c) { return (c >= 0 && c < ' ') || c == 0x7F; }));
+}
+
+void read_manifest(std::string_view text) try {
+  for (const headpool::detail::Variant& variant : headpool::detail::parse_manifest(text)) {
+    expect(headpool::detail::is_file_name(variant.graph));
+    expect(std::ranges::all_of(variant.weights, headpool::detail::is_file_name));
+    expect(!variant.encoder || headpool::detail::is_file_name(variant.encoder->graph));
+    expect(variant.info.kv_bytes_per_token > 0);
+  }
+} catch (const headpool::BundleError& error) {
+  expect_one_line(error.what());
+}
+
+void read_engines(std::string_view text) try {
+  for (const headpool::detail::EngineRecord& engine : headpool::detail::parse_engines(text))
+    expect(headpool::detail::is_file_name(engine.file));
+} catch (const headpool::detail::Flaw& error) {
+  expect_one_line(error.what());
+}
+
+void read_initializers(std::string_view bytes) try {
+  headpool::detail::external_initializers(std::as_bytes(std::span(bytes)), "graph");
+} catch (const headpool::BundleError& error) {
+  expect_one_line(error.what());
+}
+
+}  // namespace
+
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  try {
-    headpool::detail::parse_manifest({reinterpret_cast<const char*>(data), size});
-  } catch (const headpool::BundleError&) {
-  }
-  try {
-    headpool::detail::external_initializers({reinterpret_cast<const std::byte*>(data), size}, "graph");
-  } catch (const headpool::BundleError&) {
-  }
-  try {
-    headpool::detail::parse_engines({reinterpret_cast<const char*>(data), size});
-  } catch (const headpool::detail::Flaw&) {
-  }
+  const std::string_view text(reinterpret_cast<const char*>(data), size);
+  read_manifest(text);
+  read_engines(text);
+  read_initializers(text);
   return 0;
 }
 

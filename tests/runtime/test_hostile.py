@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -224,6 +225,19 @@ def test_weights_whose_place_wraps_around(bundle: Path, api: Api) -> None:
     with pytest.raises(RuntimeFailure) as caught:
         api.open(bundle, fused(bundle))
     assert caught.value.status == BUNDLE
+
+
+def test_texts_for_weights(bundle: Path, built: Path) -> None:
+    """In memory a text is an address and a length: taken from a file, they would be whatever it says, and be read."""
+    (bundle / "texts").write_bytes(struct.pack("<4Q", 8, 64, 0, 0) * 64)
+
+    def change(model: onnx.ModelProto) -> None:
+        texts = onnx.TensorProto(name="texts", data_type=onnx.TensorProto.STRING, dims=[64], raw_data=b"")
+        onnx.external_data_helper.set_external_data(texts, "texts", 0, 64 * 32)
+        model.graph.initializer.append(texts)
+        model.graph.node.append(onnx.helper.make_node("Gather", ["texts", "input_ids"], ["read"]))
+
+    test_numbers_of_a_graph_that_is_the_first_opened(change, "model.onnx is damaged; export the bundle again", bundle, built)
 
 
 @pytest.fixture
