@@ -194,6 +194,8 @@ def test_what_does_not_fit_is_refused_with_both_sides(bundle: Bundle, fake: Api)
     refused(fake, bundle, ARGUMENT, "engines for batch 2, this session has 1; headpool build .* --batch 1")
     words = "engines for 120 tokens a sequence, this session wants 121; headpool build .* --capacity 121"
     refused(fake, bundle, ARGUMENT, words, batch=2, capacity=121)
+    fake_engines.add(bundle, variant, "tensorrt", batch=2, capacity=12, prefill=8)  # each is named, 12 in 120 too
+    refused(fake, bundle, ARGUMENT, words.replace("120", "120, 12"), batch=2, capacity=121)
 
 
 def test_what_headpool_build_wrote_is_read(model: Decoder, fake: Api, tmp_path: Path) -> None:

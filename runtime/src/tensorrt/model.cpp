@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <set>
 
 #include "../guard.hpp"
 #include "../memory.hpp"
@@ -20,9 +21,10 @@ Records narrowed(const Records& records, const Fits& fits, const What& what, std
   std::copy_if(records.begin(), records.end(), std::back_inserter(fitting), fits);
   if (!fitting.empty()) return fitting;
   std::string there;
+  std::set<std::string> named;
   for (const EngineRecord& record : records) {
     const std::string one = what(record);
-    if (there.find(one) == there.npos) there += (there.empty() ? "" : ", ") + one;
+    if (named.insert(one).second) there += (there.empty() ? "" : ", ") + one;
   }
   const std::string dots = "…";
   throw Failure(one_line(complaint.replace(complaint.find(dots), dots.size(), there)));

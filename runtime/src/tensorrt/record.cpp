@@ -1,6 +1,7 @@
 #include "record.hpp"
 
 #include <algorithm>
+#include <map>
 
 #include "../fields.hpp"
 #include "../guard.hpp"
@@ -107,11 +108,13 @@ std::vector<EngineRecord> engines_of(const std::filesystem::path& bundle) {
 void expect_tensors(const std::vector<EngineTensor>& found, const Variant& variant, const EngineRecord& sizes,
                     const std::string& whose) {
   const std::vector<EngineTensor> due = tensors_of(variant, sizes);
+  std::map<std::string_view, const EngineTensor*> named;  // a hostile file has a million
+  for (const EngineTensor& tensor : found) named.try_emplace(tensor.name, &tensor);
   for (const EngineTensor& tensor : due) {
-    const auto same = std::find_if(found.begin(), found.end(), [&](const auto& other) { return other.name == tensor.name; });
-    if (same == found.end()) throw BundleError(one_line(whose + " has no " + tensor.name + "; build the engine again"));
-    if (!(*same == tensor))
-      throw BundleError(one_line(whose + " has " + tensor.name + " as " + described(*same) + "; headpool.json as " +
+    const auto same = named.find(tensor.name);
+    if (same == named.end()) throw BundleError(one_line(whose + " has no " + tensor.name + "; build the engine again"));
+    if (!(*same->second == tensor))
+      throw BundleError(one_line(whose + " has " + tensor.name + " as " + described(*same->second) + "; headpool.json as " +
                                  described(tensor) + "; build the engine again"));
   }
   if (found.size() != due.size())
