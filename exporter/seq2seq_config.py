@@ -42,14 +42,12 @@ class Seq2SeqConfig(ModelConfig):
             raise UserError(f"config head_scale {self.head_scale} is not a finite number above 0")
         if not 0 <= self.decoder_start_id < self.vocab_size:
             raise UserError(f"config decoder_start_id {self.decoder_start_id} is outside the vocabulary of {self.vocab_size}")
-        lacking = [
-            name
-            for name in ("glu_value_dim", "qkv_bias", "o_bias", "ffn_bias", "qk_norm", "norm_offset", "learned_positions")
-            if getattr(self, name)
-        ]
-        if lacking or self.rope.kind != "none" or self.norm != "rms":
-            what = "".join(lacking[:1]) or (f"rope {self.rope.kind}" if self.rope.kind != "none" else f"norm {self.norm}")
-            raise UserError(f"an encoder-decoder with {what} is not implemented")
+        unknown = ("glu_value_dim", "qkv_bias", "o_bias", "ffn_bias", "qk_norm", "norm_offset", "learned_positions")
+        lacking = [name for name in unknown if getattr(self, name)]
+        lacking += [f"rope {self.rope.kind}"] if self.rope.kind != "none" else []
+        lacking += [f"norm {self.norm}"] if self.norm != "rms" else []
+        if lacking:  # the first one, which may have brought others with it
+            raise UserError(f"an encoder-decoder with {lacking[0]} is not implemented")
 
 
 def require_decoder(config: ModelConfig, name: object, what: str) -> None:

@@ -24,10 +24,10 @@ def ffn_family(source: Checkpoint, kinds: Sequence[str], seed: int) -> list[Chec
     """
     if kinds:
         require_decoder(source.config, source.name, "--ffn")
-    if kinds and source.files:
-        raise UserError(
-            f"{source.name} has the weights of a {source.config.ffn} FFN; --ffn takes a config.json, without weights"
-        )
+        if source.files:
+            raise UserError(
+                f"{source.name} has the weights of a {source.config.ffn} FFN; --ffn takes a config.json, without weights"
+            )
     return [_with_ffn(source, kind, seed) for kind in kinds]
 
 

@@ -17,6 +17,7 @@ from exporter.config import ModelConfig
 from exporter.convert.attention import AttentionWeights
 from exporter.convert.causal import CausalAttention
 from exporter.convert.layer import LayerChange, check_finite, solvable
+from exporter.convert.least_squares import Tokens
 from exporter.convert.refine import ROUNDS, Examples, refine_output, refine_scores, ridge_inverse, second_moments
 from exporter.convert.scratch import Scratch
 from exporter.convert.walk import Walk
@@ -43,11 +44,10 @@ def convert_on_tokens(
         read, inputs = walk.inputs(index, original), walk.inputs(index, converted)
         if change.keeps(before, after):
             layer = walk.layer(index)
-            wanted, given = walk.attend(layer, read), walk.attend(layer, inputs)
+            wanted, given = walk.attention.attend(layer, read), walk.attention.attend(layer, inputs)
         else:
             with solvable(index):
-                folded, wanted = convert_layer(walk.attention, config, walk.layer(index), after, change, read, inputs)
-                given = walk.attend(folded, inputs)
+                folded, wanted, given = convert_layer(walk.attention, config, walk.layer(index), after, change, read, inputs)
                 check_finite(folded, wanted, given)
             for name, tensor in folded.tensors(config, index).items():
                 changed[name] = scratch.keep(name, tensor.to(weights[name].dtype))
@@ -66,8 +66,8 @@ def convert_layer(
     change: LayerChange,
     read: Tensor,
     inputs: Tensor,
-) -> tuple[AttentionWeights, Tensor]:
-    """`layer` with `kv_heads` KV heads, and what it gives as it is on `read` [n,T,e]. `inputs` [n,T,e] is what it will read."""
+) -> tuple[AttentionWeights, Tensor, Tensor]:
+    """`layer` with `kv_heads` KV heads; what `layer` gives on `read` [n,T,e], and what that gives on `inputs` [n,T,e]."""
     moments = second_moments(inputs)
     wide = change.regroup(config, layer.to(torch.float64), kv_heads, moments)
     del layer  # of a large model each of these is hundreds of megabytes
@@ -75,14 +75,15 @@ def convert_layer(
     layer = wide.to(torch.float32)
     del wide, moments
     if not change.correct or change.keeps(layer.kv_heads, folded.kv_heads):
-        return folded, torch.stack([attention.attend(layer, window)[1] for window in read])
-    probabilities, outputs = zip(*(attention.attend(layer, window) for window in read), strict=True)
-    original, fewer = (layer.query, layer.key), folded.kv_heads < layer.kv_heads
+        return folded, attention.attend(layer, read), attention.attend(folded, inputs)
+    fewer = folded.kv_heads < layer.kv_heads
+    scored = [attention.scored(layer, window) for window in read]
+    probabilities = [attention.probabilities(attention.scores(*pair)) for pair in scored]
+    wanted = attention.outputs(layer, probabilities, read)
     del layer
-    inverse = ridge_inverse(second_moments(inputs)).to(inputs.dtype)
-    examples = Examples(inputs, list(probabilities), torch.stack(outputs), inverse)
-    del probabilities, outputs
-    refine_scores(attention, original, folded, read, examples, ROUNDS if fewer else 0)
-    del original
+    tokens = Tokens(inputs, ridge_inverse(second_moments(inputs)).to(inputs.dtype))
+    examples = Examples(tokens, scored, probabilities, wanted)
+    refine_scores(attention, folded, examples, ROUNDS if fewer else 0)
+    scored.clear()
     refine_output(attention, folded, examples)
-    return folded, examples.wanted
+    return folded, wanted, attention.outputs(folded, probabilities, inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,16 +28,20 @@ class CausalAttention:
         self.hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
 
     def project(self, weights: Tensor, inputs: Tensor, norm: Tensor | None = None) -> Tensor:
-        heads = (inputs @ weights.flatten(0, 1).T).unflatten(1, weights.shape[:2]).transpose(0, 1)
-        return self._turn(heads if norm is None else F.rms_norm(heads, norm.shape, norm, self.eps), 1)
+        read = (inputs @ weights.flatten(0, 1).T).unflatten(1, weights.shape[:2])
+        return self.turned(read if norm is None else F.rms_norm(read, norm.shape, norm, self.eps))
 
-    def project_adjoint(self, projected: Tensor, inputs: Tensor, total: Tensor) -> None:
-        """[heads,T,D] and [T,e], added to `total` [heads,D,e]."""
-        total.view(-1, total.shape[2]).addmm_(self._turn(projected, -1).transpose(0, 1).flatten(1).T, inputs)
+    def turned(self, read: Tensor) -> Tensor:
+        """X·Wᵀ [T,heads,D] → [heads,T,D] with rotary positions."""
+        return self._turn(read.transpose(0, 1), 1)
+
+    def turned_back(self, turned: Tensor) -> Tensor:
+        """The adjoint: [heads,T,D] → [T,heads,D]."""
+        return self._turn(turned, -1).transpose(0, 1)
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         groups = query.unflatten(0, (key.shape[0], -1)).flatten(1, 2)
-        return (groups @ key.mT).unflatten(1, (-1, key.shape[1])).flatten(0, 1) * self.scale
+        return (groups * self.scale @ key.mT).unflatten(1, (-1, key.shape[1])).flatten(0, 1)
 
     def scores_adjoint_query(self, scores: Tensor, key: Tensor) -> Tensor:
         return self.mix(scores, key) * self.scale
@@ -55,16 +61,23 @@ class CausalAttention:
         """[H,T,T] and [H,T,Dv] → [G,T,Dv]."""
         return probabilities.unflatten(0, (kv_heads, -1)).flatten(1, 2).mT @ mixed.unflatten(0, (kv_heads, -1)).flatten(1, 2)
 
-    def attend(self, layer: AttentionWeights, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The probabilities, and the attention's output [T,d] without its bias."""
-        probabilities = self.attention(layer, inputs)
-        return probabilities, self.output(layer, probabilities, inputs)
+    def attend(self, layer: AttentionWeights, inputs: Tensor) -> Tensor:
+        """The attention's output [n,T,d], without its bias, on n windows [n,T,e]."""
+        return self.outputs(layer, (self.attention(layer, window) for window in inputs), inputs)
+
+    def outputs(self, layer: AttentionWeights, probabilities: Iterable[Tensor], inputs: Tensor) -> Tensor:
+        """The same, given the probabilities of each window."""
+        output = layer.output.flatten(1).T
+        return torch.stack([self.mixed(layer, *pair) @ output for pair in zip(probabilities, inputs, strict=True)])
 
     def attention(self, layer: AttentionWeights, inputs: Tensor) -> Tensor:
         """The probabilities alone, [H,T,T]."""
+        return self.probabilities(self.scores(*self.scored(layer, inputs)))
+
+    def scored(self, layer: AttentionWeights, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries and keys, rotated, of which scores are made."""
         norms = layer.norms or (None, None)
-        query, key = self.project(layer.query, inputs, norms[0]), self.project(layer.key, inputs, norms[1])
-        return self.probabilities(self.scores(query, key))
+        return self.project(layer.query, inputs, norms[0]), self.project(layer.key, inputs, norms[1])
 
     def gated(self, layer: AttentionWeights, values: Tensor, inputs: Tensor) -> Tensor:
         """[G,T,Dv] times the gates of GLU attention, where there are any."""
@@ -74,9 +87,6 @@ class CausalAttention:
         """What W_O reads, [T, H·Dv]."""
         values = self.gated(layer, inputs @ layer.value.mT, inputs)
         return self.mix(probabilities, values).transpose(0, 1).flatten(1)
-
-    def output(self, layer: AttentionWeights, probabilities: Tensor, inputs: Tensor) -> Tensor:
-        return self.mixed(layer, probabilities, inputs) @ layer.output.flatten(1).T
 
     def _turn(self, x: Tensor, sign: int) -> Tensor:
         """Rotary positions; with sign −1 their transpose."""

@@ -13,14 +13,15 @@ Of a large model every weight here is hundreds of megabytes: they change in thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from exporter.convert.attention import AttentionWeights
 from exporter.convert.causal import CausalAttention
+from exporter.convert.least_squares import Tokens, conjugate_gradients
 
 RIDGE = 0.02  # of the mean second moment
 FLOOR = torch.finfo(torch.float32).tiny  # of a ridge; its inverse is a float32 too
@@ -33,34 +34,30 @@ COLUMNS = 512  # of a matrix that are worked on in float64 at a time
 
 @dataclass(frozen=True)
 class Examples:
-    """What a layer is fitted on, n windows: what it reads, and the original attention's probabilities and output.
+    """What a layer is fitted on, n windows: what it reads, and the original attention's scores, probabilities and output.
 
-    `wanted` [n,T,d] is what the converted layer's attention shall give. `inverse` is `ridge_inverse` of the moments of `inputs`
-    [n,T,e], in their dtype.
+    `wanted` [n,T,d] is what the converted layer's attention shall give. Heads are in the order of the converted layer's.
     """
 
-    inputs: Tensor
+    tokens: Tokens
+    scored: list[tuple[Tensor, Tensor]]  # the original's rotated queries [H,T,D] and keys [L,T,D]
     probabilities: list[Tensor]  # [H,T,T] each
     wanted: Tensor
-    inverse: Tensor
+
+    @property
+    def inputs(self) -> Tensor:
+        """[n,T,e]"""
+        return self.tokens.inputs
 
 
-Original = tuple[Tensor, Tensor]  # W_Q and W_K, their heads in the order of the converted layer's
-Operator = Callable[[Tensor], Tensor]
-OfWindow = Callable[[int, Tensor], Tensor]  # of a window by its number
-AddOfWindow = Callable[[Tensor, int, Tensor], None]  # what to add it to, the window's number
-
-
-def refine_scores(
-    attention: CausalAttention, original: Original, folded: AttentionWeights, read: Tensor, examples: Examples, rounds: int
-) -> None:
+def refine_scores(attention: CausalAttention, folded: AttentionWeights, examples: Examples, rounds: int) -> None:
     """Correct W_Q and W_K of `folded` `rounds` times; not under QK-norm, where scores are not linear in them.
 
-    `original` reads `read` [n,T,e]. The probabilities of `examples` become the converted layer's.
+    The probabilities of `examples` become the converted layer's.
     """
     for _ in range(rounds if folded.norms is None else 0):
-        _fit_queries(attention, original, folded, read, examples)
-        _fit_keys(attention, original, folded, read, examples)
+        _fit_queries(attention, folded, examples)
+        _fit_keys(attention, folded, examples)
     for window, inputs in enumerate(examples.inputs):
         examples.probabilities[window] = attention.attention(folded, inputs)
 
@@ -97,90 +94,62 @@ def _add_ridge(moments: Tensor) -> None:
     moments.diagonal().add_((RIDGE * moments.diagonal().mean()).clamp_min(FLOOR))
 
 
-def _fit_queries(
-    attention: CausalAttention, original: Original, layer: AttentionWeights, read: Tensor, examples: Examples
-) -> None:
+def _fit_queries(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> None:
     keys = [attention.project(layer.key, inputs) for inputs in examples.inputs]
 
-    def scores(window: int, query: Tensor) -> Tensor:
-        found = attention.scores(attention.project(query, examples.inputs[window]), keys[window])
-        return _weighted(examples.probabilities[window], found)
+    def adjoint(window: int, scores: Tensor) -> Tensor:
+        return attention.turned_back(attention.scores_adjoint_query(scores, keys[window]))
 
-    def adjoint(total: Tensor, window: int, errors: Tensor) -> None:
-        back = attention.scores_adjoint_query(errors, keys[window])
-        attention.project_adjoint(back, examples.inputs[window], total)
+    def normal(window: int, read: Tensor) -> Tensor:
+        scores = attention.scores(attention.turned(read), keys[window])
+        return adjoint(window, _weighted(examples.probabilities[window], scores))
 
-    wanted = _wanted_scores(attention, original, read, examples)
-    _fit(layer.query, scores, adjoint, wanted, examples, SCORE_STEPS, apart=True)
+    wanted = (adjoint(window, scores) for window, scores in enumerate(_wanted_scores(attention, examples)))
+    conjugate_gradients(normal, wanted, layer.query, examples.tokens, SCORE_STEPS, apart=True)
 
 
-def _fit_keys(
-    attention: CausalAttention, original: Original, layer: AttentionWeights, read: Tensor, examples: Examples
-) -> None:
+def _fit_keys(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> None:
     queries = [attention.project(layer.query, inputs) for inputs in examples.inputs]
 
-    def scores(window: int, key: Tensor) -> Tensor:
-        found = attention.scores(queries[window], attention.project(key, examples.inputs[window]))
-        return _weighted(examples.probabilities[window], found)
+    def adjoint(window: int, scores: Tensor) -> Tensor:
+        return attention.turned_back(attention.scores_adjoint_key(scores, queries[window], layer.kv_heads))
 
-    def adjoint(total: Tensor, window: int, errors: Tensor) -> None:
-        back = attention.scores_adjoint_key(errors, queries[window], layer.kv_heads)
-        attention.project_adjoint(back, examples.inputs[window], total)
+    def normal(window: int, read: Tensor) -> Tensor:
+        scores = attention.scores(queries[window], attention.turned(read))
+        return adjoint(window, _weighted(examples.probabilities[window], scores))
 
-    wanted = _wanted_scores(attention, original, read, examples)
-    _fit(layer.key, scores, adjoint, wanted, examples, SCORE_STEPS, apart=True)
+    wanted = (adjoint(window, scores) for window, scores in enumerate(_wanted_scores(attention, examples)))
+    conjugate_gradients(normal, wanted, layer.key, examples.tokens, SCORE_STEPS, apart=True)
 
 
-def _wanted_scores(attention: CausalAttention, original: Original, read: Tensor, examples: Examples) -> Iterator[Tensor]:
-    for inputs, probabilities in zip(read, examples.probabilities, strict=True):
-        query, key = (attention.project(heads, inputs) for heads in original)
+def _wanted_scores(attention: CausalAttention, examples: Examples) -> Iterator[Tensor]:
+    for (query, key), probabilities in zip(examples.scored, examples.probabilities, strict=True):
         yield _weighted(probabilities, attention.scores(query, key))
 
 
 def _weighted(probabilities: Tensor, scores: Tensor) -> Tensor:
-    """Scores less their mean under the probabilities, times those."""
-    weighted = probabilities * scores
-    return weighted - probabilities * weighted.sum(-1, keepdim=True)
+    """Scores less their mean under the probabilities, times those; in their place."""
+    scores *= probabilities
+    return scores.addcmul_(probabilities, scores.sum(-1, keepdim=True), value=-1)
 
 
 def _fit_values(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> None:
     output = layer.output.flatten(1)
+    gram = output.T @ output
 
-    def given(window: int, value: Tensor) -> Tensor:
-        mixed = attention.mixed(replace(layer, value=value), examples.probabilities[window], examples.inputs[window])
-        return mixed @ output.T
-
-    def adjoint(total: Tensor, window: int, errors: Tensor) -> None:
-        """Errors of the output, [T,d], to [G,Dv,e]."""
-        heads = (errors @ output).unflatten(1, layer.output.shape[1:]).transpose(0, 1)
-        inputs = examples.inputs[window]
+    def adjoint(window: int, mixed: Tensor) -> Tensor:
+        """[T,H·Dv] → [T,G,Dv]."""
+        heads = mixed.unflatten(1, layer.output.shape[1:]).transpose(0, 1)
         values = attention.mix_adjoint(examples.probabilities[window], heads, layer.kv_heads)
-        total.view(-1, total.shape[2]).addmm_(attention.gated(layer, values, inputs).mT.flatten(0, 1), inputs)
+        return attention.gated(layer, values, examples.inputs[window]).transpose(0, 1)
 
-    _fit(layer.value, given, adjoint, examples.wanted, examples, VALUE_STEPS, apart=False)
+    def normal(window: int, read: Tensor) -> Tensor:
+        values = attention.gated(layer, read.transpose(0, 1), examples.inputs[window])
+        mixed = attention.mix(examples.probabilities[window], values).transpose(0, 1).flatten(1)
+        return adjoint(window, mixed @ gram)
 
-
-def _fit(
-    start: Tensor,
-    image: OfWindow,
-    adjoint: AddOfWindow,
-    wanted: Iterable[Tensor],
-    examples: Examples,
-    steps: int,
-    apart: bool,
-) -> None:
-    """`steps` steps of `start` towards those whose `image` in every window is `wanted`, by least squares."""
-
-    def total(errors: Iterable[Tensor]) -> Tensor:
-        found = start.new_zeros(start.shape)
-        for window, error in enumerate(errors):
-            adjoint(found, window, error)
-        return found
-
-    def normal(weights: Tensor) -> Tensor:
-        return total(image(window, weights) for window in range(len(examples.inputs)))
-
-    conjugate_gradients(normal, total(wanted), start, examples.inverse, steps, apart)
+    wanted = (adjoint(window, given @ output) for window, given in enumerate(examples.wanted))
+    conjugate_gradients(normal, wanted, layer.value, examples.tokens, VALUE_STEPS, apart=False)
 
 
 def _solve_output(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> None:
@@ -196,31 +165,3 @@ def _solve_output(attention: CausalAttention, layer: AttentionWeights, examples:
     moments = torch.linalg.cholesky(moments)
     for rows, error in zip(layer.output.split(COLUMNS), errors.split(COLUMNS), strict=True):
         rows += torch.cholesky_solve(error.double().T, moments).T.unflatten(1, rows.shape[1:])
-
-
-def conjugate_gradients(normal: Operator, wanted: Tensor, start: Tensor, inverse: Tensor, steps: int, apart: bool) -> None:
-    """`steps` steps of `start` [heads,r,e] towards normal(x) = wanted, preconditioned with `inverse` [e,e] on the right.
-
-    Heads are problems of their own where `apart`, else one problem. `wanted` is changed too. Hestenes and Stiefel 1952.
-    """
-
-    def inner(one: Tensor, other: Tensor) -> Tensor:
-        products = torch.stack([(mine * its).sum() for mine, its in zip(one, other, strict=True)])[:, None, None]
-        return products if apart else products.sum(0, keepdim=True)
-
-    tiny = torch.finfo(start.dtype).tiny
-    residual = wanted
-    residual -= normal(start)
-    direction = residual @ inverse
-    size = inner(residual, direction)
-    for _ in range(steps):
-        image = normal(direction)
-        length = size / inner(direction, image).clamp_min(tiny)
-        start.addcmul_(length, direction)
-        residual.addcmul_(length, image, value=-1)
-        del image
-        solved = residual @ inverse
-        before, size = size, inner(residual, solved)
-        direction *= size / before.clamp_min(tiny)
-        direction += solved
-        del solved

@@ -58,15 +58,15 @@ class ReplaceOne:
         """(layer, nats a token by KV heads) for every layer that is not `done`, as it is measured. `counts`: what to try."""
         config, layers = self.config, self.config.num_layers
         walk = Walk(config, self.weights, self.windows.shape[1])
-        stream = walk.embed(self.windows)
+        attend, stream = walk.attention.attend, walk.embed(self.windows)
         reference = self._through(walk, stream[-MEASURED:].clone(), "reading the original")
         for index in range(layers):
             self.progress("replacing layers", index, layers)
             read, layer = walk.inputs(index, stream), walk.layer(index)
             tried = [] if index in done else counts[index]
-            given = [walk.attend(self._converted(walk, layer, index, count, read), read[-MEASURED:]) for count in tried]
+            given = [attend(self._converted(walk, layer, index, count, read), read[-MEASURED:]) for count in tried]
             streams = [stream[-MEASURED:].clone() for _ in tried]
-            attended = walk.attend(layer, read)
+            attended = attend(layer, read)
             del read, layer
             walk.advance(index, (stream, *streams), (attended, *given))
             del attended, given
@@ -74,7 +74,7 @@ class ReplaceOne:
                 continue
             for later in range(index + 1, layers):
                 layer = walk.layer(later)
-                walk.advance(later, streams, [walk.attend(layer, walk.inputs(later, replaced)) for replaced in streams])
+                walk.advance(later, streams, [attend(layer, walk.inputs(later, replaced)) for replaced in streams])
             found = dict(zip(tried, divergences(walk, reference, streams), strict=True))
             for count, loss in found.items():
                 if not np.isfinite(loss):
@@ -109,7 +109,7 @@ class ReplaceOne:
         if self.tokens is not None:
             change, fitted = layer_change(self.method, self.grouping, self.seed), read[:-MEASURED]
             with solvable(index):
-                folded, _ = convert_layer(walk.attention, self.config, layer, count, change, fitted, fitted)
+                folded, *_ = convert_layer(walk.attention, self.config, layer, count, change, fitted, fitted)
                 check_finite(folded)
             return folded
         kv_heads = (*self.config.kv_heads[:index], count, *self.config.kv_heads[index + 1 :])
@@ -120,7 +120,7 @@ class ReplaceOne:
         layers = walk.config.num_layers
         for index in range(layers):
             self.progress(what, index, layers)
-            walk.advance(index, [stream], [walk.attend(walk.layer(index), walk.inputs(index, stream))])
+            walk.advance(index, [stream], [walk.attention.attend(walk.layer(index), walk.inputs(index, stream))])
         self.progress(what, layers, layers)
         return stream
 

@@ -50,10 +50,6 @@ class Walk:
         normed = torch.stack([norm(window) for window in stream])
         return F.pad(normed, (0, 1), value=1.0) if self.config.qkv_bias else normed
 
-    def attend(self, layer: AttentionWeights, inputs: Tensor) -> Tensor:
-        """The attention's output [n,T,d] on inputs [n,T,e], without its bias."""
-        return torch.stack([self.attention.attend(layer, window)[1] for window in inputs])
-
     def advance(self, index: int, streams: Sequence[Tensor], attended: Sequence[Tensor]) -> None:
         """Each stream past layer `index`, whose attention gave `attended`: residual connections and feed-forward."""
         prefix, d = f"model.layers.{index}.", self.config.hidden_size

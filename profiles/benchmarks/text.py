@@ -33,7 +33,7 @@ from profiles.benchmarks.process import headpool
 from profiles.benchmarks.record import save
 from profiles.bundles import subject_of
 from profiles.machine import ROOT
-from profiles.peers.runtimes import RUNTIMES, Place
+from profiles.peers.runtimes import RUNTIMES, Place, Runtime
 
 LENGTHS = (64, 1024)  # tokens of the prompts
 COUNT = 128  # new tokens
@@ -139,7 +139,7 @@ def main(
     save(out, "text", PROMISE, rows, kept, model=model.name, threads=threads, turns=turns, weight_bytes=weights)
 
 
-def _llama_cpp() -> Any:
+def _llama_cpp() -> Runtime:
     return next(runtime for runtime in RUNTIMES if runtime.name == OTHERS[0])
 
 

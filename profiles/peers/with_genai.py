@@ -51,8 +51,9 @@ class Peer(Runner):
     def feed(self, tokens: np.ndarray) -> np.ndarray:
         whole = self.batch == 1 or not self.fed.shape[1]
         self.fed = np.concatenate([self.fed, tokens.astype(np.int32)], axis=1)
-        for part in [tokens] if whole else np.split(tokens, tokens.shape[1], axis=1):
-            self._append(part) if whole else self._draw(part)
+        add, parts = (self._append, [tokens]) if whole else (self._draw, np.split(tokens, tokens.shape[1], axis=1))
+        for part in parts:
+            add(part)
             logits = np.asarray(self.generator.get_logits())
         return logits.reshape(self.batch, -1, self.vocabulary)[:, -1]
 

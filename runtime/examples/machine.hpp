@@ -14,8 +14,6 @@
 #include <sstream>
 #include <string>
 
-#include "../src/cores.hpp"
-
 namespace machine {
 
 // What decides the speed of a matrix product or of a conversion between dtypes on x86-64 and Arm.
@@ -72,7 +70,7 @@ inline nlohmann::json record(const nlohmann::json& gpus) {
   name.erase(std::remove(name.begin(), name.end(), ' '), name.end());  // "glibc 2.36"
 #endif
   return {{"cpu", cpu.empty() ? os.machine : cpu},
-          {"cores", headpool::detail::physical_cores()},
+          {"cores", headpool::default_threads()},
           {"cpus", cpus},
           {"memory_bytes", 1024 * std::atoll(value_of("/proc/meminfo", "MemTotal").c_str())},
           {"l3_bytes", l3_bytes()},

@@ -1,5 +1,6 @@
 #include <headpool/model.hpp>
 
+#include "cores.hpp"
 #include "guard.hpp"
 #include "onnxruntime.hpp"
 #include "state.hpp"
@@ -22,6 +23,8 @@ Variant choose(std::vector<Variant> variants, const std::string& name) {
 }
 
 }  // namespace
+
+int default_threads() { return detail::physical_cores(); }
 
 std::vector<ModelInfo> variants(const std::filesystem::path& bundle) {
   return detail::guarded("headpool.json cannot be read", [&] {

@@ -184,7 +184,7 @@ std::shared_ptr<const Model::State> open_onnxruntime(const std::filesystem::path
   if (cuda) expect_cuda_runs(chosen);
   BackendInfo backend{"onnxruntime", "CPUExecutionProvider", "onnxruntime", OrtGetApiBase()->GetVersionString()};
   if (cuda) backend.name = "onnxruntime-cuda", backend.provider = "CUDAExecutionProvider";
-  auto state = std::make_shared<OrtModel>(std::move(chosen), std::move(backend), threads ? threads : physical_cores());
+  auto state = std::make_shared<OrtModel>(std::move(chosen), std::move(backend), threads ? threads : default_threads());
   state->cuda = cuda;
   state->memory = cuda ? cuda_memory_info() : Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   const Variant& variant = state->variant;

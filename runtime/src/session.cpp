@@ -72,7 +72,7 @@ void Session::State::check_prompts(Prompts prompts) const {
   if (pair() && longest())
     throw ArgumentError("an encoder-decoder reads its source at once; reset the session before the next one");
   for (std::size_t b = 0; b < prompts.size(); ++b) {
-    const std::string name = detail::prompt_name(b, prompts.size(), pair() ? "source" : "prompt");
+    const std::string what = pair() ? "source" : "prompt", name = detail::prompt_name(b, prompts.size(), what);
     if (prompts[b].empty()) throw ArgumentError(name + " has no tokens");
     if (pair() && static_cast<std::int64_t>(prompts[b].size()) > capacity)
       throw CapacityError(name + " of the encoder has " + std::to_string(prompts[b].size()) + " tokens, the capacity is " +
@@ -80,7 +80,7 @@ void Session::State::check_prompts(Prompts prompts) const {
     if (static_cast<std::int64_t>(prompts[b].size()) > capacity - lengths[b])
       throw CapacityError(name + " needs " + (lengths[b] ? std::to_string(lengths[b]) + " + " : "") +
                           std::to_string(prompts[b].size()) + " cache rows, the capacity is " + std::to_string(capacity));
-    check_tokens(prompts[b], prompts.size() > 1 ? std::string_view(name) : "prompt");  // last: what is too long is not read
+    check_tokens(prompts[b], prompts.size() > 1 ? name : what);  // last: what is too long is not read
   }
 }
 

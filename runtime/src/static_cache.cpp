@@ -64,7 +64,7 @@ class StaticCache final : public Cache {
   // tokens taken back change nothing, so that it does not go up and down with them.
   void rewind(std::int64_t length) override {
     ahead_ = 0;
-    const std::int64_t rows = length ? rounded(length + step_from(length)) : 0;
+    const std::int64_t rows = rounded(length + step_from(length));
     if (!length)
       rows_ = 0;
     else if (rows_ > rows + rows / 4)

@@ -5,8 +5,7 @@
 //     nothing else touches; beside_us, the median of a step without the Run within it; how often each allocated with operator
 //     new
 //   grown: steps one after another while the cache grows from 64 tokens to 1,100: the mean and the largest without the Run
-//   within
-//     them, and the median and the largest of whole steps
+//     within them, and the median and the largest of whole steps
 //   own_allocations: how often this library allocated, by any means, while tokens were decoded
 #include <onnxruntime_cxx_api.h>
 

@@ -337,6 +337,16 @@ def test_as_a_part_of_another_project(tools: dict[str, str], tmp_path: Path) -> 
     assert not {"kernel_tests", "generate", "bench", "sessions", "fuzz"} & set(targets)
 
 
+def test_the_pkg_config_file_names_the_folders_that_were_chosen(tools: dict[str, str], tmp_path: Path) -> None:
+    """Below the prefix as distributions have it, and anywhere else."""
+    for libdir, expected in (("lib/deep", "${prefix}/lib/deep"), ("/elsewhere/lib64", "/elsewhere/lib64")):
+        build = tmp_path / libdir.replace("/", "-")
+        command = [tools["cmake"], "-S", REPOSITORY / "runtime", "-B", build, f"-DCMAKE_PREFIX_PATH={tools['deps']}"]
+        run(*command, "-DHEADPOOL_TESTS=OFF", f"-DCMAKE_INSTALL_LIBDIR={libdir}", "-DCMAKE_INSTALL_INCLUDEDIR=/include")
+        lines = (build / "src/headpool.pc").read_text().splitlines()
+        assert {f"libdir={expected}", "includedir=/include"} <= set(lines)
+
+
 def test_what_a_build_lacks(tools: dict[str, str], tmp_path: Path) -> None:
     """Is said by its name, and nothing is built."""
     command = [tools["cmake"], "-S", REPOSITORY / "runtime", "-B", tmp_path, "-DCMAKE_FIND_ROOT_PATH=/nowhere"]

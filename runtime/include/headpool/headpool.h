@@ -45,7 +45,7 @@ enum {
   HP_BUNDLE = 2,   /* the bundle is missing, damaged, of another schema, or points outside its folder */
   HP_CAPACITY = 3, /* the tokens do not fit the session's capacity; nothing was fed: rewind, or make a session with more */
   HP_BACKEND = 4,  /* it is not in this library, has no GPU, cannot load the graph or the engine, or failed in a step */
-  HP_MEMORY = 5,   /* not enough of it */
+  HP_MEMORY = 5,   /* not enough of it; within ONNX Runtime's start of threads that may end the process */
   HP_INTERNAL = 6  /* anything else */
 };
 
@@ -62,7 +62,7 @@ typedef struct hp_sampler hp_sampler;
 typedef struct {
   size_t size;
   const char* variant; /* NULL or "": the bundle's first */
-  int32_t threads;     /* of one operator, at most 1024; 0: the physical cores that this process may use */
+  int32_t threads;     /* of one operator, at most 1024; 0: headpool/model.hpp's default_threads() */
   /* NULL or "": "onnxruntime", the CPU. "onnxruntime-cuda", the first GPU: where the library of onnxruntime-gpu is, without
    * pattern fused and without concat caches. "tensorrt", "tensorrt-rtx": where built with that SDK, engines of decoder-only
    * models that headpool build made for this GPU. */

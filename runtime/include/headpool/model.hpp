@@ -42,12 +42,15 @@ struct BackendInfo {
 
 struct ModelOptions {
   std::string variant;  // empty: the bundle's first
-  int threads = 0;      // of one operator, at most 1024; 0: the physical cores that this process may use
+  int threads = 0;      // of one operator, at most 1024; 0: default_threads()
   // onnxruntime (so does empty): the CPU. onnxruntime-cuda: the first GPU, by the provider that onnxruntime-gpu's library has;
   // static caches, every pattern but fused. Where this library was built with that SDK, tensorrt or tensorrt-rtx, which run the
   // bundle's engines (headpool build) on the calling thread's GPU.
   std::string backend = {};
 };
+
+// The physical cores that this process may use, or its cgroups' CPU time where that is less.
+HEADPOOL_API int default_threads();
 
 // The variants that the bundle in folder `bundle` holds. Throws BundleError.
 HEADPOOL_API std::vector<ModelInfo> variants(const std::filesystem::path& bundle);

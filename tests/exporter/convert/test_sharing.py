@@ -12,8 +12,9 @@ from exporter.config import ModelConfig, RopeConfig
 from exporter.convert.attention import AttentionWeights
 from exporter.convert.causal import CausalAttention
 from exporter.convert.fold import fold
+from exporter.convert.least_squares import Tokens, conjugate_gradients
 from exporter.convert.partition import best_order
-from exporter.convert.refine import conjugate_gradients
+from exporter.convert.refine import ridge_inverse, second_moments
 from exporter.convert.sharing import Sharing, aligned, leading
 
 D, WIDTH, T = 16, 40, 24
@@ -66,7 +67,7 @@ def planted(rotary_dim: int, heads: int, kv_heads: int, groups: int) -> Attentio
 def attend(made: AttentionWeights, rotary_dim: int) -> torch.Tensor:
     shape = config(rotary_dim, made.query.shape[0], made.kv_heads)
     inputs = normal(T, WIDTH, seed=8) * 0.3
-    return CausalAttention(shape, T).attend(made.to(torch.float64), inputs)[1]
+    return CausalAttention(shape, T).attend(made.to(torch.float64), inputs[None])[0]
 
 
 @BOTH
@@ -172,21 +173,36 @@ def test_adjoints(rotary_dim: int) -> None:
     same(attention.scores(q, k), scores, q, attention.scores_adjoint_query(scores, k))
     same(attention.scores(q, k), scores, k, attention.scores_adjoint_key(scores, q, 2))
     same(attention.mix(scores, k), mixed, k, attention.mix_adjoint(scores, mixed, 2))
-    back = torch.zeros_like(query)
-    for half in (0.25 * mixed, 0.75 * mixed):  # it adds
-        attention.project_adjoint(half, inputs, back)
-    same(q, mixed, query, back)
+    read = normal(T, 6, D, seed=5)
+    same(attention.turned(read), mixed, read, attention.turned_back(mixed))
+    torch.testing.assert_close(attention.turned((inputs @ query.flatten(0, 1).T).view(T, 6, D)), q)
 
 
 @pytest.mark.parametrize("apart", [True, False])
-def test_conjugate_gradients_solve(apart: bool) -> None:
-    made = normal(3, 12, 12)
-    matrix = made @ made.mT + torch.eye(12)
+@pytest.mark.parametrize("windows", [1, 4])  # fewer tokens than two times their width, and more
+def test_conjugate_gradients_solve(apart: bool, windows: int) -> None:
+    heads, r, length = 3, 2, 10
+    inputs, made = normal(windows, length, 12), normal(windows, heads, length * r, length * r, seed=1)
+    normals = made @ made.mT + 10 * torch.eye(length * r)
+    tokens = Tokens(inputs, ridge_inverse(second_moments(inputs)))
 
-    def operator(x: torch.Tensor) -> torch.Tensor:
-        return x @ matrix
+    def operator(window: int, read: torch.Tensor) -> torch.Tensor:
+        one = read.transpose(0, 1).flatten(1)[..., None]
+        return (normals[window] @ one).view(heads, length, r).transpose(0, 1)
 
-    truth = normal(3, 2, 12, seed=1)
+    truth = normal(heads, r, 12, seed=2)
+    wanted = [operator(window, read) for window, read in enumerate(tokens.read(truth))]
     found = torch.zeros_like(truth)
-    conjugate_gradients(operator, operator(truth), found, torch.eye(12).double(), 40, apart)
-    torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)
+    conjugate_gradients(operator, wanted, found, tokens, 60, apart)
+    torch.testing.assert_close(tokens.read(found), tokens.read(truth), rtol=1e-6, atol=1e-6)
+    if windows > 1:  # they say all of the weights
+        torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)
+
+
+def test_both_forms_of_the_kernel() -> None:
+    inputs, dual = normal(3, 8, 12), normal(3, 8, 2, 4, seed=1)
+    few, many = (Tokens(inputs, ridge_inverse(second_moments(inputs))) for _ in range(2))
+    assert few.kernel is None  # 24 tokens of 12
+    few.kernel = few.rows @ few.inverse @ few.rows.T
+    torch.testing.assert_close(few.read_solved(dual), many.read_solved(dual))
+    torch.testing.assert_close(few.read(few.weights(dual)), many.read_solved(dual))
