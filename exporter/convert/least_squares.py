@@ -44,29 +44,33 @@ def conjugate_gradients(
 ) -> None:
     """`steps` steps of the weights `start` [heads,r,e] towards normal(X·Wᵀ) = wanted, a window [T,heads,r] at a time.
 
-    Heads are problems of their own where `apart`, else one problem. Hestenes and Stiefel 1952.
+    Heads are problems of their own where `apart`, else one problem.
     """
+    residual = tokens.read(start)
+    for window, whole in enumerate(wanted):
+        residual[window] = whole - normal(window, residual[window])
+    start += tokens.weights(_steps(normal, residual, tokens, steps, apart))
+
+
+def _steps(normal: Normal, residual: Tensor, tokens: Tokens, steps: int, apart: bool) -> Tensor:
+    """What to add, as [n,T,heads,r]; `residual` is changed. Hestenes and Stiefel 1952."""
 
     def inner(one: Tensor, other: Tensor) -> Tensor:
         products = torch.stack([(mine * its).sum((0, 2)) for mine, its in zip(one, other, strict=True)]).sum(0)[:, None]
         return products if apart else products.sum(0, keepdim=True)
 
-    tiny = torch.finfo(start.dtype).tiny
-    residual = tokens.read(start)
-    for window, whole in enumerate(wanted):
-        residual[window] = whole - normal(window, residual[window])
     found, direction, given = (torch.zeros_like(residual) for _ in range(3))  # given: what tokens read of the direction
-    before = torch.tensor(torch.inf, dtype=start.dtype)
+    tiny, before = torch.finfo(residual.dtype).tiny, residual.new_tensor(torch.inf)
     for _ in range(steps):
         solved = tokens.read_solved(residual)
         size = inner(residual, solved)
         direction.mul_(size / before).add_(residual)
         given.mul_(size / before).add_(solved)
-        before = size.clamp_min(tiny)
-        image = solved  # in its place
+        before, image = size.clamp_min(tiny), solved  # in its place
         for window, read in enumerate(given):
             image[window] = normal(window, read)
         length = size / inner(given, image).clamp_min(tiny)
         found.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
-    start += tokens.weights(found)
+        del solved, image
+    return found
