@@ -46,19 +46,19 @@ def conjugate_gradients(
 
     Heads are problems of their own where `apart`, else one problem.
     """
-    residual = tokens.read(start)
-    for window, whole in enumerate(wanted):
-        residual[window] = whole - normal(window, residual[window])
-    start += tokens.weights(_steps(normal, residual, tokens, steps, apart))
+    start += tokens.weights(_steps(normal, wanted, tokens.read(start), tokens, steps, apart))
 
 
-def _steps(normal: Normal, residual: Tensor, tokens: Tokens, steps: int, apart: bool) -> Tensor:
-    """What to add, as [n,T,heads,r]; `residual` is changed. Hestenes and Stiefel 1952."""
+def _steps(normal: Normal, wanted: Iterable[Tensor], read: Tensor, tokens: Tokens, steps: int, apart: bool) -> Tensor:
+    """What to add, [n,T,heads,r], to weights of which `read` is X·Wᵀ, which is changed. Hestenes and Stiefel 1952."""
 
     def inner(one: Tensor, other: Tensor) -> Tensor:
         products = torch.stack([(mine * its).sum((0, 2)) for mine, its in zip(one, other, strict=True)]).sum(0)[:, None]
         return products if apart else products.sum(0, keepdim=True)
 
+    residual = read
+    for window, whole in enumerate(wanted):
+        residual[window] = whole - normal(window, read[window])
     found, direction, given = (torch.zeros_like(residual) for _ in range(3))  # given: what tokens read of the direction
     tiny, before = torch.finfo(residual.dtype).tiny, residual.new_tensor(torch.inf)
     for _ in range(steps):
@@ -67,8 +67,8 @@ def _steps(normal: Normal, residual: Tensor, tokens: Tokens, steps: int, apart: 
         direction.mul_(size / before).add_(residual)
         given.mul_(size / before).add_(solved)
         before, image = size.clamp_min(tiny), solved  # in its place
-        for window, read in enumerate(given):
-            image[window] = normal(window, read)
+        for window, part in enumerate(given):
+            image[window] = normal(window, part)
         length = size / inner(given, image).clamp_min(tiny)
         found.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
