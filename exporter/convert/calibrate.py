@@ -26,7 +26,6 @@ from exporter.convert.walk import Walk
 from exporter.weights import LazyTensor, Weights
 
 Progress = Callable[[str, int, int], None]  # what, done, total
-M_MMAP_THRESHOLD, BLOCK = -3, 4_000_000  # of glibc's mallopt
 
 
 @torch.no_grad()
@@ -37,7 +36,6 @@ def convert_on_tokens(
 
     Raises CheckpointError, with the number of the layer, where weights are so large that no solution is finite.
     """
-    _give_memory_back()
     windows = torch.from_numpy(tokens)
     walk, scratch = Walk(config, weights, windows.shape[1]), Scratch()
     original = walk.embed(windows)
@@ -93,13 +91,15 @@ def convert_layer(
     del layer, read
     tokens = Tokens(inputs, ridge_inverse(second_moments(inputs)).to(inputs.dtype))
     examples = Examples(tokens, scored, probabilities, wanted)
+    _give_memory_back()
     refine_scores(attention, folded, examples, ROUNDS if fewer else 0)
     scored.clear()
+    _give_memory_back()
     refine_output(attention, folded, examples)
     return folded, wanted, attention.outputs(folded, probabilities, inputs)
 
 
 def _give_memory_back() -> None:
-    """glibc keeps freed blocks of up to 32 MB between others in use: of an 8B shape 200 MB after a few layers. None from now on."""
+    """glibc keeps freed blocks of up to 32 MB that lie between others in use: of an 8B shape 200 MB after a few layers."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, BLOCK)
+        ctypes.CDLL(None).malloc_trim(0)
