@@ -1,7 +1,8 @@
 """The C++ runtime beside the Python engine, on one bundle: decode a token, and what a session costs beside ONNX Runtime's Run.
 
 Promise: p50 of a decode step in C++ is at most 1.03 × the Python engine's, and a session adds less than 20 µs to the median
-step of a static cache that does not grow. What a growing cache and a concat cache cost stands beside it.
+step of a static cache that does not grow, and to the mean one of pattern fused with a capacity that the caller chose. What a
+growing cache and a concat cache cost stands beside it.
 
 The two programs run in turns, each in a process of its own with the same number of threads: runtime/examples/bench and
 `headpool profile`. A row's ratio is the median over the turns of the ratio within a turn, so that a drift of the machine from
@@ -9,8 +10,9 @@ turn to turn cancels.
 
 What a session adds is measured within a process (runtime/tests/step) in two ways: a step less a bare Run of the same graph, in
 turns, on a tiny model where a Run takes some ten microseconds and nothing hides it; and a step less the Run within it, by a
-clock around ONNX Runtime's function, on any model. The latter follows a session from 64 to 1,100 tokens, too: the mean over
-all steps, those in which the cache grows among them, and the largest. A concat cache is bound anew in each step.
+clock around ONNX Runtime's function, on any model. The latter follows a session from 64 to 1,100 tokens, too, with a capacity
+that the caller chose and without: the mean over all steps, those in which the cache grows among them, and the largest. A concat
+cache is bound anew in each step.
 
     cmake -S runtime -B build/runtime -DCMAKE_PREFIX_PATH="$(scripts/cpp_deps --runtime)" && cmake --build build/runtime
     python -m profiles.benchmarks.runtime OUT.json CHECKPOINT [BUILD]
@@ -46,7 +48,8 @@ SAMPLES, TURNS = 104, 3
 RATIO, MICROSECONDS = 1.03, 20
 PROMISE = (
     f"p50 of a decode step in C++ ≤ {RATIO} × the Python engine's; a session adds < {MICROSECONDS} µs to ONNX Runtime's Run in "
-    "the median step of a static cache that does not grow (growing and concat caches: stated, not held)"
+    "the median step of a static cache that does not grow, and in the mean step from 64 to 1,100 tokens of pattern fused where "
+    "the caller chose the capacity (growing and concat caches: stated, not held)"
 )
 TINY = {
     "model_type": "llama",
@@ -105,29 +108,40 @@ def in_turns(build: Path, bundle: Path, variant: str, folder: Path) -> list[dict
 
 def overhead(build: Path, bundle: Path, variant: Variant, name: str, batch: int, threads: int, turns: int) -> dict[str, Any]:
     """What a session adds, in µs, each the median over `turns` processes. `added_us` is a step less a bare Run, `beside_us`
-    less its own, both of a static cache that does not grow; `grown_…` are of steps from 64 to 1,100 tokens."""
+    less its own, both of a static cache that does not grow; `grown_…` are of steps from 64 to 1,100 tokens, `chosen_…` are with
+    a capacity that the caller chose."""
     words = list(map(str, (build / "tests/step", bundle, variant.name, batch, threads)))
     costs = [json.loads(subprocess.run(words, check=True, capture_output=True).stdout) for _ in range(turns)]
     row: dict[str, Any] = {"variant": name, "cache": variant.cache, "layers": len(variant.config.kv_heads), "batch": batch}
     if variant.cache == "static":
         row["added_us"] = statistics.median(cost["step_us"] - cost["run_us"] for cost in costs)
         row["beside_us"] = statistics.median(cost["beside_us"] for cost in costs)
-    for key in ("beside_mean_us", "beside_largest_us", "step_us"):
-        row[f"grown_{key}"] = statistics.median(cost["grown"][key] for cost in costs)
-    return {**row, "threads": threads, "turns": costs}
+    for way in ("grown", "chosen"):
+        for key in ("beside_mean_us", "beside_largest_us", "step_us"):
+            row[f"{way}_{key}"] = statistics.median(cost[way][key] for cost in costs)
+    return {**row, "pattern": variant.pattern, "threads": threads, "turns": costs}
 
 
 def held(row: dict[str, Any], tiny: bool) -> dict[str, Any]:
     """With whether it is as promised, where that is promised: a bare Run is beside a step of microseconds alone."""
     if row["cache"] != "static":
         return row
-    return {**row, "kept": max(row["beside_us"], row["added_us"] if tiny else 0.0) < MICROSECONDS}
+    promised = [
+        row["beside_us"],
+        *([row["added_us"]] if tiny else []),
+        *([row["chosen_beside_mean_us"]] if row["pattern"] == "fused" else []),
+    ]
+    return {**row, "kept": max(promised) < MICROSECONDS}
 
 
 def told(row: dict[str, Any]) -> str:
     still = f"{row['beside_us']:.1f} µs beside Run, " if "beside_us" in row else ""
-    grown = f"{row['grown_beside_mean_us']:.1f} µs a token over a growing cache, at most {row['grown_beside_largest_us']:.0f}"
-    return f"{row['variant']} ({row['cache']}, batch {row['batch']}): a session adds {still}{grown}"
+    over = {"a growing cache": "grown", "one of a chosen capacity": "chosen"}
+    means = [
+        f"{row[f'{way}_beside_mean_us']:.1f} µs a token over {what}, at most {row[f'{way}_beside_largest_us']:.0f}"
+        for what, way in over.items()
+    ]
+    return f"{row['variant']} ({row['cache']}, batch {row['batch']}): a session adds {still}{', '.join(means)}"
 
 
 def added(build: Path, checkpoint: str, folder: Path, turns: int = TURNS) -> Iterator[dict[str, Any]]:

@@ -117,11 +117,12 @@ void attend_to(const Attention& a, const Tile& tile, float* scratch) {
   const char* keys = a.keys + (tile.b * a.G + tile.g) * a.S * key_row;
   const char* values = a.values + (tile.b * a.G + tile.g) * a.S * value_row;
   float value_scales[SPAN];
+  Ahead ahead;
   for (size_t s = tile.s0; s < tile.s1; s += SPAN) {
     const size_t count = tile.s1 - s < SPAN ? tile.s1 - s : SPAN;
     // After the last block this thread's next tile is likely the group after this one, as long as this one.
-    const char* next = keys + (s + count < tile.s1 ? s + count : a.S + tile.s0) * key_row;
-    Ahead ahead(values + s * value_row, count * value_row, next, SPAN * key_row);
+    const size_t next = s + count < tile.s1 ? s + count : a.S + tile.s0;
+    ahead.begin(keys + next * key_row, SPAN * key_row, values + next * value_row, SPAN * value_row);
     read_scales<Kind>(values + s * value_row, count, Dv, value_scales);
     scores_of.read(keys + s * key_row, count, ahead);
     in_fours(M, [&]<size_t COUNT>(size_t m) {

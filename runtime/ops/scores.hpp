@@ -15,26 +15,35 @@ namespace headpool::HEADPOOL_ISA {
 
 constexpr size_t SPAN = 64;  // cache rows worked on at a time: their keys, transposed, stay in the first-level cache
 
-// The cache lines that will be read next, asked for a few at a time between the arithmetic, so that memory never waits for
-// it: the values of this block, then the keys of the next. Asking past the end of the cache does no harm.
+// The cache lines of the block after this one, asked for between the arithmetic and as evenly as that goes, so that memory
+// works as long as the processor does and neither waits for the other. Asking past the end of the cache does no harm.
 class Ahead {
  public:
-  Ahead(const char* values, size_t count, const char* keys, size_t then)
-      : at_(values), end_(values + count), keys_(keys), keys_end_(keys + then) {}
+  // A block begins, after which these keys and values will be read. It has as many slots as the one before.
+  void begin(const char* keys, size_t key_bytes, const char* values, size_t value_bytes) {
+    rate_ = slots_ ? (key_bytes + value_bytes) * ONE / (LINE * slots_) + 1 : ONE;
+    slots_ = due_ = 0;
+    at_ = keys, end_ = keys + key_bytes, values_ = values, values_end_ = values + value_bytes;
+  }
 
-  void ask(size_t lines) {
-    for (size_t i = 0; i < lines; ++i, at_ += LINE) {
+  // A part of the block's work that is so many slots long.
+  void ask(size_t slots) {
+    slots_ += slots;
+    for (due_ += slots * rate_; due_ >= ONE; due_ -= ONE, at_ += LINE) {
       if (at_ >= end_) {
-        if (end_ == keys_end_) return;
-        at_ = keys_, end_ = keys_end_;
+        if (end_ == values_end_) return;
+        at_ = values_, end_ = values_end_;
       }
       __builtin_prefetch(at_, 0, 2);  // into the second level: the first holds what is worked on
     }
   }
 
  private:
-  static constexpr size_t LINE = 64;  // bytes, as all counts here
-  const char *at_, *end_, *keys_, *keys_end_;
+  static constexpr size_t LINE = 64;   // bytes, as all counts of bytes here
+  static constexpr size_t ONE = 4096;  // a line a slot
+
+  size_t rate_ = ONE, slots_ = 0, due_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr, *values_ = nullptr, *values_end_ = nullptr;
 };
 
 // The scales of `count` rows of `size` channels; 0 past them.

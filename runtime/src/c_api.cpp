@@ -98,6 +98,31 @@ std::vector<std::span<const headpool::Token>> spans(const std::int64_t* const* p
   return result;
 }
 
+hp_model_info info_of(std::size_t size, const headpool::ModelInfo& from, const headpool::BackendInfo& backend, int threads) {
+  return {size,
+          from.variant.c_str(),
+          from.pattern.c_str(),
+          from.cache.c_str(),
+          from.dtype.c_str(),
+          from.vocab_size,
+          from.max_positions,
+          from.heads,
+          static_cast<std::int64_t>(from.kv_heads.size()),
+          from.kv_heads.data(),
+          from.stop_ids.data(),
+          from.stop_ids.size(),
+          from.weight_bytes,
+          from.kv_bytes_per_token,
+          threads,
+          from.encoder_layers,
+          backend.name.c_str(),
+          backend.provider.c_str(),
+          backend.library.c_str(),
+          backend.version.c_str(),
+          from.quantize.c_str(),
+          from.cache_dtype.c_str()};
+}
+
 void expect_batch(const hp_session* session, std::size_t batch) {
   if (static_cast<std::int64_t>(batch) != session->session.batch())
     throw headpool::ArgumentError(std::to_string(batch) + " sequences for a session of batch " +
@@ -120,6 +145,16 @@ const char* hp_onnxruntime_version(void) {
 
 const char* hp_last_error(void) { return last_error.c_str(); }
 
+hp_status hp_variants(const char* bundle, hp_on_variant on_variant, void* user) {
+  return guarded([&] {
+    expect("hp_variants", bundle, on_variant);
+    for (const headpool::ModelInfo& variant : headpool::variants(bundle)) {
+      const hp_model_info info = info_of(sizeof info, variant, {}, 0);
+      on_variant(user, &info);
+    }
+  });
+}
+
 hp_status hp_model_open(const char* bundle, const hp_model_options* options, hp_model** out) {
   return guarded([&] {
     expect("hp_model_open", bundle, out);
@@ -135,30 +170,7 @@ hp_status hp_model_get_info(const hp_model* model, hp_model_info* info) {
   return guarded([&] {
     expect("hp_model_get_info", model, info);
     const std::size_t size = size_of("hp_model_info", info);
-    const headpool::ModelInfo& from = model->model.info();
-    const headpool::BackendInfo& backend = model->model.backend();
-    const hp_model_info all{size,
-                            from.variant.c_str(),
-                            from.pattern.c_str(),
-                            from.cache.c_str(),
-                            from.dtype.c_str(),
-                            from.vocab_size,
-                            from.max_positions,
-                            from.heads,
-                            static_cast<std::int64_t>(from.kv_heads.size()),
-                            from.kv_heads.data(),
-                            from.stop_ids.data(),
-                            from.stop_ids.size(),
-                            from.weight_bytes,
-                            from.kv_bytes_per_token,
-                            model->model.threads(),
-                            from.encoder_layers,
-                            backend.name.c_str(),
-                            backend.provider.c_str(),
-                            backend.library.c_str(),
-                            backend.version.c_str(),
-                            from.quantize.c_str(),
-                            from.cache_dtype.c_str()};
+    const hp_model_info all = info_of(size, model->model.info(), model->model.backend(), model->model.threads());
     std::memcpy(info, &all, std::min(size, sizeof all));
   });
 }

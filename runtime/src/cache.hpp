@@ -1,5 +1,5 @@
-// The KV cache of a session in memory of ours, in both forms. On the host its K and V tensors lie one after another, packed for
-// the rows that they have now, so that memory is touched only as far as it is used.
+// The KV cache of a session in memory of ours, in both forms. K and V tensors lie one after another; where they grow, packed
+// for the rows that they have now, so that memory is touched only as far as it is used.
 #pragma once
 
 #include "call.hpp"
@@ -28,13 +28,13 @@ class Cache {
 };
 
 // Written in place. A graph reads all S rows there are, so S follows the context in small steps.
-std::unique_ptr<Cache> static_cache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk);
+std::unique_ptr<Cache> static_cache(const OrtModel& model, const Sizes& sizes);
 
-// Written in place too, on the device of a provider other than the CPU's, where it has all its rows from the start.
-std::unique_ptr<Cache> device_cache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk);
+// Written in place too, where the provider's memory is, with all its rows from the start: bound once.
+std::unique_ptr<Cache> whole_cache(const OrtModel& model, const Sizes& sizes);
 
 // Each call reads one block of memory and writes the whole cache, with T columns more, to the other.
-std::unique_ptr<Cache> concat_cache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk);
+std::unique_ptr<Cache> concat_cache(const OrtModel& model, const Sizes& sizes);
 
 // Where the tensors lie. A slab is the rows of one KV head of one sequence.
 class Layout {

@@ -10,12 +10,12 @@ namespace {
 class ConcatCache final : public Cache {
  public:
   // Prompts of unequal lengths leave pads, which `repack` takes out before they need more than twice the capacity.
-  ConcatCache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk)
+  ConcatCache(const OrtModel& model, const Sizes& sizes)
       : model_(model),
-        layout_(model.variant, batch),
-        batch_(static_cast<std::size_t>(batch)),
-        most_(batch > 1 ? 2 * capacity : capacity),
-        chunk_(chunk),
+        layout_(model.variant, sizes.batch),
+        batch_(static_cast<std::size_t>(sizes.batch)),
+        most_(sizes.batch > 1 ? 2 * sizes.capacity : sizes.capacity),
+        chunk_(sizes.chunk),
         past_(layout_.reserve(most_)),
         present_(layout_.reserve(most_)),
         real_(batch_ * static_cast<std::size_t>(most_)),
@@ -116,8 +116,8 @@ class ConcatCache final : public Cache {
 
 }  // namespace
 
-std::unique_ptr<Cache> concat_cache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk) {
-  return std::make_unique<ConcatCache>(model, batch, capacity, chunk);
+std::unique_ptr<Cache> concat_cache(const OrtModel& model, const Sizes& sizes) {
+  return std::make_unique<ConcatCache>(model, sizes);
 }
 
 }  // namespace headpool::detail

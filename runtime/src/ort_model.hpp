@@ -32,7 +32,7 @@ struct OrtModel final : Model::State {
   std::int64_t most_tokens(std::int64_t) const override {
     return variant.encoder ? std::min<std::int64_t>(variant.info.max_positions, 8192) : variant.info.max_positions;
   }
-  std::unique_ptr<Runner> runner(std::int64_t batch, std::int64_t capacity, std::int64_t chunk) const override;
+  std::unique_ptr<Runner> runner(const Sizes& sizes) const override;
 
   ONNXTensorElementDataType element() const { return element_of(variant.dtype); }  // of activations
 

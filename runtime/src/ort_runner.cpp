@@ -5,16 +5,26 @@
 #include "floats.hpp"
 
 namespace headpool::detail {
+namespace {
 
-OrtRunner::OrtRunner(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk)
+// A decoder in pattern fused reads the rows that are used, so that it may have all it will ever need; of others a step would
+// read them too. An encoder-decoder's computes a bias for every row.
+std::unique_ptr<Cache> cache_of(const OrtModel& model, const Sizes& sizes) {
+  const Variant& variant = model.variant;
+  if (!variant.in_place) return concat_cache(model, sizes);
+  const bool reads_used = variant.info.pattern == "fused" && !variant.encoder;
+  return model.cuda || (reads_used && sizes.chosen) ? whole_cache(model, sizes) : static_cache(model, sizes);
+}
+
+}  // namespace
+
+OrtRunner::OrtRunner(const OrtModel& model, const Sizes& sizes)
     : model_(model),
-      batch_(static_cast<std::size_t>(batch)),
+      batch_(static_cast<std::size_t>(sizes.batch)),
       logits_(batch_ * vocabulary() * sizeof(float)),
-      cache_((model.cuda               ? device_cache
-              : model.variant.in_place ? static_cache
-                                       : concat_cache)(model, batch, capacity, chunk)) {
-  if (model.variant.dtype != DataType::fp32) half_ = Memory(raw_bytes(batch, 1));
-  step_.emplace(model, batch, 1, raw(), raw_bytes(batch, 1));
+      cache_(cache_of(model, sizes)) {
+  if (model.variant.dtype != DataType::fp32) half_ = Memory(raw_bytes(sizes.batch, 1));
+  step_.emplace(model, sizes.batch, 1, raw(), raw_bytes(sizes.batch, 1));
 }
 
 void OrtRunner::run(const Feed& feed, std::span<const std::int64_t> lengths) {
@@ -64,9 +74,9 @@ void OrtRunner::read_logits(std::span<const std::byte> written, std::int64_t T) 
     to_floats(v.dtype, written.data() + (b * stride + stride - V) * v.item_bytes(), V, floats() + b * V);
 }
 
-std::unique_ptr<Runner> OrtModel::runner(std::int64_t batch, std::int64_t capacity, std::int64_t chunk) const {
-  if (variant.encoder) return seq2seq_runner(*this, batch, capacity);
-  return std::make_unique<OrtRunner>(*this, batch, capacity, chunk);
+std::unique_ptr<Runner> OrtModel::runner(const Sizes& sizes) const {
+  if (variant.encoder) return seq2seq_runner(*this, sizes);
+  return std::make_unique<OrtRunner>(*this, sizes);
 }
 
 }  // namespace headpool::detail

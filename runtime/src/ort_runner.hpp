@@ -9,7 +9,7 @@ namespace headpool::detail {
 
 class OrtRunner final : public Runner {
  public:
-  OrtRunner(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk);
+  OrtRunner(const OrtModel& model, const Sizes& sizes);
 
   std::vector<Feed> plan(Prompts prompts, std::span<const std::int64_t> lengths) override {
     return cache_->plan(prompts, lengths);
@@ -40,6 +40,6 @@ class OrtRunner final : public Runner {
 };
 
 // Beside an encoder, which reads the whole of the first prompts once: the decoder begins with the start token.
-std::unique_ptr<Runner> seq2seq_runner(const OrtModel& model, std::int64_t batch, std::int64_t capacity);
+std::unique_ptr<Runner> seq2seq_runner(const OrtModel& model, const Sizes& sizes);
 
 }  // namespace headpool::detail

@@ -10,11 +10,11 @@ namespace {
 // pads: a static cache has them overwritten, a concat cache keeps them, which nothing hides.
 class Seq2SeqRunner final : public Runner {
  public:
-  Seq2SeqRunner(const OrtModel& model, std::int64_t batch, std::int64_t capacity)
+  Seq2SeqRunner(const OrtModel& model, const Sizes& sizes)
       : model_(model),
         encoder_(*model.variant.encoder),
-        decoder_(model, batch, capacity, 1),
-        sources_(static_cast<std::size_t>(batch)),
+        decoder_(model, {sizes.batch, sizes.capacity, 1}),
+        sources_(static_cast<std::size_t>(sizes.batch)),
         rows_(sources_),
         step_{1, sources_, sources_, sources_},
         blocks_(encoder_.caches.size()) {}
@@ -93,8 +93,8 @@ class Seq2SeqRunner final : public Runner {
 
 }  // namespace
 
-std::unique_ptr<Runner> seq2seq_runner(const OrtModel& model, std::int64_t batch, std::int64_t capacity) {
-  return std::make_unique<Seq2SeqRunner>(model, batch, capacity);
+std::unique_ptr<Runner> seq2seq_runner(const OrtModel& model, const Sizes& sizes) {
+  return std::make_unique<Seq2SeqRunner>(model, sizes);
 }
 
 }  // namespace headpool::detail

@@ -5,6 +5,11 @@
 
 namespace headpool::detail {
 
+struct Sizes {
+  std::int64_t batch, capacity, chunk;  // session.hpp's SessionOptions
+  bool chosen = false;                  // whether the caller chose the capacity
+};
+
 // Used by one thread at a time.
 class Runner {
  public:

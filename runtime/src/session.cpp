@@ -53,7 +53,7 @@ Session::State::State(Model m, const SessionOptions& options)
     lengths.resize(static_cast<std::size_t>(batch));
     answered = lengths;
     step = {1, lengths, lengths, lengths};
-    runner = loaded.runner(batch, capacity, chunk);
+    runner = loaded.runner({batch, capacity, chunk, options.capacity > 0});
   });
 }
 

@@ -15,8 +15,8 @@ struct Model::State {
   // The most tokens that each of `batch` sequences can hold. Throws ArgumentError where there can be no such session.
   virtual std::int64_t most_tokens(std::int64_t batch) const = 0;
 
-  // What a session of these sizes (session.hpp's SessionOptions) runs on. The model outlives it.
-  virtual std::unique_ptr<detail::Runner> runner(std::int64_t batch, std::int64_t capacity, std::int64_t chunk) const = 0;
+  // What a session of these sizes runs on. The model outlives it.
+  virtual std::unique_ptr<detail::Runner> runner(const detail::Sizes& sizes) const = 0;
 
   const detail::Variant variant;
   const BackendInfo backend;

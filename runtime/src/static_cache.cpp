@@ -24,8 +24,12 @@ namespace {
 
 class StaticCache final : public Cache {
  public:
-  StaticCache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk)
-      : model_(model), layout_(model.variant, batch), capacity_(capacity), chunk_(chunk), memory_(layout_.reserve(capacity)) {}
+  StaticCache(const OrtModel& model, const Sizes& sizes)
+      : model_(model),
+        layout_(model.variant, sizes.batch),
+        capacity_(sizes.capacity),
+        chunk_(sizes.chunk),
+        memory_(layout_.reserve(capacity_)) {}
 
   std::vector<Feed> plan(Prompts prompts, std::span<const std::int64_t> lengths) override {
     ahead_ = 0;
@@ -120,8 +124,8 @@ class StaticCache final : public Cache {
 
 }  // namespace
 
-std::unique_ptr<Cache> static_cache(const OrtModel& model, std::int64_t batch, std::int64_t capacity, std::int64_t chunk) {
-  return std::make_unique<StaticCache>(model, batch, capacity, chunk);
+std::unique_ptr<Cache> static_cache(const OrtModel& model, const Sizes& sizes) {
+  return std::make_unique<StaticCache>(model, sizes);
 }
 
 }  // namespace headpool::detail

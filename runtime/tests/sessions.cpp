@@ -64,6 +64,8 @@ void same_again(const headpool::Model& model) {
   const std::vector<Row> prompts{{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, {5, 4}, {9}};
   headpool::Session session(model, options(3, 120, 5));
   const auto first = texts(session, prompts, 80);  // the static cache grows
+  headpool::Session open_ended(model, options(3, 0, 5));
+  CHECK(texts(open_ended, prompts, 80) == first);  // that of pattern fused, too
   CHECK(session.lengths()[0] == 12 + 79 && session.lengths()[2] == 1 + 79);
   const bool pair = model.info().encoder_layers > 0;
   const auto go_on = [&] {

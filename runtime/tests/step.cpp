@@ -6,6 +6,7 @@
 //     new
 //   grown: steps one after another while the cache grows from 64 tokens to 1,100: the mean and the largest without the Run
 //     within them, and the median and the largest of whole steps
+//   chosen: the same with a capacity of 1,100 that the caller chose
 //   own_allocations: how often this library allocated, by any means, while tokens were decoded
 #include <onnxruntime_cxx_api.h>
 
@@ -114,9 +115,9 @@ struct Cost {
 // A session that has decoded 8 tokens a sequence.
 //
 // Decoded, as Raw does: ONNX Runtime plans memory for the shapes it sees first, and a prefill of several tokens has others.
-headpool::Session begun(const headpool::Model& model, const std::vector<headpool::Token>& tokens) {
+headpool::Session begun(const headpool::Model& model, const std::vector<headpool::Token>& tokens, std::int64_t capacity = 0) {
   headpool::SessionOptions sizes;
-  sizes.batch = static_cast<std::int64_t>(tokens.size());
+  sizes.batch = static_cast<std::int64_t>(tokens.size()), sizes.capacity = capacity;
   headpool::Session session(model, sizes);
   const std::vector<std::span<const headpool::Token>> sources(tokens.size(), std::span(tokens).first(1));
   if (session.model().info().encoder_layers) session.prefill(sources);  // of one token, as Raw's
@@ -179,6 +180,7 @@ int main(int argc, char** argv) {
   nlohmann::json found;
   if (model.info().cache == "static") found = steady(begun(model, tokens), Raw(argv[1], argv[2], batch, threads), tokens);
   found["grown"] = growing(begun(model, tokens), tokens);
+  found["chosen"] = growing(begun(model, tokens, GROWN), tokens);
   found["own_allocations"] = own(begun(model, tokens), tokens);
   if (inside_run::spent.count() == 0) throw std::logic_error("no Run was seen");
   std::printf("%s\n", found.dump().c_str());

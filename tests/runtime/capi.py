@@ -64,6 +64,16 @@ class ModelInfo(Sized):
     )
 
 
+def listing(info: ModelInfo) -> dict[str, Any]:
+    """Its members, texts and lists as Python has them."""
+    texts = {name: getattr(info, name).decode() for name, kind in ModelInfo._fields_ if kind is c.c_char_p}
+    lists = {"kv_heads": info.kv_heads[: info.layers], "stop_ids": info.stop_ids[: info.stop_id_count]}
+    return {**{name: getattr(info, name) for name, _ in ModelInfo._fields_ if name not in lists}, **texts, **lists}
+
+
+OnVariant = c.CFUNCTYPE(None, c.c_void_p, c.POINTER(ModelInfo))
+
+
 class Api:
     """libheadpool.so."""
 
@@ -79,6 +89,13 @@ class Api:
     def check(self, status: int) -> None:
         if status:
             raise RuntimeFailure(status, self.c.hp_last_error().decode())
+
+    def variants(self, bundle: Path) -> list[dict[str, Any]]:
+        """The `listing` of each."""
+        found: list[dict[str, Any]] = []
+        on_variant = OnVariant(lambda _, info: found.append(listing(info.contents)))
+        self.check(self.c.hp_variants(str(bundle).encode(), on_variant, None))
+        return found
 
     def open(self, bundle: Path, variant: str = "", threads: int = 1, backend: str = "") -> Model:
         handle = c.c_void_p()

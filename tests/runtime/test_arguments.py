@@ -48,7 +48,15 @@ def test_a_callback_that_is_null(bundle: Path, api: Api) -> None:
 
 
 def test_pointers_that_are_null(api: Api) -> None:
-    for call in ("hp_model_open", "hp_session_create", "hp_session_prefill", "hp_session_decode", "hp_sampler_create"):
+    calls = (
+        "hp_model_open",
+        "hp_session_create",
+        "hp_session_prefill",
+        "hp_session_decode",
+        "hp_sampler_create",
+        "hp_variants",
+    )
+    for call in calls:
         assert getattr(api.c, call)(*[None] * 5) == ARGUMENT
         assert api.c.hp_last_error().decode() == f"{call} was given NULL"
     assert [api.c.hp_session_batch(None), api.c.hp_session_capacity(None), api.c.hp_session_kv_bytes(None)] == [0, 0, 0]

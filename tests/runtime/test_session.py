@@ -53,19 +53,26 @@ def mirror_of(session: CppSession, model: Decoder) -> Mirror:
     return Mirror(session, model)  # type: ignore[arg-type]
 
 
+CAPACITIES = [300, 0]  # with a chosen one the cache of pattern fused is bound once, with none it grows
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("form", ALL, ids="-".join)
-def test_one_sequence(form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, api: Api) -> None:
-    session = api.open(bundles[form]).session(capacity=300, chunk=16)
+def test_one_sequence(
+    form: tuple[str, str], capacity: int, bundles: dict[tuple[str, str], Path], model: Decoder, api: Api
+) -> None:
+    session = api.open(bundles[form]).session(capacity=capacity, chunk=16)
     mirror = mirror_of(session, model)
     mirror.one_sequence()
     mirror.prefill(200)
 
 
+@pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("form", ALL, ids="-".join)
 def test_unequal_lengths_in_a_batch(
-    form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, api: Api
+    form: tuple[str, str], capacity: int, bundles: dict[tuple[str, str], Path], model: Decoder, api: Api
 ) -> None:
-    session = api.open(bundles[form], threads=2).session(batch=3, capacity=120, chunk=16)
+    session = api.open(bundles[form], threads=2).session(batch=3, capacity=capacity, chunk=16)
     mirror_of(session, model).unequal_lengths()
 
 
@@ -78,11 +85,12 @@ def test_glu_attention(form: tuple[str, str], tmp_path: Path, api: Api) -> None:
     mirror_of(opened.session(batch=3, capacity=120, chunk=16), model).unequal_lengths()
 
 
+@pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("form", [form for form in ALL if form[1] == "static"], ids="-".join)
 def test_a_rewind_that_leaves_few_rows(
-    form: tuple[str, str], bundles: dict[tuple[str, str], Path], model: Decoder, api: Api
+    form: tuple[str, str], capacity: int, bundles: dict[tuple[str, str], Path], model: Decoder, api: Api
 ) -> None:
-    session = api.open(bundles[form]).session(batch=2, capacity=300)
+    session = api.open(bundles[form]).session(batch=2, capacity=capacity)
     mirror = mirror_of(session, model)
     for length in (20, 1, 64):
         mirror.prefill(*(290 - session.lengths - [0, 90]))

@@ -91,6 +91,12 @@ typedef struct {
 #define HP_INIT_hp_model_info \
   {sizeof(hp_model_info), NULL, NULL, NULL, NULL, 0, 0, 0, 0, NULL, NULL, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL}
 
+/* Called with what a bundle says of one of its variants; its texts and lists last as long as the call. `threads` is 0 and the
+ * backend's texts are "". */
+typedef void (*hp_on_variant)(void* user, const hp_model_info* info);
+/* All that the bundle holds, in its order. Nothing but headpool.json is read. */
+HEADPOOL_API hp_status hp_variants(const char* bundle, hp_on_variant on_variant, void* user);
+
 /* Fills the members that `info->size` has room for. No text is NULL; lists are where they are empty. */
 HEADPOOL_API hp_status hp_model_get_info(const hp_model* model, hp_model_info* info);
 
@@ -98,7 +104,8 @@ typedef struct {
   size_t size;
   int64_t batch; /* sequences, at most 65536; 0: 1; of TensorRT an engine's */
   /* Tokens of a sequence, prompts and new ones together, of an encoder-decoder the source's too. More than the model's
-   * max_positions: those. 0: those as well, of an encoder-decoder at most 8192, of TensorRT an engine's. */
+   * max_positions: those. 0: those as well, of an encoder-decoder at most 8192, of TensorRT an engine's. A decoder in pattern
+   * fused has its cache bound once where this is not 0, in memory for all of it; else it grows. */
   int64_t capacity;
   int64_t chunk; /* most tokens of a sequence in one call of the graph; 0: 512 */
 } hp_session_options;

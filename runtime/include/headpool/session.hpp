@@ -17,7 +17,8 @@ namespace headpool {
 struct SessionOptions {
   std::int64_t batch = 1;  // at most 65536; of TensorRT that of an engine
   // Tokens of a sequence. 0, or more than the model's max_positions: those; 0 of TensorRT: an engine's; 0 of an
-  // encoder-decoder, whose positions end nowhere: at most 8192.
+  // encoder-decoder, whose positions end nowhere: at most 8192. A decoder in pattern fused has its cache bound once where this
+  // is not 0, in memory for all of it; else it grows.
   std::int64_t capacity = 0;
   std::int64_t chunk = 512;  // most tokens of a sequence in one call of the graph, which bounds the memory of a long prefill
 };
@@ -28,9 +29,9 @@ inline constexpr Token ENDED = -1;  // in place of the token of a sequence that 
 
 // B sequences in step, each with a length of its own, over one cache in memory that is reserved once and used as it fills.
 //
-// A static cache is written in place and grows by a sixteenth at a time; a concat cache is written anew by each step, which is
-// how graphs of that form work. On a GPU the cache lies in its memory, all of it from the start; on TensorRT decoding replays
-// one CUDA graph.
+// A static cache is written in place and grows by a sixteenth at a time, or is bound once (SessionOptions::capacity); a concat
+// cache is written anew by each step, which is how graphs of that form work. On a GPU the cache lies in its memory, all of it
+// from the start; on TensorRT decoding replays one CUDA graph.
 //
 // Decoding on the CPU allocates nothing after each thread's first step: neither operator new nor malloc is called by this
 // library, its operators of pattern fused among it. ONNX Runtime does within its own calls: in every Run, and where memory is

@@ -51,18 +51,18 @@ class TensorRTModel final : public Model::State {
     return std::min(most, variant.info.max_positions);
   }
 
-  std::unique_ptr<Runner> runner(std::int64_t batch, std::int64_t capacity, std::int64_t chunk) const override {
-    const auto fits = [&](const EngineRecord& r) { return r.capacity >= capacity; };
+  std::unique_ptr<Runner> runner(const Sizes& sizes) const override {
+    const auto fits = [&](const EngineRecord& r) { return r.capacity >= sizes.capacity; };
     const auto what = [](const EngineRecord& r) { return std::to_string(r.capacity); };
-    const std::string wanted = std::to_string(capacity);
+    const std::string wanted = std::to_string(sizes.capacity);
     const Records fitting = narrowed<ArgumentError>(
-        of_batch(batch), fits, what,
+        of_batch(sizes.batch), fits, what,
         prefix() + "for … tokens a sequence, this session wants " + wanted + "; " + command_ + " --capacity " + wanted);
     const EngineRecord& record =  // plain weights, and then the smallest
         *std::min_element(fitting.begin(), fitting.end(), [](const EngineRecord& a, const EngineRecord& b) {
           return std::pair(!a.quantize.empty(), a.capacity) < std::pair(!b.quantize.empty(), b.capacity);
         });
-    return tensorrt_runner(variant, record, engine(record), capacity, chunk);
+    return tensorrt_runner(variant, record, engine(record), sizes.capacity, sizes.chunk);
   }
 
  private:
