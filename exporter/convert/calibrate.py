@@ -1,8 +1,8 @@
 """Conversion on tokens: layer by layer, each one measured on what the layers converted before it make of them.
 
 Two streams of hidden states run through the model, the original's and the converted one's, a layer's weights in memory at a
-time: 2 · tokens · d floats, and of one layer the attention probabilities, windows · H · T² floats. Converted layers wait on
-disk until they are written.
+time: 2 · tokens · d floats, and of one layer the attention probabilities, windows · H · T² floats, and what the fit works on
+(least_squares.py), some times tokens · H · D floats. Converted layers wait on disk until they are written.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def convert_layer(
     scored.clear()
     _give_memory_back()
     refine_output(attention, folded, examples)
-    return folded, wanted, attention.outputs(folded, probabilities, inputs)
+    return folded, wanted, attention.outputs(folded, examples.probabilities, inputs)
 
 
 def _give_memory_back() -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+LEFT = 16.0  # roundings that a residual may be and yet mean nothing
+
 Normal = Callable[[int, Tensor], Tensor]  # of a window, by its number, X·Wᵀ → AᵀA·X·Wᵀ, both [T,heads,r]
 
 
@@ -60,16 +62,19 @@ def _steps(normal: Normal, wanted: Iterable[Tensor], read: Tensor, tokens: Token
     for window, whole in enumerate(wanted):
         residual[window] = whole - normal(window, read[window])
     found, direction, given = (torch.zeros_like(residual) for _ in range(3))  # given: what tokens read of the direction
-    tiny, before = torch.finfo(residual.dtype).tiny, residual.new_tensor(torch.inf)
+    exact, before = torch.finfo(residual.dtype), residual.new_tensor(torch.inf)
+    # Less than this is rounding: of what no weights can mend (X·P·Xᵀ is at most the number of tokens), or of what is mended.
+    rounding, least = LEFT * exact.eps * len(tokens.rows), exact.eps * inner(residual, residual)
     for _ in range(steps):
         solved = tokens.read_solved(residual)
         size = inner(residual, solved)
+        size *= size > rounding * torch.maximum(inner(residual, residual), least)
         direction.mul_(size / before).add_(residual)
         given.mul_(size / before).add_(solved)
-        before, image = size.clamp_min(tiny), solved  # in its place
+        before, image = size.clamp_min(exact.tiny), solved  # in its place
         for window, part in enumerate(given):
             image[window] = normal(window, part)
-        length = size / inner(given, image).clamp_min(tiny)
+        length = size / inner(given, image).clamp_min(exact.tiny)
         found.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
         del solved, image

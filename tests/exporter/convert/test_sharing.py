@@ -7,35 +7,22 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from small_heads import ROTARY, WIDTH, D, T, config, layer, normal
 
-from exporter.config import ModelConfig, RopeConfig
 from exporter.convert.attention import AttentionWeights
 from exporter.convert.causal import CausalAttention
 from exporter.convert.fold import fold
-from exporter.convert.least_squares import Tokens, conjugate_gradients
 from exporter.convert.partition import best_order
-from exporter.convert.refine import ridge_inverse, second_moments
 from exporter.convert.sharing import Sharing, aligned, leading
 
-D, WIDTH, T = 16, 40, 24
 ROUNDING = {"rtol": 1e-9, "atol": 1e-9}  # of float64, through decompositions
 BOTH = pytest.mark.parametrize("sharing", [aligned, leading])
-ROTARY = pytest.mark.parametrize("rotary_dim", [D, D // 2, 0])
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def moments(seed: int = 9) -> torch.Tensor:
     """Of inputs far from white."""
     inputs = normal(3 * WIDTH, WIDTH, seed=seed) * torch.logspace(0, -1, WIDTH, dtype=torch.float64)
     return inputs.T @ inputs / len(inputs)
-
-
-def config(rotary_dim: int, heads: int, kv_heads: int) -> ModelConfig:
-    rope = RopeConfig(fraction=rotary_dim / D, theta=50.0) if rotary_dim else RopeConfig(kind="none")
-    return ModelConfig(32, WIDTH, 1, heads, (kv_heads,), D, 32, 64, rope=rope)
 
 
 def turned(rotary_dim: int, count: int, seed: int) -> torch.Tensor:
@@ -49,11 +36,6 @@ def turned(rotary_dim: int, count: int, seed: int) -> torch.Tensor:
     if rotary_dim < D:
         found[:, rotary_dim:, rotary_dim:] = torch.linalg.qr(normal(count, D - rotary_dim, D - rotary_dim, seed=seed + 1))[0]
     return found
-
-
-def layer(heads: int, kv_heads: int) -> AttentionWeights:
-    key, value = normal(kv_heads, D, WIDTH, seed=1), normal(kv_heads, D, WIDTH, seed=2)
-    return AttentionWeights(normal(heads, D, WIDTH, seed=3), key, value, normal(WIDTH, heads, D, seed=4))
 
 
 def planted(rotary_dim: int, heads: int, kv_heads: int, groups: int) -> AttentionWeights:
@@ -158,51 +140,3 @@ def test_the_partition_in_pairs_is_the_best_of_all() -> None:
     best = min(lost(list(order)) for order in every)
     assert lost(best_order(made, 4, D, metric, seed=0)) == pytest.approx(best, rel=1e-9)
     assert best < 0.999 * lost(list(range(8)))
-
-
-@ROTARY
-def test_adjoints(rotary_dim: int) -> None:
-    attention = CausalAttention(config(rotary_dim, 6, 2), T)
-    inputs, query, key = normal(T, WIDTH), normal(6, D, WIDTH, seed=1), normal(2, D, WIDTH, seed=2)
-    scores, mixed = normal(6, T, T, seed=3), normal(6, T, D, seed=4)
-
-    def same(one: torch.Tensor, two: torch.Tensor, three: torch.Tensor, four: torch.Tensor) -> None:
-        assert float((one * two).sum()) == pytest.approx(float((three * four).sum()), rel=1e-9)
-
-    q, k = attention.project(query, inputs), attention.project(key, inputs)
-    same(attention.scores(q, k), scores, q, attention.scores_adjoint_query(scores, k))
-    same(attention.scores(q, k), scores, k, attention.scores_adjoint_key(scores, q, 2))
-    same(attention.mix(scores, k), mixed, k, attention.mix_adjoint(scores, mixed, 2))
-    read = normal(T, 6, D, seed=5)
-    same(attention.turned(read), mixed, read, attention.turned_back(mixed))
-    torch.testing.assert_close(attention.turned((inputs @ query.flatten(0, 1).T).view(T, 6, D)), q)
-
-
-@pytest.mark.parametrize("apart", [True, False])
-@pytest.mark.parametrize("windows", [1, 4])  # fewer tokens than two times their width, and more
-def test_conjugate_gradients_solve(apart: bool, windows: int) -> None:
-    heads, r, length = 3, 2, 10
-    inputs, made = normal(windows, length, 12), normal(windows, heads, length * r, length * r, seed=1)
-    normals = made @ made.mT + 10 * torch.eye(length * r)
-    tokens = Tokens(inputs, ridge_inverse(second_moments(inputs)))
-
-    def operator(window: int, read: torch.Tensor) -> torch.Tensor:
-        one = read.transpose(0, 1).flatten(1)[..., None]
-        return (normals[window] @ one).view(heads, length, r).transpose(0, 1)
-
-    truth = normal(heads, r, 12, seed=2)
-    wanted = [operator(window, read) for window, read in enumerate(tokens.read(truth))]
-    found = torch.zeros_like(truth)
-    conjugate_gradients(operator, wanted, found, tokens, 60, apart)
-    torch.testing.assert_close(tokens.read(found), tokens.read(truth), rtol=1e-6, atol=1e-6)
-    if windows > 1:  # they say all of the weights
-        torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)
-
-
-def test_both_forms_of_the_kernel() -> None:
-    inputs, dual = normal(3, 8, 12), normal(3, 8, 2, 4, seed=1)
-    few, many = (Tokens(inputs, ridge_inverse(second_moments(inputs))) for _ in range(2))
-    assert few.kernel is None  # 24 tokens of 12
-    few.kernel = few.rows @ few.inverse @ few.rows.T
-    torch.testing.assert_close(few.read_solved(dual), many.read_solved(dual))
-    torch.testing.assert_close(few.read(few.weights(dual)), many.read_solved(dual))
