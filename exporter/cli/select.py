@@ -114,7 +114,8 @@ def with_plan(path: Path | None, source: Any, given: dict[str, Any]) -> dict[str
     if text and text not in CALIBRATIONS and not Path(text).is_file():
         raise UserError(f"{path} was made with the calibration text {text}, which is not there; give one with --calibration")
     if source.files and plan.kv_digest not in ("", source.kv_digest()):
-        click.echo(f"headpool: {path} was chosen for other weights than {source.name}'s, those of {plan.model}", err=True)
+        others = f"was chosen for other weights than {source.name}'s, those of {plan.model}; it is followed all the same"
+        click.echo(f"headpool: {path} {others}", err=True)
     groups = tuple(group for group in given.get("groups") or () if group != short(plan.kv_heads))
     return {**given, **taken, "groups": (*groups, short(plan.kv_heads))}
 

@@ -89,6 +89,8 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
         data = parse(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {path} is not JSON: it is not UTF-8 text") from None
     except ValueError as error:
         raise UserError(f"{what} {path} is not JSON: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

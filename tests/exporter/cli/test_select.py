@@ -70,7 +70,7 @@ def test_a_plan_of_other_weights_or_without_its_text(headpool, refused, made: Pa
     planned.write_text(json.dumps(plan | {"kv_digest": "0" * 64}))
     code, _, err = headpool("convert", made / "model", tmp_path / "out", "--plan", planned)
     assert code == 0
-    assert f"{planned} was chosen for other weights than model's, those of model" in err
+    assert f"{planned} was chosen for other weights than model's, those of model; it is followed all the same" in err
     planned.write_text(json.dumps(plan | {"calibration": str(tmp_path / "gone.txt")}))
     assert refused("convert", made / "model", tmp_path / "other", "--plan", planned) == (
         f"{planned} was made with the calibration text {tmp_path / 'gone.txt'}, which is not there; give one with --calibration"
@@ -131,6 +131,8 @@ def test_mistakes(refused, made: Path, tmp_path: Path) -> None:
     assert refused("convert", model, "out", "--plan", tmp_path / "none").endswith("cannot be read: No such file or directory")
     (tmp_path / "bad").write_text("{")
     assert "bad is not JSON" in refused("export", model, "out", "--plan", tmp_path / "bad")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe{")
+    assert refused("export", model, "out", "--plan", tmp_path / "bytes").endswith("bytes is not JSON: it is not UTF-8 text")
 
 
 def test_ctrl_c_tells_what_it_keeps(headpool, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
