@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -43,24 +43,21 @@ def convert_on_tokens(
     changed: dict[str, LazyTensor] = {}
     for index, (before, after) in enumerate(zip(config.kv_heads, target.kv_heads, strict=True)):
         progress("converting layers", index, config.num_layers)
+        inputs = walk.inputs(index, converted)
         if change.keeps(before, after):
-            layer, streams = walk.layer(index), (original, converted)
-            wanted, given = (walk.attention.attend(layer, walk.inputs(index, stream)) for stream in streams)
+            layer = walk.layer(index)
+            wanted, given = (walk.attention.attend(layer, stream) for stream in (walk.inputs(index, original), inputs))
         else:
             with solvable(index):
-                folded, wanted, given = convert_layer(  # which alone holds what it is given, and lets go of it
-                    walk.attention,
-                    config,
-                    walk.layer(index),
-                    after,
-                    change,
-                    walk.inputs(index, original),
-                    walk.inputs(index, converted),
+                folded, wanted, probabilities = convert_layer(
+                    walk.attention, config, walk.layer(index), after, change, walk.inputs(index, original), inputs
                 )
+                given = walk.attention.outputs(folded, probabilities, inputs)
                 check_finite(folded, wanted, given)
             for name, tensor in folded.tensors(config, index).items():
                 changed[name] = scratch.keep(name, tensor.to(weights[name].dtype))
-            del folded
+            del folded, probabilities
+        del inputs
         walk.advance(index, (original, converted), (wanted, given))
     progress("converting layers", config.num_layers, config.num_layers)
     return changed
@@ -74,8 +71,11 @@ def convert_layer(
     change: LayerChange,
     read: Tensor,
     inputs: Tensor,
-) -> tuple[AttentionWeights, Tensor, Tensor]:
-    """`layer` with `kv_heads` KV heads; what `layer` gives on `read` [n,T,e], and what that gives on `inputs` [n,T,e]."""
+) -> tuple[AttentionWeights, Tensor, Iterable[Tensor]]:
+    """`layer` with `kv_heads` KV heads; what `layer` gives on `read` [n,T,e]; that one's probabilities on `inputs` [n,T,e].
+
+    It lets go of `layer` and `read`, which nobody else should hold.
+    """
     moments = second_moments(inputs)
     wide = change.regroup(config, layer.to(torch.float64), kv_heads, moments)
     del layer  # of a large model each of these is hundreds of megabytes
@@ -83,7 +83,7 @@ def convert_layer(
     layer = wide.to(torch.float32)
     del wide, moments
     if not change.correct or change.keeps(layer.kv_heads, folded.kv_heads):
-        return folded, attention.attend(layer, read), attention.attend(folded, inputs)
+        return folded, attention.attend(layer, read), (attention.attention(folded, window) for window in inputs)
     fewer = folded.kv_heads < layer.kv_heads
     scored = [attention.scored(layer, window) for window in read]
     probabilities = [attention.probabilities(attention.scores(*pair)) for pair in scored]
@@ -96,10 +96,10 @@ def convert_layer(
     scored.clear()
     _give_memory_back()
     refine_output(attention, folded, examples)
-    return folded, wanted, attention.outputs(folded, examples.probabilities, inputs)
+    return folded, wanted, examples.probabilities
 
 
 def _give_memory_back() -> None:
-    """glibc keeps freed blocks of up to 32 MB that lie between others in use: of an 8B shape 200 MB after a few layers."""
+    """glibc keeps freed blocks of up to 32 MB that lie between others in use, more of them with every layer."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

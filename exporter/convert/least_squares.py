@@ -48,33 +48,33 @@ def conjugate_gradients(
 
     Heads are problems of their own where `apart`, else one problem.
     """
-    start += tokens.weights(_steps(normal, wanted, tokens.read(start), tokens, steps, apart))
+    start += tokens.weights(_change(normal, wanted, start, tokens, steps, apart))
 
 
-def _steps(normal: Normal, wanted: Iterable[Tensor], read: Tensor, tokens: Tokens, steps: int, apart: bool) -> Tensor:
-    """What to add, [n,T,heads,r], to weights of which `read` is X·Wᵀ, which is changed. Hestenes and Stiefel 1952."""
+def _change(normal: Normal, wanted: Iterable[Tensor], start: Tensor, tokens: Tokens, steps: int, apart: bool) -> Tensor:
+    """What to add, [n,T,heads,r]: its `weights`. Hestenes and Stiefel 1952."""
 
     def inner(one: Tensor, other: Tensor) -> Tensor:
         products = torch.stack([(mine * its).sum((0, 2)) for mine, its in zip(one, other, strict=True)]).sum(0)[:, None]
         return products if apart else products.sum(0, keepdim=True)
 
-    residual = read
+    residual = tokens.read(start)
     for window, whole in enumerate(wanted):
-        residual[window] = whole - normal(window, read[window])
+        residual[window] = whole - normal(window, residual[window])
     found, direction, given = (torch.zeros_like(residual) for _ in range(3))  # given: what tokens read of the direction
-    exact, before = torch.finfo(residual.dtype), residual.new_tensor(torch.inf)
+    floats, before = torch.finfo(residual.dtype), residual.new_tensor(torch.inf)
     # Less than this is rounding: of what no weights can mend (X·P·Xᵀ is at most the number of tokens), or of what is mended.
-    rounding, least = LEFT * exact.eps * len(tokens.rows), exact.eps * inner(residual, residual)
+    rounding, least = LEFT * floats.eps * len(tokens.rows), floats.eps * inner(residual, residual)
     for _ in range(steps):
         solved = tokens.read_solved(residual)
         size = inner(residual, solved)
         size *= size > rounding * torch.maximum(inner(residual, residual), least)
         direction.mul_(size / before).add_(residual)
         given.mul_(size / before).add_(solved)
-        before, image = size.clamp_min(exact.tiny), solved  # in its place
-        for window, part in enumerate(given):
-            image[window] = normal(window, part)
-        length = size / inner(given, image).clamp_min(exact.tiny)
+        before, image = size.clamp_min(floats.tiny), solved  # in its place
+        for window, read in enumerate(given):
+            image[window] = normal(window, read)
+        length = size / inner(given, image).clamp_min(floats.tiny)
         found.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
         del solved, image

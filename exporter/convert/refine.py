@@ -13,7 +13,7 @@ Of a large model every weight here is hundreds of megabytes: they change in thei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ SCORE_STEPS = 5
 VALUE_ROUNDS = 1  # W_O and W_V in turns
 VALUE_STEPS = 3
 COLUMNS = 512  # of a matrix that are worked on in float64 at a time
+
+OfWindow = Callable[[int, Tensor], Tensor]  # of a window by its number
 
 
 @dataclass(frozen=True)
@@ -97,34 +99,38 @@ def _add_ridge(moments: Tensor) -> None:
 def _fit_queries(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> None:
     keys = [attention.project(layer.key, inputs) for inputs in examples.inputs]
 
+    def scores(window: int, queries: Tensor) -> Tensor:
+        return attention.scores(queries, keys[window])
+
     def adjoint(window: int, scores: Tensor) -> Tensor:
-        return attention.turned_back(attention.scores_adjoint_query(scores, keys[window]))
+        return attention.scores_adjoint_query(scores, keys[window])
 
-    def normal(window: int, read: Tensor) -> Tensor:
-        scores = attention.scores(attention.turned(read), keys[window])
-        return adjoint(window, _weighted(examples.probabilities[window], scores))
-
-    wanted = (adjoint(window, scores) for window, scores in enumerate(_wanted_scores(attention, examples)))
-    conjugate_gradients(normal, wanted, layer.query, examples.tokens, SCORE_STEPS, apart=True)
+    _fit_scores(attention, layer.query, scores, adjoint, examples)
 
 
 def _fit_keys(attention: CausalAttention, layer: AttentionWeights, examples: Examples) -> None:
     queries = [attention.project(layer.query, inputs) for inputs in examples.inputs]
 
+    def scores(window: int, keys: Tensor) -> Tensor:
+        return attention.scores(queries[window], keys)
+
     def adjoint(window: int, scores: Tensor) -> Tensor:
-        return attention.turned_back(attention.scores_adjoint_key(scores, queries[window], layer.kv_heads))
+        return attention.scores_adjoint_key(scores, queries[window], layer.kv_heads)
+
+    _fit_scores(attention, layer.key, scores, adjoint, examples)
+
+
+def _fit_scores(attention: CausalAttention, weights: Tensor, scores: OfWindow, adjoint: OfWindow, examples: Examples) -> None:
+    """`weights` [heads,D,e], of whose rotated projections [heads,T,D] `scores` makes scores."""
+
+    def back(window: int, errors: Tensor) -> Tensor:
+        return attention.turned_back(adjoint(window, _weighted(examples.probabilities[window], errors)))
 
     def normal(window: int, read: Tensor) -> Tensor:
-        scores = attention.scores(queries[window], attention.turned(read))
-        return adjoint(window, _weighted(examples.probabilities[window], scores))
+        return back(window, scores(window, attention.turned(read)))
 
-    wanted = (adjoint(window, scores) for window, scores in enumerate(_wanted_scores(attention, examples)))
-    conjugate_gradients(normal, wanted, layer.key, examples.tokens, SCORE_STEPS, apart=True)
-
-
-def _wanted_scores(attention: CausalAttention, examples: Examples) -> Iterator[Tensor]:
-    for (query, key), probabilities in zip(examples.scored, examples.probabilities, strict=True):
-        yield _weighted(probabilities, attention.scores(query, key))
+    wanted = (back(window, attention.scores(*pair)) for window, pair in enumerate(examples.scored))
+    conjugate_gradients(normal, wanted, weights, examples.tokens, SCORE_STEPS, apart=True)
 
 
 def _weighted(probabilities: Tensor, scores: Tensor) -> Tensor:

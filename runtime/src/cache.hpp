@@ -27,11 +27,9 @@ class Cache {
   virtual void rewind(std::int64_t length) = 0;
 };
 
-// Written in place. A graph reads all S rows there are, so S follows the context in small steps.
-std::unique_ptr<Cache> static_cache(const OrtModel& model, const Sizes& sizes);
-
-// Written in place too, where the provider's memory is, with all its rows from the start: bound once.
-std::unique_ptr<Cache> whole_cache(const OrtModel& model, const Sizes& sizes);
+// Written in place, where the provider's memory is. Most graphs read all S rows there are, so S follows the context in small
+// steps, which only the host's memory can; or it is the capacity from the start, `whole`, and the cache is bound once.
+std::unique_ptr<Cache> static_cache(const OrtModel& model, const Sizes& sizes, bool whole);
 
 // Each call reads one block of memory and writes the whole cache, with T columns more, to the other.
 std::unique_ptr<Cache> concat_cache(const OrtModel& model, const Sizes& sizes);
@@ -48,13 +46,10 @@ class Layout {
   };
 
   const std::vector<Tensor>& tensors() const { return tensors_; }
-  std::size_t bytes(std::int64_t rows) const { return row_bytes_ * static_cast<std::size_t>(rows); }
+  std::size_t bytes(std::int64_t rows) const;  // of all of them. Throws MemoryError
   std::size_t offset(std::size_t tensor, std::size_t slab, std::int64_t rows) const {
     return (tensors_[tensor].bytes_before + slab * tensors_[tensor].row_bytes) * static_cast<std::size_t>(rows);
   }
-
-  // Memory for that many rows. Throws MemoryError.
-  Memory reserve(std::int64_t rows) const;
 
  private:
   std::vector<Tensor> tensors_;

@@ -16,8 +16,8 @@ class ConcatCache final : public Cache {
         batch_(static_cast<std::size_t>(sizes.batch)),
         most_(sizes.batch > 1 ? 2 * sizes.capacity : sizes.capacity),
         chunk_(sizes.chunk),
-        past_(layout_.reserve(most_)),
-        present_(layout_.reserve(most_)),
+        past_(layout_.bytes(most_)),
+        present_(layout_.bytes(most_)),
         real_(batch_ * static_cast<std::size_t>(most_)),
         mask_(real_.size() * sizeof(std::int64_t)) {}
 

@@ -7,13 +7,12 @@
 namespace headpool::detail {
 namespace {
 
-// A decoder in pattern fused reads the rows that are used, so that it may have all it will ever need; of others a step would
-// read them too. An encoder-decoder's computes a bias for every row.
+// A decoder in pattern fused touches only the rows that are used, so that it may have all it will ever need. Other graphs
+// read all that there are or plan for them, an encoder-decoder's computes a bias of each.
 std::unique_ptr<Cache> cache_of(const OrtModel& model, const Sizes& sizes) {
-  const Variant& variant = model.variant;
-  if (!variant.in_place) return concat_cache(model, sizes);
-  const bool reads_used = variant.info.pattern == "fused" && !variant.encoder;
-  return model.cuda || (reads_used && sizes.chosen) ? whole_cache(model, sizes) : static_cache(model, sizes);
+  if (!model.variant.in_place) return concat_cache(model, sizes);
+  const bool only_used = model.variant.info.pattern == "fused" && !model.variant.encoder;
+  return static_cache(model, sizes, model.cuda || (only_used && sizes.chosen));
 }
 
 }  // namespace

@@ -13,23 +13,25 @@ Layout::Layout(const Variant& variant, std::int64_t batch) {
   }
 }
 
-Memory Layout::reserve(std::int64_t rows) const {
+std::size_t Layout::bytes(std::int64_t rows) const {
   if (row_bytes_ > (std::size_t{1} << 62) / static_cast<std::size_t>(rows))
     throw MemoryError("a cache of " + std::to_string(rows) +
                       " tokens a sequence has no address; lower the batch or the capacity");
-  return Memory(bytes(rows));
+  return row_bytes_ * static_cast<std::size_t>(rows);
 }
 
 namespace {
 
 class StaticCache final : public Cache {
  public:
-  StaticCache(const OrtModel& model, const Sizes& sizes)
+  StaticCache(const OrtModel& model, const Sizes& sizes, bool whole)
       : model_(model),
         layout_(model.variant, sizes.batch),
         capacity_(sizes.capacity),
         chunk_(sizes.chunk),
-        memory_(layout_.reserve(capacity_)) {}
+        whole_(whole),
+        memory_(model.zeros(layout_.bytes(capacity_))),
+        rows_(whole ? capacity_ : 0) {}
 
   std::vector<Feed> plan(Prompts prompts, std::span<const std::int64_t> lengths) override {
     ahead_ = 0;
@@ -54,10 +56,10 @@ class StaticCache final : public Cache {
       const CacheBinding& cache = model_.variant.caches[i];
       const std::int64_t shape[] = {call.batch(), cache.heads, rows_, cache.size};
       const auto slabs = static_cast<std::size_t>(cache.heads);
-      std::byte* data = memory_.data() + layout_.offset(i, sequence * slabs, rows_);
+      std::byte* data = memory_.get() + layout_.offset(i, sequence * slabs, rows_);
       const std::size_t bytes = static_cast<std::size_t>(call.batch() * rows_) * slabs * layout_.tensors()[i].row_bytes;
-      call.bind_input(cache.past, data, bytes, shape, element_of(cache.type));
-      call.bind_output(cache.present, data, bytes, shape, element_of(cache.type));
+      call.bind_input(cache.past, data, bytes, shape, element_of(cache.type), model_.memory);
+      call.bind_output(cache.present, data, bytes, shape, element_of(cache.type), model_.memory);
     }
     call.bound_rows = rows_;
   }
@@ -68,6 +70,7 @@ class StaticCache final : public Cache {
   // tokens taken back change nothing, so that it does not go up and down with them.
   void rewind(std::int64_t length) override {
     ahead_ = 0;
+    if (whole_) return;
     const std::int64_t rows = rounded(length + step_from(length));
     if (!length)
       rows_ = 0;
@@ -104,8 +107,8 @@ class StaticCache final : public Cache {
       const std::size_t all = static_cast<std::size_t>(rows) * tensor.row_bytes;
       for (std::size_t m = 0; m < tensor.slabs; ++m) {
         const std::size_t slab = up ? tensor.slabs - 1 - m : m;
-        std::byte* to = memory_.data() + layout_.offset(i, slab, rows);
-        if (kept) std::memmove(to, memory_.data() + layout_.offset(i, slab, rows_), kept);
+        std::byte* to = memory_.get() + layout_.offset(i, slab, rows);
+        if (kept) std::memmove(to, memory_.get() + layout_.offset(i, slab, rows_), kept);
         if (written_) std::memset(to + kept, 0, all - kept);
       }
     }
@@ -116,16 +119,17 @@ class StaticCache final : public Cache {
   const OrtModel& model_;
   Layout layout_;
   std::int64_t capacity_, chunk_;
-  Memory memory_;
-  std::int64_t rows_ = 0;   // S
+  bool whole_;
+  std::shared_ptr<std::byte> memory_;
+  std::int64_t rows_;       // S
   std::int64_t ahead_ = 0;  // rows that the prefill now running will need, and one for the first decoded token
   bool written_ = false;    // whether the memory holds anything but zeros
 };
 
 }  // namespace
 
-std::unique_ptr<Cache> static_cache(const OrtModel& model, const Sizes& sizes) {
-  return std::make_unique<StaticCache>(model, sizes);
+std::unique_ptr<Cache> static_cache(const OrtModel& model, const Sizes& sizes, bool whole) {
+  return std::make_unique<StaticCache>(model, sizes, whole);
 }
 
 }  // namespace headpool::detail

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -91,7 +93,8 @@ def test_both_sides_of_scores_are_fitted() -> None:
     given, folded = examples(attention)
     before = folded.query.clone(), folded.key.clone()
     refine_scores(attention, folded, given, rounds=1)
-    assert min(float((a - b).norm() / b.norm()) for a, b in zip((folded.query, folded.key), before, strict=True)) > 0.05
+    moved = [float((after - was).norm() / was.norm()) for after, was in zip((folded.query, folded.key), before, strict=True)]
+    assert min(moved) > 0.05  # far above rounding, which is all that a side left out would move by
 
 
 @pytest.mark.parametrize(("gated", "left"), [(False, 1e-6), (True, 3e-3)])  # gates near 0 say little of their values
@@ -99,7 +102,7 @@ def test_values_fit_the_output(gated: bool, left: float, monkeypatch: pytest.Mon
     attention = CausalAttention(config(D, HEADS, KV_HEADS), T)
     given, folded = examples(attention)
     if gated:
-        folded = AttentionWeights(*folded_parts(folded), gate=normal(KV_HEADS, D, WIDTH, seed=11))
+        folded = dataclasses.replace(folded, gate=normal(KV_HEADS, D, WIDTH, seed=11))
 
     def gradient() -> torch.Tensor:
         value = folded.value.clone().requires_grad_()
@@ -118,10 +121,6 @@ def test_values_fit_the_output(gated: bool, left: float, monkeypatch: pytest.Mon
     before = gradient().norm()
     refine_output(attention, folded, given)
     assert gradient().norm() < left * before
-
-
-def folded_parts(made: AttentionWeights) -> tuple[torch.Tensor, ...]:
-    return made.query, made.key, made.value, made.output
 
 
 def test_heads_apart_know_nothing_of_each_other() -> None:
@@ -169,7 +168,7 @@ def test_steps_after_the_end_do_no_harm(shape: tuple[int, int, int], kind: str, 
     start = normal(3, 2, width, seed=3).to(dtype)
     found = start.clone()
     conjugate_gradients(operator, [operator(window, read) for window, read in enumerate(wanted)], found, tokens, 40, apart)
-    assert loss(found) <= loss(start) * (1 + 1e-5) + 1e-9
+    assert loss(found) <= loss(start) * (1 + 1e-5) + 1e-9  # float32's rounding of weights of some ones
 
 
 @pytest.mark.parametrize("apart", [True, False])
