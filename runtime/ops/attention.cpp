@@ -10,11 +10,13 @@
 namespace headpool {
 namespace {
 
-constexpr size_t SPLIT_ROWS = 512;       // cache rows of a decode task at least; shorter ones cost more than they balance
+// Of a decode step: so many tasks, where each has so many cache rows. A few keep the threads busy, many keep them even.
+constexpr struct {
+  size_t tasks, rows;
+} FEW{4, 128}, MANY{16, 512};
 constexpr size_t PREFILL_ROWS = 64;      // query rows of a prefill task
 constexpr int64_t MOST_HEADS = 65536;    // so that no product with a tensor's size overflows
 constexpr size_t MOST_CHANNELS = 65536;  // of a head, so that sums of products of bytes do not overflow
-constexpr size_t TASKS = 16;             // tasks of a decode step that are enough to keep the threads even
 
 CacheType cache_type(const Shape& shape) {
   switch (shape.type()) {
@@ -177,9 +179,11 @@ struct AttentionKernel : Kernel<AttentionKernel> {
   // One token a sequence: where the groups are few, the cache rows are split too and the parts merged.
   static void decode(const Ort::KernelContext& context, const Attention& a) {
     const size_t groups = a.B * a.G, R = a.H / a.G;
-    const size_t longest = 1 + *std::max_element(a.positions, a.positions + a.B);
-    const size_t most = divide_up(TASKS, groups),
-                 splits = std::clamp<size_t>(most, 1, std::max<size_t>(1, longest / SPLIT_ROWS));
+    const size_t longest = 1 + std::max<int64_t>(0, *std::max_element(a.positions, a.positions + a.B));
+    const size_t most = divide_up(MANY.tasks, groups);
+    size_t wanted = 1;
+    for (const auto& [tasks, rows] : {FEW, MANY}) wanted = std::max(wanted, std::min(divide_up(tasks, groups), longest / rows));
+    const size_t step = divide_up(divide_up(longest, wanted), 64) * 64, splits = divide_up(longest, step);
     thread_local std::vector<float> memory;  // maximum, sum and output of each row of each task; from the start for any length
     float* const parts = buffer(memory, most > 1 ? groups * most * R * (2 + a.Dv) : 0);
     if (splits == 1) {
@@ -192,7 +196,7 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     const size_t rows = groups * splits * R;
     float *maximum = parts, *sum = maximum + rows, *partial = sum + rows;
     parallel(context, groups * splits, [&](size_t task) {
-      const size_t b = task / splits / a.G, used = a.positions[b] + 1, step = divide_up(divide_up(used, splits), 64) * 64;
+      const size_t b = task / splits / a.G, used = a.positions[b] + 1;
       const size_t s0 = std::min(used, task % splits * step), s1 = std::min(used, s0 + step), row = task * R;
       attend(a, {b, task / splits % a.G, 0, 1, s0, s1, maximum + row, sum + row, partial + row * a.Dv});
     });

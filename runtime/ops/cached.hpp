@@ -1,7 +1,8 @@
 // Rows of a cache as they are stored (CacheType), read and written as floats.
 //
 // Each kind has bytes(size) of a row of `size` channels, load(row, d) of LANES channels from d on, load_part(row, d, count),
-// keep(from, size, row), and SCALED: whether what it loads is still to be multiplied by scale(row, size).
+// keep(from, size, row), FLOATS: whether they are stored as such, and SCALED: whether what it loads is still to be multiplied
+// by scale(row, size).
 #pragma once
 
 #include <cmath>
@@ -19,7 +20,7 @@ constexpr __mmask16 ALL = 0xFFFF;  // of a masked conversion: the compiler drops
 #endif
 
 struct Fp32 {
-  static constexpr bool SCALED = false;
+  static constexpr bool FLOATS = true, SCALED = false;
   static size_t bytes(size_t size) { return cache_row_bytes(CacheType::fp32, size); }
   static Vec load(const char* row, size_t d) { return load_as<Vec>(row + d * sizeof(float)); }
   static Vec load_part(const char* row, size_t d, size_t count) {
@@ -32,7 +33,7 @@ struct Fp32 {
 
 struct Fp16 {
   using Halves = uint16_t __attribute__((vector_size(LANES * sizeof(uint16_t))));
-  static constexpr bool SCALED = false;
+  static constexpr bool FLOATS = false, SCALED = false;
   static size_t bytes(size_t size) { return cache_row_bytes(CacheType::fp16, size); }
   static Vec load(const char* row, size_t d) { return widen(load_as<Halves>(row + d * sizeof(uint16_t))); }
   static Vec load_part(const char* row, size_t d, size_t count) {
@@ -78,7 +79,7 @@ struct Fp16 {
 // A row's values are whole numbers from −127 to 127, times the fp32 scale after them.
 struct Int8 {
   using Octets = int8_t __attribute__((vector_size(LANES)));
-  static constexpr bool SCALED = true;
+  static constexpr bool FLOATS = false, SCALED = true;
   static size_t bytes(size_t size) { return cache_row_bytes(CacheType::int8, size); }
   static Vec load(const char* row, size_t d) { return widen(load_as<Octets>(row + d)); }
   static Vec load_part(const char* row, size_t d, size_t count) {

@@ -1,9 +1,15 @@
 // Scores of queries over a block of keys.
 //
+// They are made in panels of W queries, of which C = LANES / W channels are in the lanes at once, and at the end C keys: the
+// scores of a panel are [SPAN/C,W,C]. So keys are read as they lie, and softmax has a query in each lane.
+//
 // Scores<Kind> of queries [M,D] has
-//   floats(M, D)                the memory it needs
-//   read(keys, count, ahead)    the next block: `count` ≤ SPAN rows
-//   score<COUNT>(m, to, ahead)  to[COUNT,SPAN] = those of queries m … m + COUNT − 1; what is past `count` means nothing
+//   WIDEST                         the largest W
+//   floats(M, D)                   the memory it needs
+//   read(keys, count, ahead)       the next block: `count` ≤ SPAN rows
+//   score<W, COUNT>(m, to, ahead)  to[COUNT,SPAN/C,W,C] = those of the panels from query m on, as in_panels<WIDEST>(M) has
+//   them;
+//                                  what is past `count` or M means nothing
 #pragma once
 
 #include "cached.hpp"
@@ -13,7 +19,7 @@
 
 namespace headpool::HEADPOOL_ISA {
 
-constexpr size_t SPAN = 64;  // cache rows worked on at a time: their keys, transposed, stay in the first-level cache
+constexpr size_t SPAN = 64;  // cache rows worked on at a time: their keys stay in the first-level cache
 
 // The cache lines of the block after this one, asked for between the arithmetic and as evenly as that goes, so that memory
 // works as long as the processor does and neither waits for the other. Asking past the end of the cache does no harm.
@@ -56,100 +62,108 @@ inline void read_scales(const char* rows, size_t count, size_t size, float (&to)
 template <class Kind>
 class Scores {
  public:
-  static size_t floats(size_t, size_t D) { return D * SPAN; }
+  static constexpr size_t WIDEST = LANES;
+  static size_t floats(size_t M, size_t D) { return padded(D) * (M + LANES + SPAN); }
 
-  Scores(const float* queries, size_t M, size_t D, float* memory) : queries_(queries), M_(M), D_(D), block_(memory) {}
-
-  void read(const char* keys, size_t count, Ahead& ahead) {
-    keys_ = keys, count_ = count;
-    read_scales<Kind>(keys, count, D_, scales_);
-    if (M_ > FEW) transpose_keys(ahead);
+  Scores(const float* queries, size_t M, size_t D, float* memory)
+      : D_(D), row_(padded(D)), queries_(memory), block_(memory + row_ * (M + LANES)) {
+    in_panels<WIDEST>(M, [&]<size_t W, size_t COUNT>(size_t m) {
+      for (size_t i = m; i < m + COUNT * W; i += W) arrange<W>(queries + i * D, M - i < W ? M - i : W, queries_ + i * row_);
+    });
   }
 
-  template <size_t COUNT>
+  void read(const char* keys, size_t count, Ahead& ahead) {
+    count_ = count;
+    read_scales<Kind>(keys, count, D_, scales_);
+    if (Kind::FLOATS && D_ == row_) {
+      keys_ = reinterpret_cast<const float*>(keys);
+      return;
+    }
+    for (size_t i = 0; i < count; ++i) {
+      ahead.ask(1 + row_ / LANES);
+      for (size_t d = 0; d < D_; d += LANES) {
+        const char* key = keys + i * Kind::bytes(D_);
+        store(block_ + i * row_ + d, D_ - d < LANES ? Kind::load_part(key, d, D_ - d) : Kind::load(key, d));
+      }
+    }
+    keys_ = block_;
+  }
+
+  template <size_t W, size_t COUNT>
   void score(size_t m, float* to, Ahead& ahead) const {
-    if (M_ <= FEW) return score_directly<COUNT>(queries_ + m * D_, to, ahead);
-    constexpr size_t COLUMNS = LANES == 16 ? 4 : 2;  // 4 × 4 + 4 of 32 registers, 4 × 2 + 2 of 16
-    static_assert(SPAN % (COLUMNS * LANES) == 0);
-    for (size_t i = 0; i < SPAN; i += COLUMNS * LANES) score_tile<COUNT, COLUMNS>(queries_ + m * D_, i, to + i, ahead);
+    constexpr size_t C = LANES / W, REGISTERS = LANES == 16 ? 16 : 8;  // for sums, of 32 or 16
+    constexpr size_t KEYS = COUNT == 1 ? 8 : REGISTERS / (COUNT == 2 ? 2 : 4), ROWS = KEYS < C ? C : KEYS;
+    static_assert(ROWS % KEYS == 0 && SPAN % ROWS == 0);
+    for (size_t i = 0; i < count_; i += ROWS) {
+      Vec sums[COUNT][ROWS];
+      HEADPOOL_UNROLL
+      for (size_t j = 0; j < ROWS; j += KEYS) score_tile<W, COUNT, KEYS, ROWS>(queries_ + m * row_, i + j, j, sums, ahead);
+      HEADPOOL_UNROLL
+      for (size_t p = 0; p < COUNT; ++p) {
+        HEADPOOL_UNROLL
+        for (size_t j = 0; j < ROWS; j += C) {
+          Vec score = element_sums<C>(sums[p] + j);
+          if constexpr (Kind::SCALED) score *= repeat<C>(scales_ + i + j);
+          store(to + p * SPAN * W + (i + j) * W, score);
+        }
+      }
+    }
   }
 
  private:
-  static constexpr size_t FEW = 2;  // queries for which keys are read as they lie: transposing them would cost more
+  static constexpr size_t FEW = 2;  // queries that wait for memory, which is fastest read in order
+  static size_t padded(size_t D) { return (D + LANES - 1) / LANES * LANES; }
 
-  // block[d][i] = keys[i][d]; columns past `count` are 0.
-  void transpose_keys(Ahead& ahead) {
-    if (count_ < SPAN) fill(block_, D_ * SPAN, 0);
-    const size_t row = Kind::bytes(D_);
-    size_t i = 0;
-    for (; i + LANES <= count_; i += LANES)
-      for (size_t d = 0; d + LANES <= D_; d += LANES) {
-        ahead.ask(LANES / 2);
-        Vec a[LANES];
-        HEADPOOL_UNROLL
-        for (size_t j = 0; j < LANES; ++j) a[j] = Kind::load(keys_ + (i + j) * row, d);
-        transpose(a);
-        HEADPOOL_UNROLL
-        for (size_t j = 0; j < LANES; ++j) store(block_ + (d + j) * SPAN + i, a[j]);
-      }
-    for (size_t j = 0; j < count_; ++j)  // what is left of each row: all of the last few ones
-      for (size_t d = j < i ? D_ / LANES * LANES : 0; d < D_; d += LANES) {
-        const size_t part = D_ - d < LANES ? D_ - d : LANES;
-        const Vec some = Kind::load_part(keys_ + j * row, d, part);
-        for (size_t e = 0; e < part; ++e) block_[(d + e) * SPAN + j] = some[e];
-      }
-  }
-
-  Vec scaled(Vec score, size_t i) const {
-    if constexpr (Kind::SCALED) return score * load(scales_ + i);
-    return score;
-  }
-
-  // COUNT queries and COLUMNS vectors of keys from the i-th on at a time, held in registers
-  template <size_t COUNT, size_t COLUMNS>
-  void score_tile(const float* query, size_t i, float* to, Ahead& ahead) const {
-    Vec total[COUNT][COLUMNS] = {};
-    for (size_t d = 0; d < D_; ++d) {
-      ahead.ask(2);
-      Vec key[COLUMNS];
-      for (size_t j = 0; j < COLUMNS; ++j) key[j] = load(block_ + d * SPAN + i + j * LANES);
-      for (size_t m = 0; m < COUNT; ++m) {
-        const Vec q = splat(query[m * D_ + d]);
-        for (size_t j = 0; j < COLUMNS; ++j) total[m][j] += q * key[j];
-      }
-    }
-    for (size_t m = 0; m < COUNT; ++m)
-      for (size_t j = 0; j < COLUMNS; ++j) store(to + m * SPAN + j * LANES, scaled(total[m][j], i + j * LANES));
-  }
-
-  template <size_t COUNT>
-  void score_directly(const float* query, float* to, Ahead& ahead) const {
-    const size_t row = Kind::bytes(D_);
-    for (size_t i = 0; i < count_; i += LANES) {
-      Vec sums[COUNT][LANES] = {};
-      for (size_t j = 0; j < LANES && i + j < count_; ++j) {
-        ahead.ask(1 + row / 64);
-        const char* key = keys_ + (i + j) * row;
-        Vec total[COUNT] = {};
-        size_t d = 0;
-        for (; d + LANES <= D_; d += LANES) {
-          const Vec k = Kind::load(key, d);
-          for (size_t m = 0; m < COUNT; ++m) total[m] += k * load(query + m * D_ + d);
-        }
-        if (d < D_) {
-          const Vec k = Kind::load_part(key, d, D_ - d);
-          for (size_t m = 0; m < COUNT; ++m) total[m] += k * load_part(query + m * D_ + d, D_ - d);
-        }
-        for (size_t m = 0; m < COUNT; ++m) sums[m][j] = total[m];
-      }
-      for (size_t m = 0; m < COUNT; ++m) store(to + m * SPAN + i, scaled(row_sums(sums[m]), i));
+  // Of up to W queries, zeros in place of the others: [D/C,W,C].
+  template <size_t W>
+  void arrange(const float* queries, size_t count, float* to) const {
+    constexpr size_t C = LANES / W;
+    for (size_t d = 0; d < D_; d += LANES) {
+      Vec rows[W] = {};
+      for (size_t w = 0; w < count; ++w) rows[w] = load_part(queries + w * D_ + d, D_ - d < LANES ? D_ - d : LANES);
+      transpose<C>(rows);
+      for (size_t w = 0; w < W; ++w) store(to + d * W + w * LANES, rows[w]);
     }
   }
 
-  const float* queries_;
-  size_t M_, D_, count_ = 0;
-  float* block_;  // [D,SPAN]
-  const char* keys_ = nullptr;
+  // Of KEYS keys from the i-th on with COUNT panels: sums[COUNT,ROWS] from the j-th on, to be added up in elements of C lanes.
+  template <size_t W, size_t COUNT, size_t KEYS, size_t ROWS>
+  [[gnu::always_inline]] void score_tile(const float* query, size_t i, size_t j, Vec (&sums)[COUNT][ROWS], Ahead& ahead) const {
+    constexpr size_t C = LANES / W;
+    const float* keys[KEYS];
+    HEADPOOL_UNROLL
+    for (size_t k = 0; k < KEYS; ++k) keys[k] = keys_ + (i + k < count_ ? i + k : count_ - 1) * row_;
+    Vec total[COUNT][KEYS] = {};
+    if constexpr (W <= FEW) {
+      HEADPOOL_UNROLL
+      for (size_t k = 0; k < KEYS; ++k) {
+        ahead.ask(1 + row_ / LANES);
+        for (size_t d = 0; d < row_; d += C) total[0][k] += load(query + d / C * LANES) * repeat<C>(keys[k] + d);
+      }
+    } else {
+      for (size_t d = 0; d < row_; d += C) {
+        ahead.ask(COUNT * KEYS / 8);
+        Vec its[COUNT];
+        HEADPOOL_UNROLL
+        for (size_t p = 0; p < COUNT; ++p) its[p] = load(query + p * LANES * row_ + d / C * LANES);
+        HEADPOOL_UNROLL
+        for (size_t k = 0; k < KEYS; ++k) {
+          const Vec key = repeat<C>(keys[k] + d);
+          HEADPOOL_UNROLL
+          for (size_t p = 0; p < COUNT; ++p) total[p][k] += its[p] * key;
+        }
+      }
+    }
+    HEADPOOL_UNROLL
+    for (size_t p = 0; p < COUNT; ++p) {
+      HEADPOOL_UNROLL
+      for (size_t k = 0; k < KEYS; ++k) sums[p][j + k] = total[p][k];
+    }
+  }
+
+  size_t D_, row_, count_ = 0;  // row_: D, padded
+  float *queries_, *block_;     // [M,row_], as arranged; [SPAN,row_], where keys do not lie as floats
+  const float* keys_ = nullptr;
   float scales_[SPAN];
 };
 
@@ -160,6 +174,7 @@ class Scores {
 template <>
 class Scores<Int8> {
  public:
+  static constexpr size_t WIDEST = 1;
   static size_t floats(size_t M, size_t D) { return fours(D) * (SPAN + BYTES * M) + M; }
 
   Scores(const float* queries, size_t M, size_t D, float* memory)
@@ -191,7 +206,7 @@ class Scores<Int8> {
     }
   }
 
-  template <size_t COUNT>
+  template <size_t, size_t COUNT>
   void score(size_t m, float* to, Ahead& ahead) const {
     constexpr size_t COLUMNS = 2;  // 4 × 3 × 2 + 2 of 32 registers
     for (size_t i = 0; i < SPAN; i += COLUMNS * LANES) {

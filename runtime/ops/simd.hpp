@@ -4,6 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace headpool::HEADPOOL_ISA {
 
@@ -158,25 +161,58 @@ template <class F>
 }
 #undef HEADPOOL_STEP
 
-// Rows → columns.
-[[gnu::always_inline]] inline void transpose(Vec (&a)[LANES]) {
+// Of LANES / C rows, in elements of C lanes: rows → columns.
+template <size_t C = 1>
+[[gnu::always_inline]] inline void transpose(Vec (&a)[LANES / C]) {
   by_halves([&]<size_t W>(const auto& first, const auto& second) __attribute__((always_inline)) {
-    HEADPOOL_UNROLL
-    for (size_t i = 0; i < LANES; ++i)
-      if (!(i & W)) {
-        const Vec x = a[i], y = a[i | W];
-        a[i] = first(x, y), a[i | W] = second(x, y);
-      }
+    if constexpr (W >= C) {
+      HEADPOOL_UNROLL
+      for (size_t i = 0; i < LANES / C; ++i)
+        if (!(i & W / C)) {
+          const Vec x = a[i], y = a[i | W / C];
+          a[i] = first(x, y), a[i | W / C] = second(x, y);
+        }
+    }
   });
 }
 
-// The sums of the rows; what is in `a` then is of no use.
-[[gnu::always_inline]] inline Vec row_sums(Vec (&a)[LANES]) {
+// Of C rows, in elements of C lanes: lane c of each element of the result is the sum of that element of row c. What is in `a`
+// then is of no use.
+template <size_t C>
+[[gnu::always_inline]] inline Vec element_sums(Vec* a) {
   by_halves([&]<size_t W>(const auto& first, const auto& second) __attribute__((always_inline)) {
-    HEADPOOL_UNROLL
-    for (size_t i = 0; i < W; ++i) a[i] = first(a[i], a[i + W]) + second(a[i], a[i + W]);
+    if constexpr (W < C) {
+      HEADPOOL_UNROLL
+      for (size_t i = 0; i < W; ++i) a[i] = first(a[i], a[i + W]) + second(a[i], a[i + W]);
+    }
   });
   return a[0];
+}
+
+// In elements of C lanes: f over the lanes of each, in all of them.
+template <size_t C, class F>
+[[gnu::always_inline]] inline Vec fold(Vec v, const F& f) {
+  by_halves([&]<size_t W>(const auto& first, const auto& second) __attribute__((always_inline)) {
+    if constexpr (W < C) v = f(first(v, v), second(v, v));
+  });
+  return v;
+}
+
+// C floats, again and again.
+template <size_t C>
+[[gnu::always_inline]] inline Vec repeat(const float* p) {
+  if constexpr (C == LANES) return load(p);
+  if constexpr (C == 1) return splat(*p);
+  if constexpr (C == 2) {
+    using Pairs = int64_t __attribute__((vector_size(sizeof(Vec))));
+    return (Vec)(Pairs{} + load_as<int64_t>(p));
+  }
+#if defined(__AVX512F__)
+  if constexpr (C == 4) return (Vec)_mm512_maskz_broadcast_f32x4(0xFFFF, load_as<__m128>(p));
+  if constexpr (C == 8) return (Vec)_mm512_maskz_broadcast_f64x4(0xFF, load_as<__m256d>(p));
+#elif defined(__AVX2__)
+  if constexpr (C == 4) return (Vec)_mm256_broadcast_ps((const __m128*)p);
+#endif
 }
 
 inline void fill(float* to, size_t count, float value) {
@@ -193,6 +229,19 @@ inline void in_fours(size_t M, const F& f) {
   if (M - m == 3) f.template operator()<3>(m);
   if (M - m == 2) f.template operator()<2>(m);
   if (M - m == 1) f.template operator()<1>(m);
+}
+
+// f<W, COUNT>(m) for COUNT panels of W rows from the m-th on, until all M are covered: of WIDEST rows, and where at most three
+// quarters of that are left, of half as many. The last one may reach past M.
+template <size_t WIDEST, size_t W = WIDEST, class F>
+inline void in_panels(size_t M, const F& f, size_t m = 0) {
+  const size_t count = (M - m + (W - 1) / 4) / W;
+  if constexpr (W == WIDEST)
+    in_fours(count, [&]<size_t COUNT>(size_t panel) { f.template operator()<W, COUNT>(panel * W); });
+  else if (count)
+    f.template operator()<W, 1>(m);
+  if constexpr (W > 1)
+    if (m + count * W < M) in_panels<WIDEST, W / 2>(M, f, m + count * W);
 }
 
 }  // namespace headpool::HEADPOOL_ISA
