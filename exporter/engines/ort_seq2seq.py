@@ -1,4 +1,4 @@
-"""An encoder-decoder in ONNX Runtime. What cross-attention reads stays where the encoder left it, bound once an input."""
+"""An encoder-decoder in ONNX Runtime. What cross-attention reads stays where the encoder wrote it, bound once an input."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class OrtSeq2SeqSession(Seq2SeqSession):
         self._cross_names = [pair for layer in layers for pair in _pairs(layer, "encoder")]
         self._binding = decoder.io_binding()
         self._mask = np.zeros((batch, 0), np.int64)
+        self._cross: dict[Names, Buffer] = {}  # what cross-attention reads
         self._caches: dict[Names, Buffer] = {}  # static
         self._held = 0  # their rows
         self._past: list[Any] = []  # concat
@@ -42,11 +43,12 @@ class OrtSeq2SeqSession(Seq2SeqSession):
         binding = self.encoder.io_binding()
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
-        for _, present in self._cross_names:
-            binding.bind_output(present, self.device, 0)
+        self._cross.clear()  # one input's at a time
+        self._cross = resized(self.variant, self._cross_names, self.batch, ids.shape[1], self.device, {}, 0)
+        for (past, present), buffer in self._cross.items():
+            buffer.bind_output(binding, present)
+            buffer.bind_input(self._binding, past)
         run(self.encoder, binding)
-        for (past, _), value in zip(self._cross_names, binding.get_outputs(), strict=True):
-            self._binding.bind_ortvalue_input(past, value)
         self._mask = mask  # the binding looks at its memory
         self._binding.bind_cpu_input("encoder_attention_mask", mask)
         if not self.static:
@@ -107,6 +109,7 @@ class OrtSeq2SeqSession(Seq2SeqSession):
         del self._binding
         self._past = []
         self._caches.clear()
+        self._cross.clear()
         self.encoder = self.runtime = None
 
 

@@ -71,9 +71,15 @@ class Buffer:
         whole[:, :, : rows.shape[2]] = rows
         self.value.update_inplace(whole)
 
+    def bind_input(self, binding: Any, name: str) -> None:
+        binding.bind_input(name, self.device, 0, self.element, self.shape, self.address)
+
+    def bind_output(self, binding: Any, name: str) -> None:
+        binding.bind_output(name, self.device, 0, self.element, self.shape, self.address)
+
     def bind(self, binding: Any, source: str, target: str) -> None:
-        binding.bind_input(source, self.device, 0, self.element, self.shape, self.address)
-        binding.bind_output(target, self.device, 0, self.element, self.shape, self.address)
+        self.bind_input(binding, source)
+        self.bind_output(binding, target)
 
 
 Names = tuple[str, str]  # past and present of a cache

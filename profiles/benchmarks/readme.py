@@ -2,8 +2,9 @@
 
     python -m profiles.benchmarks.readme [FOLDER]
 
-FOLDER (default: profiles/results/xeon-2core) holds what the benchmarks and ./scripts/demo measured. Only what stands between
-a pair of marks, <!-- NAME:begin --> and <!-- NAME:end -->, is replaced.
+FOLDER (default: profiles/results/xeon-2core) holds what the benchmarks and ./scripts/demo measured; other shapes and the
+comparison of texts may lie in another machine's folder beside it, which the sentence then names. Only what stands between a
+pair of marks, <!-- NAME:begin --> and <!-- NAME:end -->, is replaced.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def texts(folder: Path) -> dict[Path, dict[str, str]]:
     decoder = _decoder(folder)
     pages = {ROOT / "README.md": {"results": results(folder), "limit": limit(decoder)}}
     compared = "tokens and logits" if "largest_logit_difference" in _read(folder / "parity.json")["rows"][0] else "tokens"
-    measured = {"decoder": targets(decoder), "parity": f"greedy {compared}", "text": generated(folder / "text.json") or LATER}
-    measured |= {name: shape(folder / f"{name}.json") or LATER for name in SHAPES}
+    measured = {"decoder": targets(decoder), "parity": f"greedy {compared}", "text": generated(folder) or LATER}
+    measured |= {name: shape(folder, name) or LATER for name in SHAPES}
     return {**pages, ROOT / "profiles" / "results" / "README.md": measured}
 
 
@@ -128,8 +129,8 @@ def _benchmarks(folder: Path, run: Results) -> str:
         _attention(_read(folder / "attention.json")),
         *_floor(_decoder(folder), run),
         *_peers(folder / "peers.json"),
-        *(f"{name}: {words}." for file, name in SHAPES.items() if (words := shape(folder / f"{file}.json"))),
-        *(f"{words}." for words in [generated(folder / "text.json")] if words),
+        *(f"{name}: {words}." for file, name in SHAPES.items() if (words := shape(folder, file))),
+        *(f"{words}." for words in [generated(folder)] if words),
         _parity(_read(folder / "parity.json")),
     ]
     lines += [_export(_read(folder / "export.json"))]
@@ -180,11 +181,12 @@ def _peers(path: Path) -> list[str]:
     return lines
 
 
-def shape(path: Path) -> str:
+def shape(folder: Path, name: str) -> str:
     """fp32 decode steps of another shape, of `scripts/peers`: `fused` against the floor and the fastest other runtime."""
-    if not path.exists():
+    record, where = _found(folder, name)
+    if not record:
         return ""
-    rows = [row for row in _read(path)["rows"] if row["what"] == "decode" and row["weights"] == "fp32"]
+    rows = [row for row in record["rows"] if row["what"] == "decode" and row["weights"] == "fp32"]
     own = grouped([row for row in rows if row["runtime"] == "headpool `fused`"], lambda row: row["context"])
     counts = " / ".join(map(str, dict.fromkeys(row["groups"] for row in rows)))
     places = []
@@ -193,14 +195,14 @@ def shape(path: Path) -> str:
         verdict = "met" if max(most) <= LIMITS[context] else "**not met**"
         places.append(f"{_slashed(most)} × the floor at {context:,} tokens (target {LIMITS[context]:g}, {verdict})")
     beside = _beside([row for row in rows if not row["runtime"].startswith("headpool")])
-    return f"`fused` takes {', '.join(places)}; beside the fastest other runtime it is {beside} (fp32, G = {counts})"
+    return f"`fused` takes {', '.join(places)}; beside the fastest other runtime it is {beside} (fp32, G = {counts}){where}"
 
 
-def generated(path: Path) -> str:
+def generated(folder: Path) -> str:
     """int4 text generation beside llama.cpp's."""
-    if not path.exists():
+    record, where = _found(folder, "text")
+    if not record:
         return ""
-    record = _read(path)
     rows, weights = record["rows"], record["settings"]["weight_bytes"]
     own, other = (
         [row["tokens_per_second"][name(row)] for row in rows] for name in (lambda _: "headpool", lambda r: r["beside"])
@@ -210,7 +212,7 @@ def generated(path: Path) -> str:
     ours, theirs = size(weights["headpool"]), size(weights["llama.cpp"])
     return (
         f"`headpool run` on SmolLM2-135M in int4 ({ours} of weights a step) makes {_slashed(own, 0)} tokens a second after a "
-        f"text of {lengths} tokens, llama.cpp on its Q4_0 ({theirs}) {_slashed(other, 0)}: {times} ×"
+        f"text of {lengths} tokens, llama.cpp on its Q4_0 ({theirs}) {_slashed(other, 0)}: {times} ×{where}"
     )
 
 
@@ -301,6 +303,15 @@ def _at_contexts(figures: dict[int, str]) -> str:
 def _span(values: Sequence[float]) -> str:
     low, high = f"{min(values):.2f}", f"{max(values):.2f}"
     return f"{low} ×" if low == high else f"{low} to {high} ×"
+
+
+def _found(folder: Path, name: str) -> tuple[dict[str, Any], str]:
+    """A record of `folder`, or else of another machine's folder and words that name the machine; {} where there is none."""
+    for path in (folder / f"{name}.json", *sorted(folder.parent.glob(f"*/{name}.json"))):
+        if path.exists():
+            record = _read(path)
+            return record, "" if path.parent == folder else f", on another machine ({record['machine']['cpu']})"
+    return {}, ""
 
 
 def _read(path: Path) -> dict[str, Any]:

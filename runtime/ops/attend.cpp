@@ -150,13 +150,22 @@ void attend_to(const Attention& a, const Tile& tile, float* scratch) {
   const char* values = a.values + (tile.b * a.G + tile.g) * a.S * value_row;
   const bool one_bias = (R == 1 || !a.bias_steps[1]) && (tokens == 1 || !a.bias_steps[2]);
   const int64_t last = a.positions[token_of(M - 1)];
+  const auto ask_bias = [&](size_t s) {
+    if (!a.bias || s >= tile.s1) return;
+    for (size_t m = 0; m < (one_bias ? 1 : M); ++m) {
+      const char* const row = reinterpret_cast<const char*>(bias_of(m) + s);
+      for (size_t i = 0; i < SPAN * sizeof(float); i += Ahead::LINE) __builtin_prefetch(row + i);
+    }
+  };
   float value_scales[SPAN], bias[SPAN] = {};
   Ahead ahead;
+  ask_bias(tile.s0);
   for (size_t s = tile.s0; s < tile.s1; s += SPAN) {
     const size_t count = tile.s1 - s < SPAN ? tile.s1 - s : SPAN;
     // After its last row, a thread is likely to go on with the group after this one.
     const size_t next = static_cast<int64_t>(s + count) <= last ? s + count : a.S;
     ahead.begin(keys + next * key_row, SPAN * key_row, values + next * value_row, SPAN * value_row);
+    ask_bias(s + SPAN);
     read_scales<Kind>(values + s * value_row, count, Dv, value_scales);
     scores_of.read(keys + s * key_row, count, ahead);
     if (a.bias && one_bias) copy(bias, bias_of(0) + s, count);

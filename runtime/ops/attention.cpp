@@ -183,7 +183,7 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     const size_t most = divide_up(MANY.tasks, groups);
     size_t wanted = 1;
     for (const auto& [tasks, rows] : {FEW, MANY}) wanted = std::max(wanted, std::min(divide_up(tasks, groups), longest / rows));
-    const size_t step = divide_up(divide_up(longest, wanted), 64) * 64, splits = divide_up(longest, step);
+    const size_t step = divide_up(divide_up(longest, wanted), 16) * 16, splits = divide_up(longest, step);
     thread_local std::vector<float> memory;  // maximum, sum and output of each row of each task; from the start for any length
     float* const parts = buffer(memory, most > 1 ? groups * most * R * (2 + a.Dv) : 0);
     if (splits == 1) {

@@ -25,6 +25,8 @@ constexpr size_t SPAN = 64;  // cache rows worked on at a time: their keys stay 
 // works as long as the processor does and neither waits for the other. Asking past the end of the cache does no harm.
 class Ahead {
  public:
+  static constexpr size_t LINE = 64;  // bytes, as all counts of bytes here
+
   // A block begins, after which these keys and values will be read. It has as many slots as the one before.
   void begin(const char* keys, size_t key_bytes, const char* values, size_t value_bytes) {
     rate_ = slots_ ? (key_bytes + value_bytes) * ONE / (LINE * slots_) + 1 : ONE;
@@ -45,7 +47,6 @@ class Ahead {
   }
 
  private:
-  static constexpr size_t LINE = 64;   // bytes, as all counts of bytes here
   static constexpr size_t ONE = 4096;  // a line a slot
 
   size_t rate_ = ONE, slots_ = 0, due_ = 0;

@@ -58,29 +58,36 @@ def test_targets_that_are_met_are_no_limit(factory):
 
 def test_other_shapes_and_text(tmp_path):
     """Made-up rows of 4 and 1 KV heads; the larger of two times counts, and the fastest of the others."""
+    here = tmp_path / "here"
+    here.mkdir()
     place = {"what": "decode", "weights": "fp32"}
     rows = []
     for context in readme.LIMITS:
         for groups, ms in ((4, 10.4), (1, 10.2)):
-            here = {**place, "groups": groups, "context": context, "floor_ms": 10.0}
-            rows += [{**here, "runtime": "headpool `fused`", "ms": ms + more, "to_headpool": 1.0} for more in (0.0, 0.1)]
-            rows += [{**here, "runtime": name, "ms": 0, "to_headpool": times + groups} for name, times in (("a", 2), ("b", 1))]
-    (tmp_path / "peers-128.json").write_text(json.dumps({"rows": rows}))
-    words = readme.shape(tmp_path / "peers-128.json")
+            cell = {**place, "groups": groups, "context": context, "floor_ms": 10.0}
+            rows += [{**cell, "runtime": "headpool `fused`", "ms": ms + more, "to_headpool": 1.0} for more in (0.0, 0.1)]
+            rows += [{**cell, "runtime": name, "ms": 0, "to_headpool": times + groups} for name, times in (("a", 2), ("b", 1))]
+    (here / "peers-128.json").write_text(json.dumps({"rows": rows}))
+    words = readme.shape(here, "peers-128")
     assert f"1.05 / 1.03 × the floor at 4,096 tokens (target {readme.LIMITS[4096]:g}, met)" in words
     assert "5.00 / 2.00 × as fast in a step after 512 tokens" in words
     assert words.endswith("(fp32, G = 4 / 1)")
     rows[0]["ms"] = 10 * readme.LIMITS[512] + 0.1
-    (tmp_path / "peers-128.json").write_text(json.dumps({"rows": rows}))
-    assert readme.shape(tmp_path / "peers-128.json").count("**not met**") == 1
+    (here / "peers-128.json").write_text(json.dumps({"rows": rows}))
+    assert readme.shape(here, "peers-128").count("**not met**") == 1
     row = {"prompt_tokens": 1024, "beside": "b", "times": 1.5, "low": 1.4, "high": 1.6}
     row["tokens_per_second"] = {"headpool": 151.2, "a": 50.0, "b": 100.8}
     settings = {"weight_bytes": {"headpool": 84_000_000, "llama.cpp": 91_000_000}}
-    (tmp_path / "text.json").write_text(json.dumps({"rows": [row], "settings": settings}))
-    words = readme.generated(tmp_path / "text.json")
+    (here / "text.json").write_text(json.dumps({"rows": [row], "settings": settings, "machine": {"cpu": "Fast 1"}}))
+    words = readme.generated(here)
     assert "makes 151 tokens a second after a text of 1,024 tokens" in words
     assert "101: 1.50 (1.40 to 1.60) ×" in words
-    assert readme.shape(tmp_path / "gone.json") == readme.generated(tmp_path / "gone.json") == ""
+    assert readme.shape(here, "gone") == ""
+    other = tmp_path / "other"
+    other.mkdir()
+    assert readme.generated(other) == f"{words}, on another machine (Fast 1)"
+    (here / "text.json").unlink()
+    assert readme.generated(here) == ""
 
 
 def test_only_marked_parts_change_and_marks_must_be_there():
