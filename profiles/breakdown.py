@@ -5,9 +5,10 @@ The profile is a JSON list of events in microseconds: one `model_run` a call, on
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
-from collections.abc import Iterable, Mapping
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def classify(name: str, op_type: str) -> str:
 
 
 def read_breakdown(path: Path, runs: int) -> dict[str, float]:
-    """Seconds by class of one call, averaged over the last `runs` calls of the profile at `path`.
+    """Seconds by class of one call, the median of each class over the last `runs` calls of the profile at `path`: what the
+    machine's other work costs now and then counts as little as in a p50.
 
     "runtime" is what the calls took beyond their kernels: scheduling, allocation, copies. Raises EngineError when the file is
     not such a profile or holds fewer calls.
@@ -54,17 +56,15 @@ def read_breakdown(path: Path, runs: int) -> dict[str, float]:
     calls = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: e["start"])[-runs:]
     if len(calls) < runs:
         raise EngineError(f"{path} holds {len(calls)} calls, {runs} are needed")
-    start, stop = calls[0]["start"], calls[-1]["start"] + calls[-1]["seconds"]
-    kernels = [e for e in events if e["name"].endswith("_kernel_time") and start <= e["start"] <= stop]
-    return _sum(kernels, sum(call["seconds"] for call in calls), runs)
-
-
-def _sum(kernels: Iterable[Mapping[str, Any]], seconds: float, runs: int) -> dict[str, float]:
-    totals = dict.fromkeys(BREAKDOWN_CLASSES, 0.0)
-    for kernel in kernels:
-        totals[classify(kernel["name"].removesuffix("_kernel_time"), kernel["op"])] += kernel["seconds"]
-    totals["runtime"] = max(0.0, seconds - sum(totals.values()))
-    return {kind: total / runs for kind, total in totals.items()}
+    starts = [call["start"] for call in calls]
+    totals = [dict.fromkeys(BREAKDOWN_CLASSES, 0.0) for _ in calls]
+    for kernel in (e for e in events if e["name"].endswith("_kernel_time")):
+        index = bisect.bisect(starts, kernel["start"]) - 1
+        if index >= 0:
+            totals[index][classify(kernel["name"].removesuffix("_kernel_time"), kernel["op"])] += kernel["seconds"]
+    for call, total in zip(calls, totals, strict=True):
+        total["runtime"] = max(0.0, call["seconds"] - sum(total.values()))
+    return {kind: statistics.median(total[kind] for total in totals) for kind in BREAKDOWN_CLASSES}
 
 
 def _event(item: dict[str, Any]) -> dict[str, Any]:

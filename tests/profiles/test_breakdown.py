@@ -38,15 +38,16 @@ def event(name, start, duration, op=None):
     return {"ph": "X", "name": name, "ts": start, "dur": duration, "args": {"op_name": op} if op else {}}
 
 
-def test_only_the_last_calls_count(tmp_path):
+def test_medians_of_the_last_calls(tmp_path):
     events = [{"ph": "M", "name": "meta"}]
-    for call in range(4):  # the first is a prefill of another length
-        at = 1000 * call
+    for call in range(4):  # the first is a prefill of another length, in the third something else ran
+        at, more = 1000 * call, 500 if call == 2 else 0
         events += [
             event("/model/layers.0/self_attn/q_proj/Gemm_kernel_time", at + 10, 900 if call == 0 else 40, "Gemm"),
-            event("/model/layers.0/self_attn/scores/MatMul_kernel_time", at + 50, 30, "MatMul"),
-            event("/model/norm/RMSNormalization_kernel_time", at + 80, 10, "RMSNormalization"),
-            event("model_run", at, 950 if call == 0 else 100),
+            event("/model/layers.0/self_attn/scores/MatMul_kernel_time", at + 50, 20 + more, "MatMul"),
+            event("/model/layers.0/self_attn/weights/Softmax_kernel_time", at + 70 + more, 10, "Softmax"),
+            event("/model/norm/RMSNormalization_kernel_time", at + 80 + more, 10, "RMSNormalization"),
+            event("model_run", at, 950 if call == 0 else 100 + more),
         ]
     path = tmp_path / "p.json"
     path.write_text(json.dumps(events))
