@@ -57,6 +57,7 @@ def convert_command(
     """
     from exporter.checkpoint import open_checkpoint
     from exporter.convert import conversion_record, convert_checkpoint
+    from exporter.convert.methods import REPETITION
 
     if (count is None) == (plan is None) and not (glu_values and plan is None):
         raise UserError(f"{'neither' if plan is None else 'both'} of --groups and --plan given; give one of them")
@@ -79,13 +80,14 @@ def convert_command(
     _tell_no_tokenizer(out)
     record = conversion_record(before, after, method, seed, grouping, calibration)
     data = {"out": str(out), "conversion": record, "kv_heads": list(after.kv_heads)}
-    if before.kv_heads == after.kv_heads:
-        how = "" if record else ": none changed"
+    if not record:
+        how = ": none changed"
     else:
-        how = f", by {record['method']}" if record else ""
-        if record and "calibration" in record:
-            groups = "the best groups" if record["grouping"] == "best" else "groups as they lie"
-            how += f", {groups}, " + ("no tokens" if record["calibration"] == "none" else f"tokens: {record['calibration']}")
+        exact = before.kv_heads == after.kv_heads and record["method"] == REPETITION
+        how = "" if exact else f", by {record['method']}"
+    if record and "calibration" in record:
+        groups = "the best groups" if record["grouping"] == "best" else "groups as they lie"
+        how += f", {groups}, " + ("no tokens" if record["calibration"] == "none" else f"tokens: {record['calibration']}")
     heads = f"{_heads(before.kv_heads)} → {_heads(after.kv_heads)} KV heads of {after.num_heads} query heads"
     gated = f", GLU attention with values of {glu_values}" if glu_values else ""
     finish(as_json, data, f"{out}: {heads}{gated}{how}")

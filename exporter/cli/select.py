@@ -55,7 +55,14 @@ def select_command(checkpoint: Path, out: Path, as_json: bool, **given: Any) -> 
     from exporter.files import check_output
 
     store = given["measurements"] or out.with_name(f"{out.stem}.measured.json")
+    if store.resolve() == out.resolve():
+        raise UserError(f"{store} is named by --out and by --measurements; name two files")
+    if out.exists() and store.is_file():
+        again = f"remove it, or choose another --out, with --measurements {store} so that nothing is measured again"
+        raise UserError(f"{out} exists; {again}")
     check_output(out, checkpoint)
+    if not store.exists():  # else it is gone on from
+        check_output(store, checkpoint)
     opened = open_checkpoint(checkpoint)
     how = options.build(select.How, given)
     ((name, value),) = target.items()

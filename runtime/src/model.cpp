@@ -36,8 +36,8 @@ std::vector<ModelInfo> variants(const std::filesystem::path& bundle) {
 
 Model Model::open(const std::filesystem::path& bundle, const ModelOptions& options) {
   if (options.threads < 0 || options.threads > MOST_THREADS)
-    throw ArgumentError("threads " + std::to_string(options.threads) +
-                        " is not a whole number from 0 (one a physical core) to " + std::to_string(MOST_THREADS));
+    throw ArgumentError("threads " + std::to_string(options.threads) + " is not a whole number from 0 (default_threads()) to " +
+                        std::to_string(MOST_THREADS));
   const std::string& backend = options.backend;
   const bool tensorrt = backend == "tensorrt" || backend == "tensorrt-rtx";
   if (!tensorrt && !backend.empty() && backend != "onnxruntime" && backend != "onnxruntime-cuda")

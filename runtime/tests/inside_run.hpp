@@ -1,5 +1,5 @@
-// Counts the time inside ONNX Runtime's Run of a binding, whoever calls it: what this process takes as ONNX Runtime's table of
-// functions is a copy of it with that one wrapped.
+// Counts the time inside ONNX Runtime's Run of a binding, and the inputs that are bound, whoever calls it: what this process
+// takes as ONNX Runtime's table of functions is a copy of it with those wrapped.
 #pragma once
 
 #include <dlfcn.h>
@@ -10,14 +10,21 @@
 namespace inside_run {
 
 inline std::chrono::nanoseconds spent{0};  // by one thread at a time
+inline long bound = 0;                     // likewise
 inline const OrtApiBase* real = nullptr;
 inline decltype(OrtApi::RunWithBinding) run = nullptr;
+inline decltype(OrtApi::BindInput) bind_input = nullptr;
 
 inline OrtStatus* ORT_API_CALL timed(OrtSession* session, const OrtRunOptions* options, const OrtIoBinding* binding) noexcept {
   const auto start = std::chrono::steady_clock::now();
   OrtStatus* const status = run(session, options, binding);
   spent += std::chrono::steady_clock::now() - start;
   return status;
+}
+
+inline OrtStatus* ORT_API_CALL counted(OrtIoBinding* binding, const char* name, const OrtValue* value) noexcept {
+  ++bound;
+  return bind_input(binding, name, value);
 }
 
 inline const OrtApi* ORT_API_CALL table(std::uint32_t version) noexcept {
@@ -27,6 +34,8 @@ inline const OrtApi* ORT_API_CALL table(std::uint32_t version) noexcept {
     OrtApi all = *found;
     run = all.RunWithBinding;
     all.RunWithBinding = timed;
+    bind_input = all.BindInput;
+    all.BindInput = counted;
     return all;
   }();
   return &copy;

@@ -5,7 +5,7 @@
 //     nothing else touches; beside_us, the median of a step without the Run within it; how often each allocated with operator
 //     new
 //   grown: steps one after another while the cache grows from 64 tokens to 1,100: the mean and the largest without the Run
-//     within them, and the median and the largest of whole steps
+//     within them, the median and the largest of whole steps, and how often an input was bound
 //   chosen: the same with a capacity of 1,100 that the caller chose
 //   own_allocations: how often this library allocated, by any means, while tokens were decoded
 #include <onnxruntime_cxx_api.h>
@@ -158,10 +158,12 @@ nlohmann::json growing(headpool::Session session, const std::vector<headpool::To
   const std::int64_t last = std::min(GROWN, session.capacity()), first = std::min(ROWS, last - 1);
   while (session.lengths()[0] < first) session.decode(tokens);
   Cost cost;
+  const long bound = inside_run::bound;
   while (session.lengths()[0] < last) cost.add([&] { session.decode(tokens); });
   const auto largest = std::max_element(cost.beside.begin(), cost.beside.end());
   return {{"from", first},
           {"to", last},
+          {"bound", inside_run::bound - bound},
           {"beside_mean_us", std::accumulate(cost.beside.begin(), cost.beside.end(), 0.0) / static_cast<double>(last - first)},
           {"beside_largest_us", *largest},
           {"largest_at", first + (largest - cost.beside.begin())},  // tokens in the cache before it

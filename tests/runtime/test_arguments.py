@@ -27,7 +27,7 @@ def test_a_capacity_past_the_models_context_is_that(bundle: Path, api: Api) -> N
 
 def test_numbers_of_threads(bundle: Path, api: Api) -> None:
     for threads in (-1, 1025, 2**31 - 1):
-        words = f"^threads {threads} is not a whole number from 0 \\(one a physical core\\) to 1024$"
+        words = f"^threads {threads} is not a whole number from 0 \\(default_threads\\(\\)\\) to 1024$"
         with pytest.raises(RuntimeFailure, match=words) as caught:
             api.open(bundle, threads=threads)
         assert caught.value.status == ARGUMENT

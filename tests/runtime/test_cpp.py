@@ -85,6 +85,8 @@ def test_what_the_benchmark_says_a_session_adds(built: Path, tmp_path: Path, mon
         for grown in (cost["grown"], cost["chosen"]):
             assert (grown["from"], grown["to"]) == (64, 1100 if row["layers"] == 2 else 200)
             assert 0 < grown["beside_mean_us"] < grown["beside_largest_us"] <= grown["step_largest_us"]
+        assert (cost["chosen"]["bound"] == 0) == (row["pattern"] == "fused"), "bound once"
+        assert cost["grown"]["bound"] > 0
         assert ("kept" in row) == ("beside_us" in row) == (row["cache"] == "static")
         if "kept" in row:
             assert 0 < cost["beside_us"] < cost["step_us"]

@@ -274,8 +274,9 @@ def test_quantised_weights(pattern: str, quantize: str, api: Api, built: Path, t
     assert opened.session(batch=3, capacity=80).generate(prompts, 40) == greedy(bundle, bundle.variants[0].name, prompts, 40)
 
 
+@pytest.mark.parametrize("capacity", [110, 0])
 @pytest.mark.parametrize("cache", ["fp16", "int8"])
-def test_stored_caches(cache: str, api: Api, built: Path, tmp_path: Path) -> None:
+def test_stored_caches(cache: str, capacity: int, api: Api, built: Path, tmp_path: Path) -> None:
     """Through growth, rewinding and unequal lengths; the tokens, and the bytes, are those of the Python engine."""
     saved = hf.save("llama", tmp_path)
     bundle = export(open_checkpoint(saved), tmp_path / "bundle", ExportOptions(patterns=("fused",), cache_dtype=cache))
@@ -283,7 +284,7 @@ def test_stored_caches(cache: str, api: Api, built: Path, tmp_path: Path) -> Non
     info, (variant,) = opened.info(), bundle.variants
     assert (info.dtype, info.cache_dtype, info.kv_bytes_per_token) == (b"fp32", cache.encode(), variant.kv_bytes_per_token)
     assert json.loads(run(built / "tests/step", bundle.path, variant.name))["own_allocations"] == 0
-    theirs, ours = open_session(bundle, capacity=110), opened.session(capacity=110)
+    theirs, ours = open_session(bundle, capacity=110), opened.session(capacity=capacity)
     steps = [np.arange(3, 60), *(np.array([token]) for token in range(60, 66)), 40, np.arange(40, 49), 12, np.arange(5, 66)]
     for step in steps:
         if isinstance(step, int):
@@ -293,4 +294,4 @@ def test_stored_caches(cache: str, api: Api, built: Path, tmp_path: Path) -> Non
             np.testing.assert_allclose(ours.prefill([step]), theirs.prefill([step]), atol=1e-5)
             assert ours.kv_bytes() == theirs.kv_bytes() == int(theirs.lengths.sum()) * variant.kv_bytes_per_token
     prompts = [np.random.default_rng(1).integers(0, 67, length) for length in (9, 30, 4)]
-    assert opened.session(batch=3, capacity=110).generate(prompts, 70) == greedy(bundle, variant.name, prompts, 70)
+    assert opened.session(batch=3, capacity=capacity).generate(prompts, 70) == greedy(bundle, variant.name, prompts, 70)

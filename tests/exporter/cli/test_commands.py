@@ -93,6 +93,9 @@ def test_glu_attention_starts_where_the_model_was(headpool, made: Path, tmp_path
     assert code == 0, out
     assert json.loads(out.splitlines()[-1])["mean_kl"] < 1e-6
     assert headpool("convert", tmp_path / "glu", tmp_path / "twice", "--glu-values", "8")[0] == 2
+    lossy = ("--glu-values", "4", "--method", "optimal", "--calibration", "none")
+    code, out, _ = headpool("convert", made / "model", tmp_path / "narrow", *lossy)
+    assert (code, out.rpartition("GLU")[2]) == (0, " attention with values of 4, by optimal, groups as they lie, no tokens\n")
 
 
 def test_more_heads_are_said_to_be_repeated(headpool, made: Path, tmp_path: Path) -> None:

@@ -126,6 +126,14 @@ def test_mistakes(refused, made: Path, tmp_path: Path) -> None:
     (tmp_path / "short").write_text("abc" * 10)  # one window
     short = refused("select", model, "--kv-budget", "0.5", "--calibration", tmp_path / "short")
     assert short == "the calibration text fills 1 of the 3 windows of 16 tokens that are needed; choose a longer text, or self"
+    target = ("--kv-budget", "0.5", "--out", tmp_path / "new.json", "--measurements")
+    assert refused("select", model, *target, tmp_path / "new.json").endswith("--out and by --measurements; name two files")
+    assert refused("select", model, *target, model / "m.json").endswith("which is only read; choose a place outside it")
+    assert "no is not a folder; make it first" in refused("select", model, *target, tmp_path / "no" / "m.json")
+    (tmp_path / "new.json").touch()
+    (tmp_path / "m.json").touch()
+    again = f"with --measurements {tmp_path}/m.json so that nothing is measured again"
+    assert refused("select", model, *target, tmp_path / "m.json").endswith(again)
     assert "(max_position_embeddings)" in refused("select", model, "--target-ms", "5", "--context", "4096")
     assert refused("convert", model, "out") == "neither of --groups and --plan given; give one of them"
     assert refused("convert", model, "out", "--plan", tmp_path / "none").endswith("cannot be read: No such file or directory")

@@ -16,7 +16,10 @@ import torch
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.convert import METHODS, Converter, conversion_record, convert_checkpoint, convert_weights
 from exporter.convert import calibration as calibrating
-from exporter.convert.methods import held
+from exporter.convert.attention import AttentionWeights
+from exporter.convert.calibrate import convert_layer
+from exporter.convert.causal import CausalAttention
+from exporter.convert.methods import held, layer_change
 from exporter.convert.scratch import Scratch
 from exporter.engines import open_session
 from exporter.errors import CheckpointError, UserError
@@ -67,14 +70,49 @@ def test_transformers_reads_what_comes_out(name: str, method: Any, tmp_path: Pat
 @pytest.mark.parametrize("method", FOLDING)
 @pytest.mark.parametrize("name", ["llama-tied-biased", "phi3-partial", "gemma", "starcoder2", "qwen3"])
 def test_heads_repeated_are_found_again(name: str, method: Any, tokens: Any, tmp_path: Path) -> None:
-    """Degrouped, dealt out in another order, and converted back: nothing is lost, whichever way the groups are found."""
+    """Degrouped and converted back, nothing is lost; nor where they were dealt out in another order and groups are measured."""
     source = open_checkpoint(hf.save(name, tmp_path))
     before, G = logits(source), source.config.kv_heads[0]
     many = with_heads(source, 6)
-    for grouping in ("contiguous", "best"):
-        back = with_heads(many, G, method, grouping=grouping, tokens=tokens)
+    for grouping, given in (("contiguous", many), ("best", many), ("best", dealt_out(many, [3, 0, 5, 1, 4, 2]))):
+        back = with_heads(given, G, method, grouping=grouping, tokens=tokens)
         assert back.config == source.config
         torch.testing.assert_close(logits(back), before, rtol=0, atol=1e-4 * float(before.abs().max()))
+
+
+def dealt_out(checkpoint: Checkpoint, order: list[int]) -> Checkpoint:
+    """With the KV heads of each layer, and the query heads that read them, in another order."""
+    weights = dict(checkpoint.weights)
+    for index in range(checkpoint.config.num_layers):
+        layer = AttentionWeights.read(checkpoint.config, checkpoint.weights, index, torch.float32)
+        tensors = layer.ordered(order).tensors(checkpoint.config, index)
+        weights |= {name: held(name, tensor) for name, tensor in tensors.items()}
+    return dataclasses.replace(checkpoint, weights=weights)
+
+
+@pytest.mark.parametrize("method", FOLDING)
+def test_a_layer_is_measured_on_converted_ones_before_it_and_fitted_to_the_original(method: Any, tmp_path: Path) -> None:
+    """Its inputs and what it should give are taken from whole models here: with the first layer converted, and the original."""
+    source = open_checkpoint(hf.save("llama-mha-gelu", tmp_path))
+    read = second_inputs(source)
+    inputs = second_inputs(with_heads(source, (2, 6), method, tokens=TOKENS))
+    assert (read - inputs).norm() > 0.05 * read.norm()  # the layer before makes a difference
+    layer = AttentionWeights.read(source.config, source.weights, 1, torch.float32)
+    attention, change = CausalAttention(source.config, TOKENS.shape[1]), layer_change(method, "contiguous", 0)
+    expected, *_ = convert_layer(attention, source.config, layer, 2, change, read, inputs)
+    found = with_heads(source, (2, 2), method, tokens=TOKENS)
+    for name, tensor in expected.tensors(source.config, 1).items():
+        torch.testing.assert_close(found.weights[name].read(), tensor, rtol=0, atol=1e-3 * float(tensor.abs().max()))
+
+
+def second_inputs(checkpoint: Checkpoint) -> torch.Tensor:
+    """What the second layer's projections read of TOKENS: [n,T,d]."""
+    model = Decoder.from_weights(checkpoint.config, checkpoint.weights)
+    kept: list[torch.Tensor] = []
+    model.layers[1].input_layernorm.register_forward_hook(lambda *given: kept.append(given[-1].detach()))
+    positions = torch.arange(TOKENS.shape[1]).expand(TOKENS.shape)
+    model(torch.from_numpy(TOKENS), positions, model.empty_cache(*TOKENS.shape))
+    return kept[0].view(*TOKENS.shape, -1)
 
 
 @pytest.mark.parametrize("method", METHODS)
