@@ -106,7 +106,7 @@ inline void add_bias(float* scores, size_t count, const F& of) {
   constexpr size_t C = LANES / W;
   for (size_t i = 0; i < count; i += LANES) {
     Vec rows[W];
-    for (size_t w = 0; w < W; ++w) rows[w] = load_part(of(w) + i, count - i < LANES ? count - i : LANES);
+    for (size_t w = 0; w < W; ++w) rows[w] = load_some(of(w) + i, count - i);
     transpose<C>(rows);
     for (size_t w = 0; w < W; ++w) {
       float* const to = scores + i * W + w * LANES;
@@ -115,117 +115,161 @@ inline void add_bias(float* scores, size_t count, const F& of) {
   }
 }
 
+// A tile's work. Its M query rows are m = t·R + r.
 template <class Kind>
-void attend_to(const Attention& a, const Tile& tile, float* scratch) {
-  const size_t R = a.H / a.G, tokens = tile.t1 - tile.t0, M = R * tokens, D = a.D, Dv = a.Dv, half = a.rotary / 2;
-  float* const query = scratch + Scores<Kind>::floats(M, D);
-  float* const scores = query + M * D;
-  float* const output = scores + PANELS * SPAN * LANES;
-  float* const maximum = output + M * Dv;  // of the panel from row m on it is at m · LANES, as is its sum
-  float* const total = maximum + M * LANES;
-  fill(output, M * Dv, 0);
-  fill(maximum, M * LANES, NOTHING);
-  fill(total, M * LANES, 0);
-  const auto token_of = [&](size_t m) { return tile.b * a.T + tile.t0 + m / R; };  // rows m = t·R + r
-  const auto head_of = [&](size_t m) { return token_of(m) * a.H + tile.g * R + m % R; };
-  const auto bias_of = [&](size_t m) {
-    const size_t place[] = {tile.b, tile.g * R + m % R, tile.t0 + m / R};
-    return a.bias + place[0] * a.bias_steps[0] + place[1] * a.bias_steps[1] + place[2] * a.bias_steps[2];
-  };
-
-  for (size_t m = 0; m < M; ++m) {
-    const float* from = a.query + head_of(m) * D;
-    float* to = query + m * D;
-    if (a.cos)
-      rotate(to, from, a.cos + token_of(m) * half, a.sin + token_of(m) * half, D, a.rotary);
-    else
-      copy(to, from, D);
-    for (size_t d = 0; d < D; ++d) to[d] *= a.scale;
+class TileWork {
+ public:
+  static size_t floats(const Attention& a, const Tile& tile) {
+    const size_t M = a.H / a.G * (tile.t1 - tile.t0);
+    return Scores<Kind>::floats(M, a.D) + PANELS * SPAN * LANES + M * (a.D + a.Dv + 2 * LANES);
   }
 
-  Scores<Kind> scores_of(query, M, D, scratch);
-  constexpr size_t WIDEST = Scores<Kind>::WIDEST;
-  const size_t key_row = Kind::bytes(D), value_row = Kind::bytes(Dv);
-  const char* keys = a.keys + (tile.b * a.G + tile.g) * a.S * key_row;
-  const char* values = a.values + (tile.b * a.G + tile.g) * a.S * value_row;
-  const bool one_bias = (R == 1 || !a.bias_steps[1]) && (tokens == 1 || !a.bias_steps[2]);
-  const int64_t last = a.positions[token_of(M - 1)];
-  const auto ask_bias = [&](size_t s) {
-    if (!a.bias || s >= tile.s1) return;
-    for (size_t m = 0; m < (one_bias ? 1 : M); ++m) {
+  TileWork(const Attention& a, const Tile& tile, float* scratch)
+      : a_(a),
+        tile_(tile),
+        R_(a.H / a.G),
+        M_(R_ * (tile.t1 - tile.t0)),
+        one_bias_((R_ == 1 || !a.bias_steps[1]) && (tile.t1 - tile.t0 == 1 || !a.bias_steps[2])),
+        scores_(scratch + Scores<Kind>::floats(M_, a.D)),
+        output_(scores_ + PANELS * SPAN * LANES),
+        maximum_(output_ + M_ * a.Dv),
+        total_(maximum_ + M_ * LANES),
+        scores_of_(queries(total_ + M_ * LANES), M_, a.D, scratch) {
+    fill(output_, M_ * a.Dv, 0);
+    fill(maximum_, M_ * LANES, NOTHING);
+    fill(total_, M_ * LANES, 0);
+  }
+
+  void run() {
+    const size_t key_row = Kind::bytes(a_.D), value_row = Kind::bytes(a_.Dv), group = (tile_.b * a_.G + tile_.g) * a_.S;
+    const char *keys = a_.keys + group * key_row, *values = a_.values + group * value_row;
+    const int64_t last = a_.positions[token_of(M_ - 1)];
+    ask_bias(tile_.s0);
+    for (size_t s = tile_.s0; s < tile_.s1; s += SPAN) {
+      const size_t count = tile_.s1 - s < SPAN ? tile_.s1 - s : SPAN;
+      // After its last row, a thread is likely to go on with the group after this one.
+      const size_t next = static_cast<int64_t>(s + count) <= last ? s + count : a_.S;
+      ahead_.begin(keys + next * key_row, SPAN * key_row, values + next * value_row, SPAN * value_row);
+      ask_bias(s + SPAN);
+      block(s, count, keys + s * key_row, values + s * value_row);
+    }
+    finish();
+  }
+
+ private:
+  static constexpr size_t WIDEST = Scores<Kind>::WIDEST;
+
+  size_t token_of(size_t m) const { return tile_.b * a_.T + tile_.t0 + m / R_; }
+  size_t head_of(size_t m) const { return token_of(m) * a_.H + tile_.g * R_ + m % R_; }
+  const float* bias_of(size_t m) const {
+    return a_.bias + tile_.b * a_.bias_steps[0] + (tile_.g * R_ + m % R_) * a_.bias_steps[1] +
+           (tile_.t0 + m / R_) * a_.bias_steps[2];
+  }
+
+  // The queries, rotated and scaled: [M,D].
+  const float* queries(float* const all) const {
+    const size_t D = a_.D, half = a_.rotary / 2;
+    for (size_t m = 0; m < M_; ++m) {
+      const float* from = a_.query + head_of(m) * D;
+      float* to = all + m * D;
+      if (a_.cos)
+        rotate(to, from, a_.cos + token_of(m) * half, a_.sin + token_of(m) * half, D, a_.rotary);
+      else
+        copy(to, from, D);
+      for (size_t d = 0; d < D; ++d) to[d] *= a_.scale;
+    }
+    return all;
+  }
+
+  // Asks memory for the bias of the block from s on.
+  void ask_bias(size_t s) const {
+    if (!a_.bias || s >= tile_.s1) return;
+    for (size_t m = 0; m < (one_bias_ ? 1 : M_); ++m) {
       const char* const row = reinterpret_cast<const char*>(bias_of(m) + s);
       for (size_t i = 0; i < SPAN * sizeof(float); i += Ahead::LINE) __builtin_prefetch(row + i);
     }
-  };
-  float value_scales[SPAN], bias[SPAN] = {};
-  Ahead ahead;
-  ask_bias(tile.s0);
-  for (size_t s = tile.s0; s < tile.s1; s += SPAN) {
-    const size_t count = tile.s1 - s < SPAN ? tile.s1 - s : SPAN;
-    // After its last row, a thread is likely to go on with the group after this one.
-    const size_t next = static_cast<int64_t>(s + count) <= last ? s + count : a.S;
-    ahead.begin(keys + next * key_row, SPAN * key_row, values + next * value_row, SPAN * value_row);
-    ask_bias(s + SPAN);
-    read_scales<Kind>(values + s * value_row, count, Dv, value_scales);
-    scores_of.read(keys + s * key_row, count, ahead);
-    if (a.bias && one_bias) copy(bias, bias_of(0) + s, count);
-    in_panels<WIDEST>(M, [&]<size_t W, size_t COUNT>(size_t m) {
-      constexpr size_t C = LANES / W;
-      scores_of.template score<W, COUNT>(m, scores, ahead);
-      for (size_t p = 0; p < COUNT; ++p) {
-        const size_t row = m + p * W, rows = M - row < W ? M - row : W;
-        float* const its = scores + p * SPAN * W;
-        if (a.bias && one_bias)
-          for (size_t j = 0; j < SPAN; j += C) store(its + j * W, load(its + j * W) + repeat<C>(bias + j));
-        else if (a.bias)
-          add_bias<W>(its, count, [&](size_t w) { return bias_of(row + (w < rows ? w : 0)) + s; });
-        int32_t seen[LANES];
-        size_t least = SPAN;
-        for (size_t w = 0; w < W; ++w) {
-          const int64_t sees = a.positions[token_of(row + (w < rows ? w : 0))] + 1 - static_cast<int64_t>(s);
-          const size_t visible = sees < 0 ? 0 : static_cast<size_t>(sees) < count ? sees : count;
-          for (size_t c = 0; c < C; ++c) seen[w * C + c] = static_cast<int32_t>(visible);
-          least = visible < least ? visible : least;
-        }
-        const Panel panel{maximum + row * LANES, total + row * LANES, output + row * Dv, rows};
-        soften<W, Kind::SCALED>(its, value_scales, seen, least, panel, Dv);
-      }
-      in_fours(M - m < COUNT * W ? M - m : COUNT * W, [&]<size_t ROWS>(size_t row) {
-        value_rows<Kind, W, ROWS>(scores + row / W * SPAN * W + row % W * C, values + s * value_row, count, Dv,
-                                  output + (m + row) * Dv, ahead);
+  }
+
+  // Cache rows s … s + count − 1.
+  void block(size_t s, size_t count, const char* keys, const char* values) {
+    float value_scales[SPAN], bias[SPAN] = {};
+    read_scales<Kind>(values, count, a_.Dv, value_scales);
+    if (a_.bias && one_bias_) copy(bias, bias_of(0) + s, count);
+    scores_of_.read(keys, count, ahead_);
+    in_panels<WIDEST>(M_, [&]<size_t W, size_t COUNT>(size_t m) {
+      scores_of_.template score<W, COUNT>(m, scores_, ahead_);
+      for (size_t p = 0; p < COUNT; ++p) probabilities<W>(m + p * W, scores_ + p * SPAN * W, s, count, bias, value_scales);
+      in_fours(M_ - m < COUNT * W ? M_ - m : COUNT * W, [&]<size_t ROWS>(size_t row) {
+        const float* its = scores_ + row / W * SPAN * W + row % W * (LANES / W);
+        value_rows<Kind, W, ROWS>(its, values, count, a_.Dv, output_ + (m + row) * a_.Dv, ahead_);
       });
     });
   }
 
-  in_panels<WIDEST>(M, [&]<size_t W, size_t COUNT>(size_t first) {
+  // Of the panel from row m on.
+  template <size_t W>
+  void probabilities(size_t m, float* scores, size_t s, size_t count, const float* bias, const float* value_scales) {
     constexpr size_t C = LANES / W;
-    for (size_t m = first; m < M && m < first + COUNT * W; ++m) {
-      const size_t place = (first + (m - first) / W * W) * LANES + (m - first) % W * C;
-      float sum = 0;
-      for (size_t c = 0; c < C; ++c) sum += total[place + c];
-      if (tile.partial) {
-        tile.maximum[m] = maximum[place], tile.sum[m] = sum;
-        copy(tile.partial + m * Dv, output + m * Dv, Dv);
-        continue;
-      }
-      const float inverse = sum == 0 ? 0 : 1 / sum;  // NaN stays NaN
-      float* to = a.output + head_of(m) * Dv;
-      for (size_t d = 0; d < Dv; ++d) to[d] = output[m * Dv + d] * inverse;
+    const size_t rows = M_ - m < W ? M_ - m : W;
+    const auto row = [&](size_t w) { return m + (w < rows ? w : 0); };
+    if (a_.bias && one_bias_)
+      for (size_t j = 0; j < SPAN; j += C) store(scores + j * W, load(scores + j * W) + repeat<C>(bias + j));
+    else if (a_.bias)
+      add_bias<W>(scores, count, [&](size_t w) { return bias_of(row(w)) + s; });
+    int32_t seen[LANES];
+    size_t least = SPAN;
+    for (size_t w = 0; w < W; ++w) {
+      const int64_t sees = a_.positions[token_of(row(w))] + 1 - static_cast<int64_t>(s);
+      const size_t visible = sees < 0 ? 0 : static_cast<size_t>(sees) < count ? sees : count;
+      for (size_t c = 0; c < C; ++c) seen[w * C + c] = static_cast<int32_t>(visible);
+      least = visible < least ? visible : least;
     }
-  });
-}
+    const Panel panel{maximum_ + m * LANES, total_ + m * LANES, output_ + m * a_.Dv, rows};
+    soften<W, Kind::SCALED>(scores, value_scales, seen, least, panel, a_.Dv);
+  }
+
+  void finish() const {
+    in_panels<WIDEST>(M_, [&]<size_t W, size_t COUNT>(size_t first) {
+      constexpr size_t C = LANES / W;
+      for (size_t m = first; m < M_ && m < first + COUNT * W; ++m) {
+        const size_t place = (first + (m - first) / W * W) * LANES + (m - first) % W * C;
+        float sum = 0;
+        for (size_t c = 0; c < C; ++c) sum += total_[place + c];
+        finish(m, maximum_[place], sum);
+      }
+    });
+  }
+
+  void finish(size_t m, float maximum, float sum) const {
+    const size_t Dv = a_.Dv;
+    if (tile_.partial) {
+      tile_.maximum[m] = maximum, tile_.sum[m] = sum;
+      return copy(tile_.partial + m * Dv, output_ + m * Dv, Dv);
+    }
+    const float inverse = sum == 0 ? 0 : 1 / sum;  // NaN stays NaN
+    float* to = a_.output + head_of(m) * Dv;
+    for (size_t d = 0; d < Dv; ++d) to[d] = output_[m * Dv + d] * inverse;
+  }
+
+  const Attention& a_;
+  const Tile& tile_;
+  const size_t R_, M_;
+  const bool one_bias_;                          // for all rows
+  float *scores_, *output_, *maximum_, *total_;  // of at most PANELS panels; [M,Dv]; of the panel from row m on at m · LANES
+  Scores<Kind> scores_of_;
+  Ahead ahead_;
+};
 
 }  // namespace
 
 size_t scratch_floats(const Attention& a, const Tile& tile) {
-  const size_t M = a.H / a.G * (tile.t1 - tile.t0);
-  size_t count = M * (a.D + a.Dv + 2 * LANES) + PANELS * SPAN * LANES;
-  by_type(a.cache, [&]<class Kind> { count += Scores<Kind>::floats(M, a.D); });
+  size_t count = 0;
+  by_type(a.cache, [&]<class Kind> { count = TileWork<Kind>::floats(a, tile); });
   return count;
 }
 
 void attend(const Attention& a, const Tile& tile, float* scratch) {
-  by_type(a.cache, [&]<class Kind> { attend_to<Kind>(a, tile, scratch); });
+  by_type(a.cache, [&]<class Kind> { TileWork<Kind>(a, tile, scratch).run(); });
 }
 
 void keep(CacheType type, const float* from, size_t size, char* row) {

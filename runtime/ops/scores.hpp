@@ -121,7 +121,7 @@ class Scores {
     constexpr size_t C = LANES / W;
     for (size_t d = 0; d < D_; d += LANES) {
       Vec rows[W] = {};
-      for (size_t w = 0; w < count; ++w) rows[w] = load_part(queries + w * D_ + d, D_ - d < LANES ? D_ - d : LANES);
+      for (size_t w = 0; w < count; ++w) rows[w] = load_some(queries + w * D_ + d, D_ - d);
       transpose<C>(rows);
       for (size_t w = 0; w < W; ++w) store(to + d * W + w * LANES, rows[w]);
     }

@@ -47,6 +47,9 @@ inline Vec load_part(const float* p, size_t count) {
   return v;
 }
 
+// As many as there are, of at least one.
+inline Vec load_some(const float* p, size_t count) { return count < LANES ? load_part(p, count) : load(p); }
+
 inline void store_part(float* p, Vec v, size_t count) { std::memcpy(p, &v, count * sizeof(float)); }
 
 inline Vec splat(float x) { return x - Vec{}; }
