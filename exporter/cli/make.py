@@ -82,12 +82,13 @@ def convert_command(
     data = {"out": str(out), "conversion": record, "kv_heads": list(after.kv_heads)}
     if not record:
         how = ": none changed"
+    elif before.kv_heads == after.kv_heads and record["method"] == REPETITION:  # gates alone are new
+        how = ""
     else:
-        exact = before.kv_heads == after.kv_heads and record["method"] == REPETITION
-        how = "" if exact else f", by {record['method']}"
-    if record and "calibration" in record:
-        groups = "the best groups" if record["grouping"] == "best" else "groups as they lie"
-        how += f", {groups}, " + ("no tokens" if record["calibration"] == "none" else f"tokens: {record['calibration']}")
+        how = f", by {record['method']}"
+        if "calibration" in record:
+            groups = "the best groups" if record["grouping"] == "best" else "groups as they lie"
+            how += f", {groups}, " + ("no tokens" if record["calibration"] == "none" else f"tokens: {record['calibration']}")
     heads = f"{_heads(before.kv_heads)} → {_heads(after.kv_heads)} KV heads of {after.num_heads} query heads"
     gated = f", GLU attention with values of {glu_values}" if glu_values else ""
     finish(as_json, data, f"{out}: {heads}{gated}{how}")

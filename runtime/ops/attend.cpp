@@ -22,11 +22,10 @@ namespace {
 constexpr float NOTHING = -__builtin_inff();
 constexpr size_t PANELS = 4;  // at most at a time, as in_fours has them
 
-// output[m] += Σ scores[m][i] · values[i], COUNT rows of a panel of W and COLUMNS vectors of channels at a time
+// output[m] += Σ scores[m][i] · values[i], COUNT rows of panels of W and COLUMNS vectors of channels at a time
 template <class Kind, size_t W, size_t COUNT, size_t COLUMNS>
 inline void value_tile(const float* scores, const char* values, size_t d, size_t count, size_t Dv, float* output,
                        Ahead& ahead) {
-  constexpr size_t C = LANES / W, NEXT = W == 1 ? SPAN : C;  // from a row's score to the next row's
   const size_t row = Kind::bytes(Dv);
   Vec total[COUNT][COLUMNS];
   for (size_t m = 0; m < COUNT; ++m)
@@ -36,7 +35,7 @@ inline void value_tile(const float* scores, const char* values, size_t d, size_t
     Vec value[COLUMNS];
     for (size_t j = 0; j < COLUMNS; ++j) value[j] = Kind::load(values + i * row, d + j * LANES);
     for (size_t m = 0; m < COUNT; ++m) {
-      const Vec p = splat(scores[m * NEXT + i / C * LANES + i % C]);
+      const Vec p = splat(scores[place<W>(m, i)]);
       for (size_t j = 0; j < COLUMNS; ++j) total[m][j] += p * value[j];
     }
   }
@@ -46,7 +45,7 @@ inline void value_tile(const float* scores, const char* values, size_t d, size_t
 
 template <class Kind, size_t W, size_t COUNT>
 inline void value_rows(const float* scores, const char* values, size_t count, size_t Dv, float* output, Ahead& ahead) {
-  constexpr size_t C = LANES / W, NEXT = W == 1 ? SPAN : C, COLUMNS = LANES == 16 ? 4 : 2;
+  constexpr size_t COLUMNS = LANES == 16 ? 4 : 2;
   size_t d = 0;
   for (; d + COLUMNS * LANES <= Dv; d += COLUMNS * LANES)
     value_tile<Kind, W, COUNT, COLUMNS>(scores, values, d, count, Dv, output, ahead);
@@ -55,7 +54,7 @@ inline void value_rows(const float* scores, const char* values, size_t count, si
   for (size_t m = 0; m < COUNT; ++m) {
     Vec total = load_part(output + m * Dv + d, Dv - d);
     for (size_t i = 0; i < count; ++i)
-      total += scores[m * NEXT + i / C * LANES + i % C] * Kind::load_part(values + i * Kind::bytes(Dv), d, Dv - d);
+      total += scores[place<W>(m, i)] * Kind::load_part(values + i * Kind::bytes(Dv), d, Dv - d);
     store_part(output + m * Dv + d, total, Dv - d);
   }
 }
@@ -69,13 +68,15 @@ struct Panel {
 };
 
 // The scores of a panel become probabilities relative to each row's new maximum (· scales); its sum and output are rescaled to
-// that. seen[W,C]: how many keys of the block each sees, at least `least` of them.
+// that. seen[W,C]: how many keys of the block each sees.
 template <size_t W, bool SCALED>
-void soften(float* scores, const float* scales, const int32_t* seen, size_t least, const Panel& panel, size_t Dv) {
+void soften(float* scores, const float* scales, const int32_t (&seen)[LANES], const Panel& panel, size_t Dv) {
   constexpr size_t C = LANES / W, END = SPAN * W;
   const Int visible = load_as<Int>(seen);
   Vec most = splat(NOTHING);
-  if (least < SPAN) {
+  bool all = true;
+  for (const int32_t count : seen) all &= count >= static_cast<int32_t>(SPAN);
+  if (!all) {
     Int key;
     for (size_t l = 0; l < LANES; ++l) key[l] = l % C;
     for (size_t j = 0; j < END; j += LANES, key += static_cast<int32_t>(C))
@@ -200,8 +201,7 @@ class TileWork {
       scores_of_.template score<W, COUNT>(m, scores_, ahead_);
       for (size_t p = 0; p < COUNT; ++p) probabilities<W>(m + p * W, scores_ + p * SPAN * W, s, count, bias, value_scales);
       in_fours(M_ - m < COUNT * W ? M_ - m : COUNT * W, [&]<size_t ROWS>(size_t row) {
-        const float* its = scores_ + row / W * SPAN * W + row % W * (LANES / W);
-        value_rows<Kind, W, ROWS>(its, values, count, a_.Dv, output_ + (m + row) * a_.Dv, ahead_);
+        value_rows<Kind, W, ROWS>(scores_ + place<W>(row, 0), values, count, a_.Dv, output_ + (m + row) * a_.Dv, ahead_);
       });
     });
   }
@@ -217,15 +217,13 @@ class TileWork {
     else if (a_.bias)
       add_bias<W>(scores, count, [&](size_t w) { return bias_of(row(w)) + s; });
     int32_t seen[LANES];
-    size_t least = SPAN;
     for (size_t w = 0; w < W; ++w) {
       const int64_t sees = a_.positions[token_of(row(w))] + 1 - static_cast<int64_t>(s);
       const size_t visible = sees < 0 ? 0 : static_cast<size_t>(sees) < count ? sees : count;
       for (size_t c = 0; c < C; ++c) seen[w * C + c] = static_cast<int32_t>(visible);
-      least = visible < least ? visible : least;
     }
     const Panel panel{maximum_ + m * LANES, total_ + m * LANES, output_ + m * a_.Dv, rows};
-    soften<W, Kind::SCALED>(scores, value_scales, seen, least, panel, a_.Dv);
+    soften<W, Kind::SCALED>(scores, value_scales, seen, panel, a_.Dv);
   }
 
   void finish() const {

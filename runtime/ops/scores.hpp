@@ -3,6 +3,8 @@
 // They are made in panels of W queries, of which C = LANES / W channels are in the lanes at once, and at the end C keys: the
 // scores of a panel are [SPAN/C,W,C]. So keys are read as they lie, and softmax has a query in each lane.
 //
+// place<W>(m, i) is where the score of row m and key i stands.
+//
 // Scores<Kind> of queries [M,D] has
 //   WIDEST                         the largest W
 //   floats(M, D)                   the memory it needs
@@ -20,6 +22,12 @@
 namespace headpool::HEADPOOL_ISA {
 
 constexpr size_t SPAN = 64;  // cache rows worked on at a time: their keys stay in the first-level cache
+
+template <size_t W>
+constexpr size_t place(size_t m, size_t i) {
+  constexpr size_t C = LANES / W;
+  return m / W * SPAN * W + i / C * LANES + m % W * C + i % C;
+}
 
 // The cache lines of the block after this one, asked for between the arithmetic and as evenly as that goes, so that memory
 // works as long as the processor does and neither waits for the other. Asking past the end of the cache does no harm.

@@ -102,7 +102,8 @@ def test_a_layer_is_measured_on_converted_ones_before_it_and_fitted_to_the_origi
     expected, *_ = convert_layer(attention, source.config, layer, 2, change, read, inputs)
     found = with_heads(source, (2, 2), method, tokens=TOKENS)
     for name, tensor in expected.tensors(source.config, 1).items():
-        torch.testing.assert_close(found.weights[name].read(), tensor, rtol=0, atol=1e-3 * float(tensor.abs().max()))
+        # The fits start from inputs that differ by float32's rounding and end 2e-5 apart at most.
+        torch.testing.assert_close(found.weights[name].read(), tensor, rtol=0, atol=1e-4 * float(tensor.abs().max()))
 
 
 def second_inputs(checkpoint: Checkpoint) -> torch.Tensor:
