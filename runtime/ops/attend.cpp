@@ -150,7 +150,7 @@ class TileWork {
       const size_t count = tile_.s1 - s < SPAN ? tile_.s1 - s : SPAN;
       // After its last row, a thread is likely to go on with the group after this one.
       const size_t next = static_cast<int64_t>(s + count) <= last ? s + count : a_.S;
-      ahead_.begin(keys + next * key_row, SPAN * key_row, values + next * value_row, SPAN * value_row);
+      ahead_.begin(count, keys + next * key_row, SPAN * key_row, values + next * value_row, SPAN * value_row);
       ask_bias(s + SPAN);
       block(s, count, keys + s * key_row, values + s * value_row);
     }

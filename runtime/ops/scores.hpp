@@ -35,10 +35,11 @@ class Ahead {
  public:
   static constexpr size_t LINE = 64;  // bytes, as all counts of bytes here
 
-  // A block begins, after which these keys and values will be read. It has as many slots as the one before.
-  void begin(const char* keys, size_t key_bytes, const char* values, size_t value_bytes) {
-    rate_ = slots_ ? (key_bytes + value_bytes) * ONE / (LINE * slots_) + 1 : ONE;
-    slots_ = due_ = 0;
+  // A block of `rows` begins, after which these keys and values will be read. Each row has as many slots as in the block
+  // before.
+  void begin(size_t rows, const char* keys, size_t key_bytes, const char* values, size_t value_bytes) {
+    rate_ = slots_ ? (key_bytes + value_bytes) * ONE * rows_ / (LINE * slots_ * rows) + 1 : ONE;
+    slots_ = due_ = 0, rows_ = rows;
     at_ = keys, end_ = keys + key_bytes, values_ = values, values_end_ = values + value_bytes;
   }
 
@@ -57,7 +58,7 @@ class Ahead {
  private:
   static constexpr size_t ONE = 4096;  // a line a slot
 
-  size_t rate_ = ONE, slots_ = 0, due_ = 0;
+  size_t rate_ = ONE, slots_ = 0, due_ = 0, rows_ = 0;
   const char *at_ = nullptr, *end_ = nullptr, *values_ = nullptr, *values_end_ = nullptr;
 };
 
