@@ -230,10 +230,10 @@ class TileWork {
     in_panels<WIDEST>(M_, [&]<size_t W, size_t COUNT>(size_t first) {
       constexpr size_t C = LANES / W;
       for (size_t m = first; m < M_ && m < first + COUNT * W; ++m) {
-        const size_t place = (first + (m - first) / W * W) * LANES + (m - first) % W * C;
+        const size_t at = (first + (m - first) / W * W) * LANES + (m - first) % W * C;
         float sum = 0;
-        for (size_t c = 0; c < C; ++c) sum += total_[place + c];
-        finish(m, maximum_[place], sum);
+        for (size_t c = 0; c < C; ++c) sum += total_[at + c];
+        finish(m, maximum_[at], sum);
       }
     });
   }

@@ -9,9 +9,8 @@
 //   WIDEST                         the largest W
 //   floats(M, D)                   the memory it needs
 //   read(keys, count, ahead)       the next block: `count` ≤ SPAN rows
-//   score<W, COUNT>(m, to, ahead)  to[COUNT,SPAN/C,W,C] = those of the panels from query m on, as in_panels<WIDEST>(M) has
-//   them;
-//                                  what is past `count` or M means nothing
+//   score<W, COUNT>(m, to, ahead)  to[COUNT,SPAN/C,W,C] = those of the panels from query m on, which in_panels<WIDEST>(M)
+//                                  gave; what is past `count` or M means nothing
 #pragma once
 
 #include "cached.hpp"
