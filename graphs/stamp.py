@@ -143,10 +143,21 @@ def tidy(model: ir.Model) -> None:
 
 
 def fuse_reshapes(graph: ir.Graph) -> None:
-    """Reshape(Reshape(x, a), b) → Reshape(x, b), where b is constant and copies no dimension of its input (has no 0)."""
+    """Reshape(Reshape(x, a), b) → Reshape(x, b), where b is constant and copies no dimension of its input (has no 0), and
+    Reshape(Squeeze(Shape(x)), [−1]) → Shape(x)."""
     for node in graph:
         if node.op_type != "Reshape" or node.inputs[0] is None or node.inputs[1] is None:
             continue
         inner, target = node.inputs[0].producer(), node.inputs[1].const_value
-        if inner is not None and inner.op_type == "Reshape" and target is not None and 0 not in target.numpy():
+        if inner is None or target is None or 0 in target.numpy():
+            continue
+        if inner.op_type == "Reshape":
             node.replace_input_with(0, inner.inputs[0])
+        elif inner.op_type == "Squeeze" and target.numpy().tolist() == [-1] and (sizes := _sizes(inner.inputs[0])):
+            node.outputs[0].replace_all_uses_with(sizes)
+
+
+def _sizes(value: ir.Value | None) -> ir.Value | None:
+    """`value`, where a Shape gives it, which always has one dimension."""
+    producer = value.producer() if value is not None else None
+    return value if producer is not None and producer.op_type == "Shape" else None

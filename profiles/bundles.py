@@ -35,12 +35,14 @@ def profile_bundle(
     backend: str = "onnxruntime",
     threads: int | None = None,
     breakdown: Sequence[int] = (),
+    reads: Sequence[tuple[Subject, OpenSession]] = (),
     progress: Progress = lambda done, total, what: None,
 ) -> Results:
     """Measure `variants` (default: all) of `bundles` in turns, with the memory bandwidth in between.
 
     `threads` of one operator and of the bandwidth reading; None: one a physical core. `breakdown` names the contexts of
-    the plan at which the runtime profiles itself afterwards (its own run: profiling slows a step); ONNX Runtime only.
+    the plan at which the runtime profiles itself afterwards (its own run: profiling slows a step); ONNX Runtime only. `reads`
+    (see reading.py) have their turns too.
     Raises BundleError, EngineError and UserError.
     """
     chosen = choose(bundles, variants, plan, breakdown)
@@ -52,15 +54,15 @@ def profile_bundle(
     probe, arithmetic = BandwidthProbe(threads), ArithmeticProbe(threads)
     probe()
     arithmetic()
-    cells = measure(subjects, plan, probe=probe, progress=progress)
+    cells = measure([*reads, *subjects], plan, probe=probe, progress=progress)
     arithmetic()
     probe()
     bandwidth = probe.result()
     cells = [dataclasses.replace(cell, floor=floor_seconds(cell, bandwidth.best)) for cell in cells]
     openers = {(subject.bundle_hash, subject.variant): opener for subject, opener in subjects}
     for index, cell in enumerate(cells):
-        if cell.context in breakdown:
-            opener = openers[cell.subject.bundle_hash, cell.subject.variant]
+        opener = openers.get((cell.subject.bundle_hash, cell.subject.variant))
+        if opener and cell.context in breakdown:
             cells[index] = _with_breakdown(cell, opener, plan.seed)
     return Results(
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -24,6 +24,7 @@ from profiles import stats
 from profiles.benchmarks.decoder import LIMITS
 from profiles.machine import ROOT
 from profiles.noise import busy
+from profiles.reading import by_reads
 from profiles.report_data import grouped
 from profiles.results import Cell, Results
 from profiles.units import milliseconds
@@ -44,10 +45,10 @@ PATTERNS = {
 
 def texts(folder: Path) -> dict[Path, dict[str, str]]:
     """What belongs between which marks of which page."""
-    decoder = _decoder(folder)
+    decoder, where = _decoder(folder)
     pages = {ROOT / "README.md": {"results": results(folder), "limit": limit(decoder)}}
     compared = "tokens and logits" if "largest_logit_difference" in _read(folder / "parity.json")["rows"][0] else "tokens"
-    measured = {"decoder": targets(decoder), "parity": f"greedy {compared}", "text": generated(folder) or LATER}
+    measured = {"decoder": targets(decoder) + where, "parity": f"greedy {compared}", "text": generated(folder) or LATER}
     measured |= {name: shape(folder, name) or LATER for name in SHAPES}
     return {**pages, ROOT / "profiles" / "results" / "README.md": measured}
 
@@ -127,7 +128,7 @@ def targets(cells: Sequence[Cell]) -> str:
 def _benchmarks(folder: Path, run: Results) -> str:
     lines = [
         _attention(_read(folder / "attention.json")),
-        *_floor(_decoder(folder), run),
+        *_floor(*_decoder(folder), run),
         *_peers(folder / "peers.json"),
         *(f"{name}: {words}." for file, name in SHAPES.items() if (words := shape(folder, file))),
         *(f"{words}." for words in [generated(folder)] if words),
@@ -151,7 +152,7 @@ def _attention(record: dict[str, Any]) -> str:
     return f"Attention alone ({where}), against ORT's fused operator: {fast} as fast at G = {times}."
 
 
-def _floor(cells: Sequence[Cell], run: Results) -> list[str]:
+def _floor(cells: Sequence[Cell], where: str, run: Results) -> list[str]:
     weights = [cell.subject.weight_bytes / 1e6 for cell in cells]
     spans = _at_contexts({context: _span(_ratios(cells, context)) for context in LIMITS})
     pattern, model = cells[0].subject.pattern, f"12-layer model ({min(weights):.0f} to {max(weights):.0f} MB of weights)"
@@ -159,7 +160,7 @@ def _floor(cells: Sequence[Cell], run: Results) -> list[str]:
     smollm = f"; one of SmolLM2 {_span(own)}" if own else ""
     return [
         f"A decode step of a {model} in `{pattern}` takes {spans}{smollm}.",
-        f"Our targets for the former, of its median: {_targets(cells)}.",
+        f"Our targets for the former, of its median: {_targets(cells)}{where}.",
     ]
 
 
@@ -267,14 +268,11 @@ def _uptraining(record: dict[str, Any]) -> str:
     )
 
 
-def _decoder(folder: Path) -> list[Cell]:
-    """The promised pattern's cells of the decoder benchmark."""
-    if (path := folder / "decoder.json").exists():
-        record = _read(path)
-        run, pattern = decode(Results, record["run"], "run"), record["settings"]["patterns"][0]
-    else:
-        run, pattern = Results.load(folder / "decoder-12.json"), "grouped"
-    return [cell for cell in run.cells if cell.subject.pattern == pattern and cell.kind == "decode"]
+def _decoder(folder: Path) -> tuple[list[Cell], str]:
+    """The promised pattern's cells of the decoder benchmark, and of which machine they are."""
+    record, where = _found(folder, "decoder")
+    run, pattern = decode(Results, record["run"], "run"), record["settings"]["patterns"][0]
+    return [cell for cell in by_reads(run.cells) if cell.subject.pattern == pattern and cell.kind == "decode"], where
 
 
 def _ratio(cell: Cell) -> float:

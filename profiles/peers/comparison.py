@@ -3,7 +3,7 @@
 A runtime's time is the median of its samples. Ratios are to the fastest of headpool's patterns at that place; `own` and `best`
 say whether a row is one of them, and the fastest. Where memory did not hold all at once, headpool was measured with each of the
 others: a ratio is of what took turns, and headpool's own line of a table is the last of its several. The floor is of memory
-alone: weights and KV cache, as headpool stores them, at the best read bandwidth of the whole run.
+alone: a read of the weights and the KV cache, as headpool stores them, which took turns with the others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from profiles import stats
+from profiles.reading import by_reads
 from profiles.report_data import grouped
 from profiles.results import Cell, Results
 
@@ -32,7 +33,7 @@ def weights_of(cell: Cell) -> str:
 def rows_of(results: Results) -> list[Row]:
     """A row a cell of decoding and first tokens: milliseconds, the floor's, the ratio to headpool's fastest, intervals."""
     rows = []
-    cells = [cell for cell in results.cells if cell.kind != "prefill"]
+    cells = by_reads(cell for cell in results.cells if cell.kind != "prefill")
     for place in grouped(cells, lambda cell: (weights_of(cell), cell.kind, cell.cohort, cell.context)).values():
         best = min((cell for cell in place if cell.backend == OWN), key=_median, default=None)
         rows += [_row(cell, best) for cell in place]
@@ -53,6 +54,9 @@ def _row(cell: Cell, best: Cell | None) -> Row:
         "high_ms": high * 1e3,
         "floor_ms": cell.floor * 1e3 if cell.floor else None,
     }
+    if cell.floor:  # what 1,000 tokens more add to it
+        more = 1000 * cell.batch * cell.subject.kv_bytes_per_token
+        row |= {"floor_slope_ms": row["floor_ms"] * more / (cell.subject.weight_bytes + cell.kv_bytes)}
     if best:
         low, high = stats.ratio_interval(cell.samples, best.samples, block=max(cell.burst, best.burst))
         enough = min(len(cell.samples), len(best.samples)) >= stats.ENOUGH
@@ -67,8 +71,8 @@ def slopes_of(rows: Iterable[Row]) -> list[Row]:
     for line in grouped(_decode(rows), lambda row: (row["weights"], row["groups"], row["runtime"])).values():
         contexts = [row["context"] for row in line]
         value = stats.slope(contexts, [row["ms"] / 1e3 for row in line])
-        floor = stats.slope(contexts, [row["floor_ms"] / 1e3 for row in line])
         if value is not None:
+            floor = stats.median([row["floor_slope_ms"] for row in line])
             found.append({key: line[0][key] for key in ("weights", "groups", "runtime")} | {"ms": value, "floor_ms": floor})
     return found
 

@@ -27,6 +27,7 @@ from profiles.measure import Plan, Progress, measure
 from profiles.peers.agreement import Agreement
 from profiles.peers.models import make_checkpoint
 from profiles.peers.runtimes import Opener, Place, Runtime, make_model
+from profiles.reading import beside
 from profiles.results import Cell, Results, Subject
 
 Say = Callable[[str], None]
@@ -130,11 +131,13 @@ class Comparison:
             plan = dataclasses.replace(whole, contexts=(context,), memory=int(MEMORY * psutil.virtual_memory().available))
             room = plan.settle + plan.turn
             openers = [Opener(runtime, weights, groups, self.place, room) for runtime in self.present(weights)]
-            for subjects in in_turns(openers, plan, open_source(self.options.config).config.vocab_size):
+            config = open_source(self.place.checkpoint(groups) / "huggingface").config
+            reads = [beside(openers[0].subject, config, self.place.threads)] if "decode" in plan.kinds else []
+            for subjects in in_turns(openers, plan, config.vocab_size):
                 names = ", ".join(subject.pattern for subject, _ in subjects)
                 self.say(f"measuring {weights}, {groups} KV heads, {context} tokens, {', '.join(plan.kinds)}: {names}")
                 chosen = dataclasses.replace(plan, memory=TOGETHER)
-                runs.append(measure(subjects, chosen, probe=probe, progress=self.progress))
+                runs.append(measure([*reads, *subjects], chosen, probe=probe, progress=self.progress))
         part = Results(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             machine=machine,

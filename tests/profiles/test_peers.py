@@ -29,6 +29,7 @@ from profiles.peers.runner import Runner
 from profiles.peers.runtimes import RUNTIMES, Runtime
 from profiles.peers.session import PeerSession
 from profiles.peers.worker import Worker
+from profiles.reading import READ
 
 HERE = str(Path(__file__).parent)
 TINY = {
@@ -237,8 +238,10 @@ def test_a_batch_of_equal_lengths(fake_peers, tmp_path, capsys, monkeypatch):
     assert command.main([*fake_peers, "--batch", "3"]) == 0
     record = json.loads((tmp_path / "out" / "peers.json").read_text())
     [row] = [row for row in record["rows"] if row["what"] == "decode"]
-    [cell] = record["run"]["cells"]
-    assert row["batch"] == cell["batch"] == 3
+    read, cell = record["run"]["cells"]
+    assert row["batch"] == cell["batch"] == read["batch"] == 3
+    assert read["subject"]["pattern"] == READ
+    assert row["floor_ms"] == pytest.approx(np.median(read["samples"]) * 1e3)
     [logits] = [row for row in record["rows"] if row["what"] == "logits" and row["runtime"] == "headpool grouped"]
     assert logits["batch"] == 3
     assert 0 < logits["difference"] < 1e-4

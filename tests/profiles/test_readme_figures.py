@@ -48,11 +48,11 @@ def test_targets_that_are_met_are_no_limit(factory):
         ]
 
     assert readme.limit(cells(1.1)) == "\n"
-    assert "1.2 × at 512 tokens (met: 1.10 / 1.10), 1.3 × at 4,096 tokens (met: 1.10 / 1.10)" in readme.targets(cells(1.1))
+    assert "1.1 × at 512 tokens (met: 1.10 / 1.10), 1.15 × at 4,096 tokens (met: 1.10 / 1.10)" in readme.targets(cells(1.1))
     # Each context has a target of its own.
-    assert "1.2 × the floor at 512 tokens is not met in `grouped` (1.25 ×)" in readme.limit(cells(1.25))
-    assert "4,096" not in readme.limit(cells(1.25))
-    assert "at 512 tokens (**not met**: 1.25 / 1.25), 1.3 × at 4,096 tokens (met: 1.25 / 1.25)" in readme.targets(cells(1.25))
+    assert "1.1 × the floor at 512 tokens is not met in `grouped` (1.12 ×)" in readme.limit(cells(1.12))
+    assert "4,096" not in readme.limit(cells(1.12))
+    assert "at 512 tokens (**not met**: 1.12 / 1.12), 1.15 × at 4,096 tokens (met: 1.12 / 1.12)" in readme.targets(cells(1.12))
     assert "4,096" in readme.limit(cells(1.4))
 
 
