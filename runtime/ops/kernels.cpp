@@ -15,20 +15,19 @@
 namespace headpool::HEADPOOL_ISA {
 namespace {
 
-// ---- Linear layers. A decode step is bound by reading w. Measured: one row of w at a time, in order, one vector a turn and
-// the line 2 kB ahead asked for, reads at the memory's full speed; unrolled, or several rows side by side, a fifth slower.
-// Lines are asked for as lines that are read but once, which leave the caches to the rest of a step: faster too, but for models
-// so small that their weights would stay there.
-
-constexpr size_t AHEAD = 512;  // floats
+// ---- Linear layers. A decode step is bound by reading w. Measured: one row of w at a time, in order, one vector a turn and a
+// line ahead asked for (dispatch.cpp says how far), reads at the memory's full speed; unrolled, or several rows side by side, a
+// fifth slower. Lines are asked for as lines that are read but once, which leave the caches to the rest of a step: faster too,
+// but for models so small that their weights would stay there.
 
 // sums[m] = x_m · w for COUNT rows of x
 template <size_t COUNT>
 inline void dots(const float* x, const float* w, size_t K, float (&sums)[COUNT]) {
+  const size_t ahead = floats_ahead;
   Vec total[COUNT] = {};
   size_t k = 0;
   for (; k + LANES <= K; k += LANES) {
-    __builtin_prefetch(w + k + AHEAD, 0, 0);
+    __builtin_prefetch(w + k + ahead, 0, 0);
     const Vec weight = load(w + k);
     for (size_t m = 0; m < COUNT; ++m) total[m] += weight * load(x + m * K + k);
   }
@@ -40,6 +39,8 @@ inline void dots(const float* x, const float* w, size_t K, float (&sums)[COUNT])
 
 // ---- Quantised weights. Products of bytes are added up as integers within a block, where they are exact, and their sums as
 // floats.
+
+constexpr size_t AHEAD = 2048;  // bytes; Zen 4 is as fast with any distance
 
 // total += Σ of each four neighbours u · s
 inline Int dot_bytes(Int total, Bytes u, Signed s) {
@@ -81,7 +82,7 @@ inline void dots(const Group<BITS>* x, const uint8_t* q, const float* scales, si
   const size_t bytes = K * BITS / 8, whole = bytes / GROUP_BYTES, stride = groups(K, BITS);
   Vec total[COUNT] = {};
   for (size_t g = 0; g < whole; ++g) {
-    __builtin_prefetch(q + g * GROUP_BYTES + AHEAD * sizeof(float));
+    __builtin_prefetch(q + g * GROUP_BYTES + AHEAD);
     dot_group<BITS, COUNT>(x + g, stride, q + g * GROUP_BYTES, scales + g * BLOCKS, total);
   }
   if (const size_t rest = bytes - whole * GROUP_BYTES) {  // of a row that ends inside a group

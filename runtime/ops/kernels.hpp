@@ -120,4 +120,6 @@ struct Kernels {
 
 const Kernels& kernels();  // the best this processor runs
 
+extern const size_t floats_ahead;  // of a linear layer's weights: how far ahead of what is read memory is asked for
+
 }  // namespace headpool
