@@ -157,9 +157,9 @@ def _floor(cells: Sequence[Cell], where: str, run: Results) -> list[str]:
     spans = _at_contexts({context: _span(_ratios(cells, context)) for context in LIMITS})
     pattern, model = cells[0].subject.pattern, f"12-layer model ({min(weights):.0f} to {max(weights):.0f} MB of weights)"
     own = [_ratio(cell) for cell in run.cells if cell.floor and cell.subject.pattern == pattern]
-    smollm = f"; one of SmolLM2 {_span(own)}" if own else ""
+    smollm = f"; one of SmolLM2 {_span(own)} at the best bandwidth of its run" if own else ""
     return [
-        f"A decode step of a {model} in `{pattern}` takes {spans}{smollm}.",
+        f"A decode step of a {model} in `{pattern}` takes {spans}, the floor being reads of its bytes in turns with it{smollm}.",
         f"Our targets for the former, of its median: {_targets(cells)}{where}.",
     ]
 
