@@ -159,7 +159,7 @@ def _floor(cells: Sequence[Cell], where: str, run: Results) -> list[str]:
     own = [_ratio(cell) for cell in run.cells if cell.floor and cell.subject.pattern == pattern]
     smollm = f"; one of SmolLM2 {_span(own)} at the best bandwidth of its run" if own else ""
     return [
-        f"A decode step of a {model} in `{pattern}` takes {spans}, the floor being reads of its bytes in turns with it{smollm}.",
+        f"A decode step of a {model} in `{pattern}` takes {spans}, the floor being reads of its bytes in turns{smollm}.",
         f"Our targets for the former, of its median: {_targets(cells)}{where}.",
     ]
 
