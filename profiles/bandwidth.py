@@ -47,13 +47,18 @@ class BandwidthProbe:
         with ThreadPoolExecutor(self.threads) as pool:
             for _ in range(self.repeats):
                 start = clock()
-                list(pool.map(np.add.reduce, self._parts))  # NumPy lets go of the interpreter lock while it adds
+                read(pool, self._parts)
                 taken.append(self.array_bytes / (clock() - start))
         self.samples += taken
         return max(taken)
 
     def result(self) -> Bandwidth:
         return Bandwidth(self.threads, self.array_bytes, tuple(self.samples))
+
+
+def read(pool: ThreadPoolExecutor, parts: list[np.ndarray]) -> None:
+    """Read every byte of `parts` once, each in a thread of `pool`; NumPy lets go of the interpreter lock while it adds."""
+    list(pool.map(np.add.reduce, parts))
 
 
 def floor_seconds(cell: Cell, bytes_per_second: float) -> float | None:

@@ -7,7 +7,7 @@ step is of a typical one. What is measured in turns with the steps has had the s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from exporter.config import ModelConfig
 from exporter.engines.base import Session, SessionInfo
 from exporter.engines.cores import physical_cores
 from exporter.engines.huge_pages import zeros
+from exporter.errors import UserError
 from profiles import stats
+from profiles.bandwidth import read
 from profiles.measure import OpenSession
 from profiles.results import Cell, Subject
 
@@ -46,7 +48,7 @@ class Reading(Session):
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         used = (self._subject.weight_bytes + self.kv_bytes()) // 8
-        list(self._pool.map(np.add.reduce, np.array_split(self._array[:used], self.threads)))  # which lets go of Python's lock
+        read(self._pool, np.array_split(self._array[:used], self.threads))
         self.lengths += 1
         return self._logits
 
@@ -71,11 +73,22 @@ def beside(subject: Subject, config: ModelConfig, threads: int | None = None) ->
 
 
 def by_reads(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells without the reads, the floor of each the median read of its bytes, where one took turns with it."""
+    """The cells without the reads, the floor of each decode step the median read of its bytes; as they are where none was read.
+
+    Raises UserError for a step that no read took turns with, when others had theirs: the two floors are not comparable.
+    """
     every = list(cells)
-    medians = {_place(cell): stats.median(cell.samples) for cell in every if cell.backend == READ}
-    steps = [cell for cell in every if cell.backend != READ]
-    return [dataclasses.replace(cell, floor=medians.get(_place(cell), cell.floor)) for cell in steps]
+    reads = {_place(cell): cell for cell in every if cell.backend == READ}
+    return [_floored(cell, reads) if reads and cell.kind == "decode" else cell for cell in every if cell.backend != READ]
+
+
+def _floored(cell: Cell, reads: Mapping[tuple[object, ...], Cell]) -> Cell:
+    if not (same := reads.get(_place(cell))):
+        raise UserError(
+            f"no read took turns with {cell.subject.pattern} at {cell.context} tokens of context: there is too little memory "
+            "for all of them at once; measure fewer patterns or groups"
+        )
+    return dataclasses.replace(cell, floor=stats.median(same.samples))
 
 
 def _place(cell: Cell) -> tuple[object, ...]:

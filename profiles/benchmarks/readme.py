@@ -10,6 +10,7 @@ pair of marks, <!-- NAME:begin --> and <!-- NAME:end -->, is replaced.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,9 @@ from profiles.units import milliseconds
 
 FOLDER = ROOT / "profiles" / "results" / "xeon-2core"
 LOSS = "cross-entropy, nats a token"
+PEERS = ("peers", "peers-int4")  # the same model in other runtimes, by file; one kind of weights in each
 SHAPES = {"peers-128": "Heads of 128", "peers-batch4": "A batch of 4"}  # other shapes than decoder.json's, by file
+INT4 = 4096, 1.5  # tokens of context, and how many times as fast as any other runtime with at most 4 KV heads
 LATER = "not measured yet"
 # What a pattern is, where the table names it first.
 PATTERNS = {
@@ -49,7 +52,7 @@ def texts(folder: Path) -> dict[Path, dict[str, str]]:
     pages = {ROOT / "README.md": {"results": results(folder), "limit": limit(decoder)}}
     compared = "tokens and logits" if "largest_logit_difference" in _read(folder / "parity.json")["rows"][0] else "tokens"
     measured = {"decoder": targets(decoder) + where, "parity": f"greedy {compared}", "text": generated(folder) or LATER}
-    measured |= {name: shape(folder, name) or LATER for name in SHAPES}
+    measured |= {name: shape(folder, name) or LATER for name in SHAPES} | {"peers-int4": int4(folder) or LATER}
     return {**pages, ROOT / "profiles" / "results" / "README.md": measured}
 
 
@@ -110,7 +113,7 @@ def limit(cells: Sequence[Cell]) -> str:
     if not missed:
         return "\n"
     targets = _at_contexts({context: f"{LIMITS[context]:g} ×" for context in missed})
-    spans = " and ".join(_span(_ratios(cells, context)) for context in missed)
+    spans = " and ".join(_span(_ratios(cells, context), LIMITS[context]) for context in missed)
     return f"\n- The decode target of {targets} is not met in `{cells[0].subject.pattern}` ({spans}).\n"
 
 
@@ -120,7 +123,7 @@ def targets(cells: Sequence[Cell]) -> str:
     found = {}
     for context, most in LIMITS.items():
         verdict = "met" if _met(cells, context) else "**not met**"
-        found[context] = f"{most:g} ×", f"{verdict}: " + " / ".join(f"{ratio:.2f}" for ratio in _ratios(cells, context))
+        found[context] = f"{most:g} ×", f"{verdict}: " + " / ".join(_figure(ratio, most) for ratio in _ratios(cells, context))
     words = [f"{figure} at {context:,} tokens ({verdict})" for context, (figure, verdict) in found.items()]
     return f"its targets in `{cells[0].subject.pattern}`, × the floor at G = {counts}: {', '.join(words)}"
 
@@ -129,7 +132,7 @@ def _benchmarks(folder: Path, run: Results) -> str:
     lines = [
         _attention(_read(folder / "attention.json")),
         *_floor(*_decoder(folder), run),
-        *_peers(folder / "peers.json"),
+        *(f"{words}." for file in PEERS if (words := peers(folder, file))),
         *(f"{name}: {words}." for file, name in SHAPES.items() if (words := shape(folder, file))),
         *(f"{words}." for words in [generated(folder)] if words),
         _parity(_read(folder / "parity.json")),
@@ -154,32 +157,31 @@ def _attention(record: dict[str, Any]) -> str:
 
 def _floor(cells: Sequence[Cell], where: str, run: Results) -> list[str]:
     weights = [cell.subject.weight_bytes / 1e6 for cell in cells]
-    spans = _at_contexts({context: _span(_ratios(cells, context)) for context in LIMITS})
+    spans = _at_contexts({context: _span(_ratios(cells, context), most) for context, most in LIMITS.items()})
     pattern, model = cells[0].subject.pattern, f"12-layer model ({min(weights):.0f} to {max(weights):.0f} MB of weights)"
     own = [_ratio(cell) for cell in run.cells if cell.floor and cell.subject.pattern == pattern]
     smollm = f"; one of SmolLM2 {_span(own)} at the best bandwidth of its run" if own else ""
     return [
-        f"A decode step of a {model} in `{pattern}` takes {spans}, the floor being reads of its bytes in turns{smollm}.",
-        f"Our targets for the former, of its median: {_targets(cells)}{where}.",
+        f"A decode step of a {model} in `{pattern}` takes {spans}, the floor being reads of its bytes in turns{where}{smollm}.",
+        f"Our targets for the former, of its median: {_targets(cells)}.",
     ]
 
 
-def _peers(path: Path) -> list[str]:
-    """A line a kind of weights: how much faster headpool's fastest pattern is than the fastest other runtime of each place."""
-    if not path.exists():
-        return []
-    rows = [row for row in _read(path)["rows"] if row["what"] in ("decode", "ttft")]
-    lines = []
-    for weights, part in grouped(rows, lambda row: row["weights"]).items():
-        others = [row for row in part if not row["runtime"].startswith("headpool")]
-        best = {row["runtime"] for row in part if row.get("to_headpool") == 1}
-        *names, last = dict.fromkeys(row["runtime"] for row in others)
-        counts = " / ".join(map(str, dict.fromkeys(row["groups"] for row in others)))
-        lines.append(
-            f"The same model and {weights} weights in {', '.join(names)} and {last}, all in turns: "
-            f"{' or '.join(best).replace('headpool ', '')}, beside the fastest of them, is {_beside(others)} (G = {counts})."
-        )
-    return lines
+def peers(folder: Path, name: str) -> str:
+    """How much faster headpool's fastest pattern is than the fastest other runtime of each place; "" before it is measured."""
+    record, where = _found(folder, name)
+    if not record:
+        return ""
+    rows = [row for row in record["rows"] if row["what"] in ("decode", "ttft")]
+    (weights,) = {row["weights"] for row in rows}
+    others = _others(rows)
+    best = dict.fromkeys(row["runtime"] for row in rows if row.get("to_headpool") == 1)
+    *names, last = dict.fromkeys(row["runtime"] for row in others)
+    counts = " / ".join(map(str, dict.fromkeys(row["groups"] for row in others)))
+    return (
+        f"The same model and {weights} weights in {', '.join(names)} and {last}, all in turns: "
+        f"{' or '.join(best).replace('headpool ', '')}, beside the fastest of them, is {_beside(others)} (G = {counts}){where}"
+    )
 
 
 def shape(folder: Path, name: str) -> str:
@@ -195,8 +197,23 @@ def shape(folder: Path, name: str) -> str:
         most = [max(r["ms"] / r["floor_ms"] for r in each) for each in grouped(part, lambda row: row["groups"]).values()]
         verdict = "met" if max(most) <= LIMITS[context] else "**not met**"
         places.append(f"{_slashed(most)} × the floor at {context:,} tokens (target {LIMITS[context]:g}, {verdict})")
-    beside = _beside([row for row in rows if not row["runtime"].startswith("headpool")])
+    beside = _beside(_others(rows))
     return f"`fused` takes {', '.join(places)}; beside the fastest other runtime it is {beside} (fp32, G = {counts}){where}"
+
+
+def int4(folder: Path) -> str:
+    """int4 decode steps of few KV heads after a long context, beside the fastest other runtime, and the target."""
+    record, where = _found(folder, "peers-int4")
+    if not record:
+        return ""
+    context, least = INT4
+    rows = [row for row in record["rows"] if row["what"] == "decode" and row["context"] == context]
+    times = {row["groups"]: row["to_headpool"] for row in _fastest(_others(rows)) if row["groups"] <= 4}
+    verdict = "met" if min(times.values()) >= least else "**not met**"
+    return (
+        f"{_slashed([*times.values()])} × as fast as the fastest other runtime at G = {' / '.join(map(str, times))} and "
+        f"{context:,} tokens (target {least:g}, {verdict}){where}"
+    )
 
 
 def generated(folder: Path) -> str:
@@ -218,13 +235,26 @@ def generated(folder: Path) -> str:
 
 
 def _beside(others: Sequence[dict[str, Any]]) -> str:
-    """How much faster headpool is than the fastest of other runtimes, at each place."""
+    """How much faster headpool is than the fastest of other runtimes, at each place, and whether the samples decide that."""
     places = []
     for (what, context), place in grouped(others, lambda row: (row["what"], row["context"])).items():
-        next_best = [min(r["to_headpool"] for r in each) for each in grouped(place, lambda row: row["groups"]).values()]
+        fastest = _fastest(place)
         step = "in a step after" if what == "decode" else "to the first token after"
-        places.append(f"{_slashed(next_best)} × as fast {step} {context:,} tokens")
+        undecided = [row for row in fastest if row.get("low") and row["low"] < 1 < row["high"]]
+        spans = " / ".join(f"{row['low']:.2f} to {row['high']:.2f}" for row in undecided)
+        counts = " / ".join(str(row["groups"]) for row in undecided)
+        doubt = f" (**not decided** at G = {counts}: {spans})" if undecided else ""
+        places.append(f"{_slashed([row['to_headpool'] for row in fastest])} × as fast {step} {context:,} tokens{doubt}")
     return ", ".join(places)
+
+
+def _others(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if not row["runtime"].startswith("headpool")]
+
+
+def _fastest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row of the fastest runtime for each number of KV heads."""
+    return [min(each, key=lambda row: row["to_headpool"]) for each in grouped(rows, lambda row: row["groups"]).values()]
 
 
 def _slashed(values: Sequence[float], digits: int = 2) -> str:
@@ -298,8 +328,14 @@ def _at_contexts(figures: dict[int, str]) -> str:
     return " and ".join([first.format(" the floor", " tokens"), *(other.format("", "") for other in others)])
 
 
-def _span(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+def _figure(ratio: float, most: float) -> str:
+    """Two digits; more where a ratio above `most` would else read as if it were not, or the other way round."""
+    texts = (f"{ratio:.{digits}f}" for digits in range(2, 18))
+    return next(text for text in texts if (float(text) <= most) == (ratio <= most))
+
+
+def _span(values: Sequence[float], most: float = math.inf) -> str:
+    low, high = (_figure(value, most) for value in (min(values), max(values)))
     return f"{low} ×" if low == high else f"{low} to {high} ×"
 
 

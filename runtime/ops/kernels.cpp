@@ -23,11 +23,10 @@ namespace {
 // sums[m] = x_m · w for COUNT rows of x
 template <size_t COUNT>
 inline void dots(const float* x, const float* w, size_t K, float (&sums)[COUNT]) {
-  const size_t ahead = floats_ahead;
   Vec total[COUNT] = {};
   size_t k = 0;
   for (; k + LANES <= K; k += LANES) {
-    __builtin_prefetch(w + k + ahead, 0, 0);
+    __builtin_prefetch(w + k + floats_ahead, 0, 0);
     const Vec weight = load(w + k);
     for (size_t m = 0; m < COUNT; ++m) total[m] += weight * load(x + m * K + k);
   }
@@ -40,7 +39,7 @@ inline void dots(const float* x, const float* w, size_t K, float (&sums)[COUNT])
 // ---- Quantised weights. Products of bytes are added up as integers within a block, where they are exact, and their sums as
 // floats.
 
-constexpr size_t AHEAD = 2048;  // bytes; Zen 4 is as fast with any distance
+constexpr size_t AHEAD = 2048;  // bytes; Zen 4 is no faster with another
 
 // total += Σ of each four neighbours u · s
 inline Int dot_bytes(Int total, Bytes u, Signed s) {

@@ -3,20 +3,13 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#endif
 
 namespace headpool {
 
 inline bool is_amd() {
-#if defined(__x86_64__)
   __builtin_cpu_init();  // which a constructor of a library may come before
   return __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
 }
-
-#if defined(__x86_64__)
 
 // Not every compiler's __builtin_cpu_supports knows F16C, conversion of halves.
 inline bool has_f16c() {
@@ -33,6 +26,5 @@ inline bool runs_avx512() {
 
 inline bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-#endif
-
 }  // namespace headpool
+#endif

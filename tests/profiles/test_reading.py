@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from exporter.config import ModelConfig
+from exporter.errors import UserError
 from profiles.measure import Plan, measure
 from profiles.reading import READ, Reading, beside, by_reads
 
@@ -33,7 +34,16 @@ def test_it_has_turns_like_any_other_and_is_the_floor_of_its_place(factory):
         (READ, 4, READ, 4),
         (READ, 8, READ, 4),
     ]
-    steps = [factory.cell(subject, context=context, floor=0.5) for context in (4, 8, 16)]
-    found = by_reads([*steps, *cells])
-    assert [cell.subject.pattern for cell in found] == [subject.pattern] * 3
-    assert [cell.floor for cell in found] == [*(pytest.approx(np.median(cell.samples)) for cell in cells), 0.5]
+    steps = [factory.cell(subject, context=context, floor=0.5) for context in (4, 8)]
+    first = factory.cell(subject, kind="ttft", context=16)
+    found = by_reads([*steps, first, *cells])
+    assert [cell.floor for cell in found] == [*(pytest.approx(np.median(cell.samples)) for cell in cells), first.floor]
+    assert by_reads([*steps, first]) == [*steps, first]
+
+
+def test_a_step_that_no_read_took_turns_with_has_no_floor(factory):
+    subject = factory.subject(1)
+    reads = factory.cell(factory.subject(1, pattern=READ), context=4, backend=READ)
+    for apart in (factory.cell(subject, context=8), factory.cell(subject, context=4, cohort=1)):
+        with pytest.raises(UserError, match=f"no read took turns with {subject.pattern} at {apart.context} tokens"):
+            by_reads([factory.cell(subject, context=4), apart, reads])

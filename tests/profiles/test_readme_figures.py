@@ -53,6 +53,9 @@ def test_targets_that_are_met_are_no_limit(factory):
     assert "1.1 × the floor at 512 tokens is not met in `grouped` (1.12 ×)" in readme.limit(cells(1.12))
     assert "4,096" not in readme.limit(cells(1.12))
     assert "at 512 tokens (**not met**: 1.12 / 1.12), 1.15 × at 4,096 tokens (met: 1.12 / 1.12)" in readme.targets(cells(1.12))
+    assert "at 512 tokens (**not met**: 1.104 / 1.104)" in readme.targets(cells(1.1044))
+    assert "(1.104 ×)" in readme.limit(cells(1.1044))
+    assert "(1.1004 ×)" in readme.limit(cells(1.1004))
     assert "4,096" in readme.limit(cells(1.4))
 
 
@@ -72,9 +75,26 @@ def test_other_shapes_and_text(tmp_path):
     assert f"1.05 / 1.03 × the floor at 4,096 tokens (target {readme.LIMITS[4096]:g}, met)" in words
     assert "5.00 / 2.00 × as fast in a step after 512 tokens" in words
     assert words.endswith("(fp32, G = 4 / 1)")
+    assert "not decided" not in words
+    rows[-1] |= {"low": 0.9, "high": 2.5}
+    (here / "peers-128.json").write_text(json.dumps({"rows": rows}))
+    assert "5.00 / 2.00 × as fast in a step after 4,096 tokens (**not decided** at G = 1: 0.90 to 2.50)" in readme.shape(
+        here, "peers-128"
+    )
     rows[0]["ms"] = 10 * readme.LIMITS[512] + 0.1
     (here / "peers-128.json").write_text(json.dumps({"rows": rows}))
     assert readme.shape(here, "peers-128").count("**not met**") == 1
+    rows = [{**row, "weights": "int4"} for row in rows]
+    (here / "peers-int4.json").write_text(json.dumps({"rows": rows}))
+    words = readme.int4(here)
+    assert words == "5.00 / 2.00 × as fast as the fastest other runtime at G = 4 / 1 and 4,096 tokens (target 1.5, met)"
+    words = readme.peers(here, "peers-int4")
+    assert words.startswith("The same model and int4 weights in a and b, all in turns: `fused`, beside the fastest of them, is")
+    rows[-1]["to_headpool"] = 1.4
+    (here / "peers-int4.json").write_text(json.dumps({"rows": rows}))
+    assert "5.00 / 1.40 ×" in readme.int4(here)
+    assert "**not met**" in readme.int4(here)
+    assert readme.peers(here, "gone") == readme.int4(tmp_path) == ""
     row = {"prompt_tokens": 1024, "beside": "b", "times": 1.5, "low": 1.4, "high": 1.6}
     row["tokens_per_second"] = {"headpool": 151.2, "a": 50.0, "b": 100.8}
     settings = {"weight_bytes": {"headpool": 84_000_000, "llama.cpp": 91_000_000}}
