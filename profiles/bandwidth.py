@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import psutil
@@ -38,7 +39,7 @@ class BandwidthProbe:
         wanted = array_bytes or min(max(GIB, 2 * l3_bytes()), psutil.virtual_memory().available // 4)
         if wanted < SMALLEST and not array_bytes:
             raise UserError(f"{wanted / 1e6:.0f} MB is all a bandwidth measurement may take of the free memory; free some")
-        self._parts = np.array_split(np.ones(wanted // 8, dtype=np.int64), self.threads)  # ones: zeros would be one shared page
+        self._parts = np.array_split(np.ones(wanted // 8), self.threads)  # ones: zeros would be one shared page
         self.array_bytes = sum(part.nbytes for part in self._parts)
 
     def __call__(self, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -57,8 +58,11 @@ class BandwidthProbe:
 
 
 def read(pool: ThreadPoolExecutor, parts: list[np.ndarray]) -> None:
-    """Read every byte of `parts` once, each in a thread of `pool`; NumPy lets go of the interpreter lock while it adds."""
-    list(pool.map(np.add.reduce, parts))
+    """Read every byte of `parts`, of floats, once, each in a thread of `pool`; NumPy lets go of the interpreter lock meanwhile.
+
+    Measured on an Intel Xeon, GB/s in two threads: the maximum of float64 31.5, the sum of int64 26, that of float32 12.
+    """
+    list(pool.map(partial(np.maximum.reduce, initial=0), parts))
 
 
 def floor_seconds(cell: Cell, bytes_per_second: float) -> float | None:

@@ -37,7 +37,7 @@ class Reading(Session):
         options = {"threads": self.threads}
         super().__init__(config, batch, capacity, SessionInfo(READ, "CPU", {"numpy": np.__version__}, options))
         self._subject = subject
-        self._array = zeros(((subject.weight_bytes + batch * capacity * subject.kv_bytes_per_token) // 8,), np.int64)
+        self._array = zeros(((subject.weight_bytes + batch * capacity * subject.kv_bytes_per_token) // 8,), np.float64)
         self._array[:] = 1  # memory that nobody wrote is one page of zeros, read many times
         self._pool = ThreadPoolExecutor(self.threads)
         self._logits = np.zeros((batch, config.vocab_size), np.float32)

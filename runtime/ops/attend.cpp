@@ -25,7 +25,8 @@ constexpr size_t PANELS = 4;  // at most at a time, as in_fours has them
 // output[m] += Σ scores[m][i] · values[i], COUNT rows of panels of W and COLUMNS vectors of channels at a time
 template <class Kind, size_t W, size_t COUNT, size_t COLUMNS>
 inline void value_tile(const float* scores, const char* values, size_t d, size_t count, size_t Dv, float* output,
-                       Ahead& ahead) {
+                       Ahead& shared) {
+  Ahead ahead = shared;  // in registers
   const size_t row = Kind::bytes(Dv);
   Vec total[COUNT][COLUMNS];
   for (size_t m = 0; m < COUNT; ++m)
@@ -41,6 +42,7 @@ inline void value_tile(const float* scores, const char* values, size_t d, size_t
   }
   for (size_t m = 0; m < COUNT; ++m)
     for (size_t j = 0; j < COLUMNS; ++j) store(output + m * Dv + d + j * LANES, total[m][j]);
+  shared = ahead;
 }
 
 template <class Kind, size_t W, size_t COUNT>
@@ -70,7 +72,7 @@ struct Panel {
 // The scores of a panel become probabilities relative to each row's new maximum (· scales); its sum and output are rescaled to
 // that. seen[W,C]: how many keys of the block each sees.
 template <size_t W, bool SCALED>
-void soften(float* scores, const float* scales, const int32_t (&seen)[LANES], const Panel& panel, size_t Dv) {
+void soften(float* scores, const float* scales, const int32_t (&seen)[LANES], const Panel& panel, size_t Dv, Ahead& ahead) {
   constexpr size_t C = LANES / W, END = SPAN * W;
   const Int visible = load_as<Int>(seen);
   Vec most = splat(NOTHING);
@@ -88,6 +90,7 @@ void soften(float* scores, const float* scales, const int32_t (&seen)[LANES], co
   const Vec shrink = exp(before - base);
   Vec added{};
   for (size_t j = 0; j < END; j += LANES) {
+    ahead.ask(2);
     const Vec p = exp(load(scores + j) - base);
     added += p;
     store(scores + j, SCALED ? p * repeat<C>(scales + j / W) : p);
@@ -223,7 +226,7 @@ class TileWork {
       for (size_t c = 0; c < C; ++c) seen[w * C + c] = static_cast<int32_t>(visible);
     }
     const Panel panel{maximum_ + m * LANES, total_ + m * LANES, output_ + m * a_.Dv, rows};
-    soften<W, Kind::SCALED>(scores, value_scales, seen, panel, a_.Dv);
+    soften<W, Kind::SCALED>(scores, value_scales, seen, panel, a_.Dv, ahead_);
   }
 
   void finish() const {

@@ -16,17 +16,17 @@ namespace headpool::HEADPOOL_ISA {
 namespace {
 
 // ---- Linear layers. A decode step is bound by reading w. Measured: one row of w at a time, in order, one vector a turn and a
-// line ahead asked for (dispatch.cpp says how far), reads at the memory's full speed; unrolled, or several rows side by side, a
-// fifth slower. Lines are asked for as lines that are read but once, which leave the caches to the rest of a step: faster too,
-// but for models so small that their weights would stay there.
+// line ahead asked for (dispatch.cpp says which, and for which cache), reads at the memory's full speed; unrolled, or several
+// rows side by side, no faster, and on some processors a fifth slower.
 
-// sums[m] = x_m · w for COUNT rows of x
-template <size_t COUNT>
+// sums[m] = x_m · w for COUNT rows of x; ONCE asks for lines of w as such that are read but once, which leaves the caches to
+// others.
+template <bool ONCE, size_t COUNT>
 inline void dots(const float* x, const float* w, size_t K, float (&sums)[COUNT]) {
   Vec total[COUNT] = {};
   size_t k = 0;
   for (; k + LANES <= K; k += LANES) {
-    __builtin_prefetch(w + k + floats_ahead, 0, 0);
+    __builtin_prefetch(w + k + asking.floats_ahead, 0, ONCE ? 0 : 2);
     const Vec weight = load(w + k);
     for (size_t m = 0; m < COUNT; ++m) total[m] += weight * load(x + m * K + k);
   }
@@ -39,7 +39,7 @@ inline void dots(const float* x, const float* w, size_t K, float (&sums)[COUNT])
 // ---- Quantised weights. Products of bytes are added up as integers within a block, where they are exact, and their sums as
 // floats.
 
-constexpr size_t AHEAD = 2048;  // bytes; Zen 4 is no faster with another
+constexpr size_t AHEAD = 4096;  // bytes; an Intel Xeon is 2 % slower with half of it, Zen 4 as fast
 
 // total += Σ of each four neighbours u · s
 inline Int dot_bytes(Int total, Bytes u, Signed s) {
@@ -129,7 +129,8 @@ void quantise(const float* from, size_t K, size_t bits, void* to) {
 template <size_t BITS, size_t COUNT>
 inline void dots(const Rows& x, size_t m, const Matrix& w, size_t n, size_t K, float (&sums)[COUNT]) {
   if constexpr (BITS == 0) {
-    dots<COUNT>(x.floats + m * K, static_cast<const float*>(w.data) + n * K, K, sums);
+    const float *from = x.floats + m * K, *weights = static_cast<const float*>(w.data) + n * K;
+    asking.once ? dots<true>(from, weights, K, sums) : dots<false>(from, weights, K, sums);
   } else {
     const auto q = static_cast<const uint8_t*>(w.data) + n * row_bytes(K, BITS);
     dots<BITS, COUNT>(static_cast<const Group<BITS>*>(x.quantised) + m * groups(K, BITS), q, w.scales + n * (K / BLOCK), K,

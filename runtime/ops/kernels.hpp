@@ -120,6 +120,12 @@ struct Kernels {
 
 const Kernels& kernels();  // the best this processor runs
 
-extern const size_t floats_ahead;  // of a linear layer's weights: how far ahead of what is read memory is asked for
+// How memory is asked for a linear layer's weights: how far ahead of what is read, and whether as lines that are read but once.
+struct Asking {
+  size_t floats_ahead;
+  bool once;
+};
+
+extern const Asking asking;
 
 }  // namespace headpool

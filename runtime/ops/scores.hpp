@@ -84,29 +84,47 @@ class Scores {
   void read(const char* keys, size_t count, Ahead& ahead) {
     count_ = count;
     read_scales<Kind>(keys, count, D_, scales_);
-    if (Kind::FLOATS && D_ == row_) {
-      keys_ = reinterpret_cast<const float*>(keys);
-      return;
-    }
-    for (size_t i = 0; i < count; ++i) {
+    keys_ = reinterpret_cast<const float*>(keys);
+    whole_ = Kind::FLOATS && D_ == row_ ? count / TILE * TILE : 0;
+    for (size_t i = whole_; i < count; ++i) {
       ahead.ask(1 + row_ / LANES);
       for (size_t d = 0; d < D_; d += LANES) {
         const char* key = keys + i * Kind::bytes(D_);
-        store(block_ + i * row_ + d, D_ - d < LANES ? Kind::load_part(key, d, D_ - d) : Kind::load(key, d));
+        store(block_ + (i - whole_) * row_ + d, D_ - d < LANES ? Kind::load_part(key, d, D_ - d) : Kind::load(key, d));
       }
     }
-    keys_ = block_;
   }
 
   template <size_t W, size_t COUNT>
   void score(size_t m, float* to, Ahead& ahead) const {
+    switch (row_) {
+      case 64:
+        return score_rows<W, COUNT, 64>(m, to, ahead);
+      case 128:
+        return score_rows<W, COUNT, 128>(m, to, ahead);
+      default:
+        score_rows<W, COUNT, 0>(m, to, ahead);
+    }
+  }
+
+ private:
+  static constexpr size_t TILE = 16;  // keys that are worked on at a time, at most
+  static constexpr size_t FEW = 2;    // queries that wait for memory, which is fastest read in order
+  static size_t padded(size_t D) { return (D + LANES - 1) / LANES * LANES; }
+
+  // ROW: floats of a row, which address a tile's keys without a register for each; 0: any number
+  template <size_t W, size_t COUNT, size_t ROW>
+  void score_rows(size_t m, float* to, Ahead& ahead) const {
     constexpr size_t C = LANES / W, REGISTERS = LANES == 16 ? 16 : 8;  // for sums, of 32 or 16
     constexpr size_t KEYS = COUNT == 1 ? 8 : REGISTERS / (COUNT == 2 ? 2 : 4), ROWS = KEYS < C ? C : KEYS;
-    static_assert(ROWS % KEYS == 0 && SPAN % ROWS == 0);
+    static_assert(ROWS % KEYS == 0 && TILE % ROWS == 0 && SPAN % TILE == 0);
+    const size_t row = ROW ? ROW : row_;
     for (size_t i = 0; i < count_; i += ROWS) {
+      const float* const keys = i < whole_ ? keys_ + i * row : block_ + (i - whole_) * row;
       Vec sums[COUNT][ROWS];
       HEADPOOL_UNROLL
-      for (size_t j = 0; j < ROWS; j += KEYS) score_tile<W, COUNT, KEYS, ROWS>(queries_ + m * row_, i + j, j, sums, ahead);
+      for (size_t j = 0; j < ROWS; j += KEYS)
+        score_tile<W, COUNT, KEYS, ROWS, ROW>(queries_ + m * row, keys + j * row, j, sums, ahead);
       HEADPOOL_UNROLL
       for (size_t p = 0; p < COUNT; ++p) {
         HEADPOOL_UNROLL
@@ -118,10 +136,6 @@ class Scores {
       }
     }
   }
-
- private:
-  static constexpr size_t FEW = 2;  // queries that wait for memory, which is fastest read in order
-  static size_t padded(size_t D) { return (D + LANES - 1) / LANES * LANES; }
 
   // Of up to W queries, zeros in place of the others: [D/C,W,C].
   template <size_t W>
@@ -135,31 +149,36 @@ class Scores {
     }
   }
 
-  // Of KEYS keys from the i-th on with COUNT panels: sums[COUNT,ROWS] from the j-th on, to be added up in elements of C lanes.
-  template <size_t W, size_t COUNT, size_t KEYS, size_t ROWS>
-  [[gnu::always_inline]] void score_tile(const float* query, size_t i, size_t j, Vec (&sums)[COUNT][ROWS], Ahead& ahead) const {
+  // Of KEYS keys with COUNT panels: sums[COUNT,ROWS] from the j-th on, to be added up in elements of C lanes. Past the block's
+  // keys there is memory, but what it holds means nothing.
+  template <size_t W, size_t COUNT, size_t KEYS, size_t ROWS, size_t ROW>
+  [[gnu::always_inline]] void score_tile(const float* query, const float* keys, size_t j, Vec (&sums)[COUNT][ROWS],
+                                         Ahead& ahead) const {
     constexpr size_t C = LANES / W;
-    const float* keys[KEYS];
-    HEADPOOL_UNROLL
-    for (size_t k = 0; k < KEYS; ++k) keys[k] = keys_ + (i + k < count_ ? i + k : count_ - 1) * row_;
+    const size_t row = ROW ? ROW : row_;
     Vec total[COUNT][KEYS] = {};
     if constexpr (W <= FEW) {
       HEADPOOL_UNROLL
       for (size_t k = 0; k < KEYS; ++k) {
-        ahead.ask(1 + row_ / LANES);
-        for (size_t d = 0; d < row_; d += C) total[0][k] += load(query + d / C * LANES) * repeat<C>(keys[k] + d);
+        ahead.ask(1 + row / LANES);
+        for (size_t d = 0; d < row; d += C) total[0][k] += load(query + d / C * LANES) * repeat<C>(keys + k * row + d);
       }
     } else {
-      for (size_t d = 0; d < row_; d += C) {
-        ahead.ask(COUNT * KEYS / 8);
-        Vec its[COUNT];
+      constexpr size_t STEPS = 4;  // between two askings: each waits for the count that the one before left in memory
+      static_assert(LANES % (STEPS * C) == 0);
+      for (size_t d = 0; d < row; d += STEPS * C) {
+        ahead.ask(STEPS * COUNT * KEYS / 8);
         HEADPOOL_UNROLL
-        for (size_t p = 0; p < COUNT; ++p) its[p] = load(query + p * LANES * row_ + d / C * LANES);
-        HEADPOOL_UNROLL
-        for (size_t k = 0; k < KEYS; ++k) {
-          const Vec key = repeat<C>(keys[k] + d);
+        for (size_t at = d; at < d + STEPS * C; at += C) {
+          Vec its[COUNT];
           HEADPOOL_UNROLL
-          for (size_t p = 0; p < COUNT; ++p) total[p][k] += its[p] * key;
+          for (size_t p = 0; p < COUNT; ++p) its[p] = load(query + p * LANES * row + at / C * LANES);
+          HEADPOOL_UNROLL
+          for (size_t k = 0; k < KEYS; ++k) {
+            const Vec key = repeat<C>(keys + k * row + at);
+            HEADPOOL_UNROLL
+            for (size_t p = 0; p < COUNT; ++p) total[p][k] += its[p] * key;
+          }
         }
       }
     }
@@ -170,8 +189,8 @@ class Scores {
     }
   }
 
-  size_t D_, row_, count_ = 0;  // row_: D, padded
-  float *queries_, *block_;     // [M,row_], as arranged; [SPAN,row_], where keys do not lie as floats
+  size_t D_, row_, count_ = 0, whole_ = 0;  // row_: D, padded; whole_: keys of the block that are read where they lie
+  float *queries_, *block_;                 // [M,row_], as arranged; [SPAN,row_] of the other keys
   const float* keys_ = nullptr;
   float scales_[SPAN];
 };
