@@ -7,8 +7,6 @@ time: 2 · tokens · d floats, and of one layer the attention probabilities, win
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -23,6 +21,7 @@ from exporter.convert.least_squares import Tokens
 from exporter.convert.refine import ROUNDS, Examples, refine_output, refine_scores, ridge_inverse, second_moments
 from exporter.convert.scratch import Scratch
 from exporter.convert.walk import Walk
+from exporter.memory import give_memory_back
 from exporter.weights import LazyTensor, Weights
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -91,15 +90,9 @@ def convert_layer(
     del layer, read
     tokens = Tokens(inputs, ridge_inverse(second_moments(inputs)).to(inputs.dtype))
     examples = Examples(tokens, scored, probabilities, wanted)
-    _give_memory_back()
+    give_memory_back()
     refine_scores(attention, folded, examples, ROUNDS if fewer else 0)
     scored.clear()
-    _give_memory_back()
+    give_memory_back()
     refine_output(attention, folded, examples)
     return folded, wanted, examples.probabilities
-
-
-def _give_memory_back() -> None:
-    """glibc keeps freed blocks of up to 32 MB that lie between others in use, more of them with every layer."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)

@@ -17,6 +17,7 @@ from exporter.engines.tensorrt.record import Profile, Recipe
 from exporter.engines.tensorrt.weights import Source
 from exporter.errors import EngineError
 from exporter.files import replacing
+from exporter.memory import give_memory_back
 
 RELEASE_EVERY = 0.02  # seconds
 
@@ -106,12 +107,14 @@ def _timing_cache(parsed: Parsed, config: Any, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _releasing(source: Source) -> Iterator[None]:
-    """Hand back the weights' pages while the builder, which has copies of its own by then, goes on."""
+    """Hand back the weights' pages while the builder, which has copies of its own by then, goes on, and what it has freed:
+    what compiling leaves behind would else lie beside the weights (SmolLM2 in fp16: 0.77 GB instead of 0.57)."""
     done = threading.Event()
 
     def work() -> None:
         while not done.wait(RELEASE_EVERY):
             source.release()
+            give_memory_back()
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
