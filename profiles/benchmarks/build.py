@@ -2,8 +2,8 @@
 
 Promise: SmolLM2-135M (fp16, G = 9, 3, 1) and four layers of Llama-3.1-8B's shape (random weights: equal ones are stored once)
 build, verified, in at most 120 s each and in at most 2.5 × the bytes of their weights in memory. That is memory of its own,
-without pages of files, which can be dropped whenever it is short; all that is resident, 94 MB of TensorRT's code among it, stands
-beside.
+without pages of files, which can be dropped whenever it is short; all that is resident, 94 MB of TensorRT's code among it,
+stands beside.
 """
 
 from __future__ import annotations
