@@ -31,15 +31,23 @@ inline void value_tile(const float* scores, const char* values, size_t d, size_t
   Vec total[COUNT][COLUMNS];
   for (size_t m = 0; m < COUNT; ++m)
     for (size_t j = 0; j < COLUMNS; ++j) total[m][j] = load(output + m * Dv + d + j * LANES);
-  for (size_t i = 0; i < count; ++i) {
-    ahead.ask(4);
+  const auto add = [&](size_t i, const float* score) {
     Vec value[COLUMNS];
     for (size_t j = 0; j < COLUMNS; ++j) value[j] = Kind::load(values + i * row, d + j * LANES);
     for (size_t m = 0; m < COUNT; ++m) {
-      const Vec p = splat(scores[place<W>(m, i)]);
+      const Vec p = splat(score[place<W>(m, 0)]);
       for (size_t j = 0; j < COLUMNS; ++j) total[m][j] += p * value[j];
     }
+  };
+  constexpr size_t C = LANES / W, STEPS = C < 4 ? C : 4;  // rows whose scores stand side by side
+  size_t i = 0;
+  for (; i + STEPS <= count; i += STEPS) {
+    ahead.ask(4 * STEPS);
+    const float* const score = scores + place<W>(0, i);
+    HEADPOOL_UNROLL
+    for (size_t step = 0; step < STEPS; ++step) add(i + step, score + step);
   }
+  for (; i < count; ++i) add(i, scores + place<W>(0, i));
   for (size_t m = 0; m < COUNT; ++m)
     for (size_t j = 0; j < COLUMNS; ++j) store(output + m * Dv + d + j * LANES, total[m][j]);
   shared = ahead;

@@ -37,14 +37,14 @@ class Ahead {
   // A block of `rows` begins, after which these keys and values will be read. Each row has as many slots as in the block
   // before.
   void begin(size_t rows, const char* keys, size_t key_bytes, const char* values, size_t value_bytes) {
-    rate_ = slots_ ? (key_bytes + value_bytes) * ONE * rows_ / (LINE * slots_ * rows) + 1 : ONE;
-    slots_ = due_ = 0, rows_ = rows;
-    at_ = keys, end_ = keys + key_bytes, values_ = values, values_end_ = values + value_bytes;
+    const size_t slots = (asked() * ONE + due_) / rate_;
+    rate_ = slots ? (key_bytes + value_bytes) * ONE * rows_ / (LINE * slots * rows) + 1 : ONE;
+    due_ = 0, rows_ = rows;
+    at_ = keys_ = keys, end_ = keys_end_ = keys + key_bytes, values_ = values, values_end_ = values + value_bytes;
   }
 
   // A part of the block's work that is so many slots long.
   void ask(size_t slots) {
-    slots_ += slots;
     for (due_ += slots * rate_; due_ >= ONE; due_ -= ONE, at_ += LINE) {
       if (at_ >= end_) {
         if (end_ == values_end_) return;
@@ -57,8 +57,12 @@ class Ahead {
  private:
   static constexpr size_t ONE = 4096;  // a line a slot
 
-  size_t rate_ = ONE, slots_ = 0, due_ = 0, rows_ = 0;
-  const char *at_ = nullptr, *end_ = nullptr, *values_ = nullptr, *values_end_ = nullptr;
+  // Lines asked for. From these the slots are known; a count of them beside the rest would cost what this class is to save.
+  size_t asked() const { return (end_ == values_end_ ? keys_end_ - keys_ + (at_ - values_) : at_ - keys_) / LINE; }
+
+  size_t rate_ = ONE, due_ = 0, rows_ = 0;
+  const char *keys_ = nullptr, *keys_end_ = nullptr, *values_ = nullptr, *values_end_ = nullptr;
+  const char *at_ = nullptr, *end_ = nullptr;  // of the keys, then of the values
 };
 
 // The scales of `count` rows of `size` channels; 0 past them.
@@ -161,7 +165,7 @@ class Scores {
       HEADPOOL_UNROLL
       for (size_t k = 0; k < KEYS; ++k) {
         ahead.ask(1 + row / LANES);
-        for (size_t d = 0; d < row; d += C) total[0][k] += load(query + d / C * LANES) * repeat<C>(keys + k * row + d);
+        for (size_t d = 0; d < row; d += C) total[0][k] += load(query + d * W) * repeat<C>(keys + k * row + d);
       }
     } else {
       constexpr size_t STEPS = 4;  // between two askings: each waits for the count that the one before left in memory
@@ -172,7 +176,7 @@ class Scores {
         for (size_t at = d; at < d + STEPS * C; at += C) {
           Vec its[COUNT];
           HEADPOOL_UNROLL
-          for (size_t p = 0; p < COUNT; ++p) its[p] = load(query + p * LANES * row + at / C * LANES);
+          for (size_t p = 0; p < COUNT; ++p) its[p] = load(query + p * LANES * row + at * W);
           HEADPOOL_UNROLL
           for (size_t k = 0; k < KEYS; ++k) {
             const Vec key = repeat<C>(keys + k * row + at);
