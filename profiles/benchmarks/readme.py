@@ -9,6 +9,7 @@ pair of marks, <!-- NAME:begin --> and <!-- NAME:end -->, is replaced.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -26,7 +27,7 @@ from profiles.benchmarks.decoder import LIMITS
 from profiles.machine import ROOT
 from profiles.noise import busy
 from profiles.reading import by_reads
-from profiles.report_data import grouped
+from profiles.report_data import grouped, rows_of, slope_of
 from profiles.results import Cell, Results
 from profiles.units import milliseconds
 
@@ -34,6 +35,7 @@ FOLDER = ROOT / "profiles" / "results" / "xeon-2core"
 LOSS = "cross-entropy, nats a token"
 PEERS = ("peers", "peers-int4")  # the same model in other runtimes, by file; one kind of weights in each
 SHAPES = {"peers-128": "Heads of 128", "peers-batch4": "A batch of 4"}  # other shapes than decoder.json's, by file
+SLOPE = 1.5  # times its floor: the most that a further token of context may cost
 INT4 = 4096, 1.5  # tokens of context, and how many times as fast as any other runtime with at most 4 KV heads
 LATER = "not measured yet"
 # What a pattern is, where the table names it first.
@@ -48,11 +50,12 @@ PATTERNS = {
 
 def texts(folder: Path) -> dict[Path, dict[str, str]]:
     """What belongs between which marks of which page."""
-    decoder, where = _decoder(folder)
+    decoder, run, where = _decoder(folder)
     pages = {ROOT / "README.md": {"results": results(folder), "limit": limit(decoder)}}
     compared = "tokens and logits" if "largest_logit_difference" in _read(folder / "parity.json")["rows"][0] else "tokens"
-    measured = {"decoder": targets(decoder) + where, "parity": f"greedy {compared}", "text": generated(folder) or LATER}
-    measured |= {name: shape(folder, name) or LATER for name in SHAPES} | {"peers-int4": int4(folder) or LATER}
+    measured = {"decoder": f"{targets(decoder)}; {slopes(decoder, run)}{where}", "parity": f"greedy {compared}"}
+    measured |= {name: shape(folder, name) or LATER for name in SHAPES}
+    measured |= {"peers-int4": int4(folder) or LATER, "text": generated(folder) or LATER}
     return {**pages, ROOT / "profiles" / "results" / "README.md": measured}
 
 
@@ -128,10 +131,24 @@ def targets(cells: Sequence[Cell]) -> str:
     return f"its targets in `{cells[0].subject.pattern}`, × the floor at G = {counts}: {', '.join(words)}"
 
 
+def slopes(cells: Sequence[Cell], run: Results) -> str:
+    """What further tokens of context cost beside their floor, and the target."""
+    rows = rows_of([dataclasses.replace(run, cells=tuple(cells))])
+    lines = grouped(rows, lambda row: row.cell.subject.groups_label)
+    found = {label: slope for label, line in lines.items() if (slope := slope_of(line)) and slope.floor}
+    ratios = [slope.value / slope.floor for slope in found.values() if slope.floor]
+    verdict = "met" if max(ratios) <= SLOPE else "**not met**"
+    costs, over = " / ".join(slope.text for slope in found.values()), " / ".join(_figure(ratio, SLOPE) for ratio in ratios)
+    return (
+        f"1,000 further tokens of context cost {costs} ms at G = {' / '.join(found)}, {over} × their floor of memory or "
+        f"arithmetic (target {SLOPE:g}, {verdict})"
+    )
+
+
 def _benchmarks(folder: Path, run: Results) -> str:
     lines = [
         _attention(_read(folder / "attention.json")),
-        *_floor(*_decoder(folder), run),
+        *_floor(folder, run),
         *(f"{words}." for file in PEERS if (words := peers(folder, file))),
         *(f"{name}: {words}." for file, name in SHAPES.items() if (words := shape(folder, file))),
         *(f"{words}." for words in [generated(folder)] if words),
@@ -155,7 +172,8 @@ def _attention(record: dict[str, Any]) -> str:
     return f"Attention alone ({where}), against ORT's fused operator: {fast} as fast at G = {times}."
 
 
-def _floor(cells: Sequence[Cell], where: str, run: Results) -> list[str]:
+def _floor(folder: Path, run: Results) -> list[str]:
+    cells, measured, where = _decoder(folder)
     weights = [cell.subject.weight_bytes / 1e6 for cell in cells]
     spans = _at_contexts({context: _span(_ratios(cells, context), most) for context, most in LIMITS.items()})
     pattern, model = cells[0].subject.pattern, f"12-layer model ({min(weights):.0f} to {max(weights):.0f} MB of weights)"
@@ -163,7 +181,7 @@ def _floor(cells: Sequence[Cell], where: str, run: Results) -> list[str]:
     smollm = f"; one of SmolLM2 {_span(own)} at the best bandwidth of its run" if own else ""
     return [
         f"A decode step of a {model} in `{pattern}` takes {spans}, the floor being reads of its bytes in turns{where}{smollm}.",
-        f"Our targets for the former, of its median: {_targets(cells)}.",
+        f"Our targets for the former, of its median: {_targets(cells)}. There {slopes(cells, measured)}.",
     ]
 
 
@@ -298,11 +316,11 @@ def _uptraining(record: dict[str, Any]) -> str:
     )
 
 
-def _decoder(folder: Path) -> tuple[list[Cell], str]:
-    """The promised pattern's cells of the decoder benchmark, and of which machine they are."""
+def _decoder(folder: Path) -> tuple[list[Cell], Results, str]:
+    """The promised pattern's cells of the decoder benchmark, their floors reads; its run; and of which machine that is."""
     record, where = _found(folder, "decoder")
     run, pattern = decode(Results, record["run"], "run"), record["settings"]["patterns"][0]
-    return [cell for cell in by_reads(run.cells) if cell.subject.pattern == pattern and cell.kind == "decode"], where
+    return [cell for cell in by_reads(run.cells) if cell.subject.pattern == pattern and cell.kind == "decode"], run, where
 
 
 def _ratio(cell: Cell) -> float:
@@ -344,7 +362,9 @@ def _found(folder: Path, name: str) -> tuple[dict[str, Any], str]:
     for path in (folder / f"{name}.json", *sorted(folder.parent.glob(f"*/{name}.json"))):
         if path.exists():
             record = _read(path)
-            return record, "" if path.parent == folder else f", on another machine ({record['machine']['cpu']})"
+            machine = record["machine"]
+            other = f", on another machine ({machine['cpu']}, {size(machine['l3_bytes'])} of last-level cache)"
+            return record, "" if path.parent == folder else other
     return {}, ""
 
 
