@@ -23,7 +23,7 @@ from profiles.report_figures import Figure, Table
 from profiles.report_svg import Axis, Point, Series, line_chart, nice_axis, ordinal_axis, swatch
 
 RESULTS = ROOT / "profiles" / "results"
-T5, GLU = RESULTS / "epyc-2core" / "t5-decoding.json", RESULTS / "xeon-2core" / "glu-training.json"
+T5, GLU = RESULTS / "emerald-2core" / "t5-decoding.json", RESULTS / "xeon-2core" / "glu-training.json"
 Row = dict[str, Any]
 
 

@@ -136,12 +136,14 @@ def slopes(cells: Sequence[Cell], run: Results) -> str:
     rows = rows_of([dataclasses.replace(run, cells=tuple(cells))])
     lines = grouped(rows, lambda row: row.cell.subject.groups_label)
     found = {label: slope for label, line in lines.items() if (slope := slope_of(line)) and slope.floor}
-    ratios = [slope.value / slope.floor for slope in found.values() if slope.floor]
-    verdict = "met" if max(ratios) <= SLOPE else "**not met**"
-    costs, over = " / ".join(slope.text for slope in found.values()), " / ".join(_figure(ratio, SLOPE) for ratio in ratios)
+    ratios = {label: [end / slope.floor for end in (slope.value, slope.low, slope.high)] for label, slope in found.items()}
+    undecided = {label: span for label, (_, *span) in ratios.items() if span[0] <= SLOPE < span[1]}
+    doubt = "".join(f", **not decided** at G = {label}: {low:.2f} to {high:.2f}" for label, (low, high) in undecided.items())
+    verdict = "met" if max(ratio for ratio, *_ in ratios.values()) <= SLOPE else "**not met**"
+    costs, over = (slope.text for slope in found.values()), (_figure(ratio, SLOPE) for ratio, *_ in ratios.values())
     return (
-        f"1,000 further tokens of context cost {costs} ms at G = {' / '.join(found)}, {over} × their floor of memory or "
-        f"arithmetic (target {SLOPE:g}, {verdict})"
+        f"1,000 further tokens of context cost {' / '.join(costs)} ms at G = {' / '.join(found)}, {' / '.join(over)} × their "
+        f"floor of memory or arithmetic (target {SLOPE:g}, {verdict}{doubt})"
     )
 
 

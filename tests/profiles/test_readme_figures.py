@@ -63,12 +63,12 @@ def test_what_further_tokens_cost_beside_memory_or_arithmetic(factory):
     """31 GB/s and 200 GFLOP/s: of 4 KV heads memory bounds (1 µs a token), of 1 arithmetic (0.5 µs)."""
     floors = {4: (31_000, 1e-6), 1: (7_750, 0.5e-6)}
 
-    def said(over):
+    def said(over, spread=0.0):
         cells = []
         for groups, (kv_bytes, floor) in floors.items():
             subject = factory.subject(groups, kv_bytes_per_token=kv_bytes, attention_operations=100_000)
             for context in readme.LIMITS:
-                samples = (0.02 + over[groups] * floor * context,) * 8
+                samples = tuple(0.02 + over[groups] * floor * context * (1 + spread * (i // 8 - 2)) for i in range(40))
                 cells.append(factory.cell(subject, context=context, samples=samples, floor=0.02))
         return readme.slopes(cells, factory.sweep(arithmetic=Arithmetic(2, (150e9, 200e9))))
 
@@ -76,6 +76,9 @@ def test_what_further_tokens_cost_beside_memory_or_arithmetic(factory):
     assert met.startswith("1,000 further tokens of context cost 1.20 / 0.745 ms at G = 4 / 1, 1.20 / 1.49 × their floor")
     assert met.endswith("(target 1.5, met)")
     assert "1.20 / 1.51 × their floor of memory or arithmetic (target 1.5, **not met**)" in said({4: 1.2, 1: 1.51})
+    assert re.search(
+        r"\(target 1.5, met, \*\*not decided\*\* at G = 1: 1.[34]. to 1.[56].\)", said({4: 1.2, 1: 1.49}, spread=0.05)
+    )
 
 
 def test_other_shapes_and_text(tmp_path):
