@@ -8,5 +8,5 @@ import ctypes
 
 def give_memory_back() -> None:
     """Freed memory goes back to the system. glibc keeps freed blocks of up to 32 MB that lie between others in use."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another system
         ctypes.CDLL(None).malloc_trim(0)

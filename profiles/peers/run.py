@@ -57,7 +57,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Missing:
-    """A runtime that is not in the figures of these weights, and the reason."""
+    """A runtime that is not in the figures of these weights, or not in all, and the reason."""
 
     runtime: str
     weights: str
@@ -137,7 +137,14 @@ class Comparison:
                 names = ", ".join(subject.pattern for subject, _ in subjects)
                 self.say(f"measuring {weights}, {groups} KV heads, {context} tokens, {', '.join(plan.kinds)}: {names}")
                 chosen = dataclasses.replace(plan, memory=TOGETHER)
-                runs.append(measure([*reads, *subjects], chosen, probe=probe, progress=self.progress))
+                try:
+                    runs.append(measure([*reads, *subjects], chosen, probe=probe, progress=self.progress))
+                except EngineError as error:
+                    others = [opener.runtime.name for _, opener in subjects if not opener.runtime.own]
+                    if len(others) != 1:
+                        raise
+                    self.missing.append(Missing(*others, weights, f"with {groups} KV heads after {context:,} tokens: {error}"))
+                    self.say(f"left out from here on, {weights}: {error}")
         part = Results(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             machine=machine,
@@ -151,7 +158,8 @@ class Comparison:
 
 
 def in_turns(openers: Sequence[Opener], plan: Plan, vocabulary: int) -> list[list[tuple[Subject, Opener]]]:
-    """What is measured in one go by a plan of one context: all where memory holds it, else headpool with each of the others.
+    """What is measured in one go by a plan of one context: all where memory holds it, else headpool with each of the others, of
+    headpool the first pattern alone where even that is too much.
 
     Of a prompt, every other runtime may hold the logits of all tokens, and the one that reads it the scores of a layer.
     """
@@ -159,9 +167,18 @@ def in_turns(openers: Sequence[Opener], plan: Plan, vocabulary: int) -> list[lis
     own = [each for each in subjects if each[1].runtime.own]
     others = [each for each in subjects if not each[1].runtime.own]
     [batch], [context], memory = plan.batches, plan.contexts, plan.memory or 0
-    takes = sum(bytes_of(subject, batch * plan.capacity_at(context)) for subject, _ in subjects)
-    prompts = 4 * batch * context * (len(others) * vocabulary + context * max(subject.heads for subject, _ in subjects))
-    return [subjects] if takes + prompts <= memory or not others else [[*own, other] for other in others]
+
+    def fits(together: Sequence[tuple[Subject, Opener]]) -> bool:
+        tokens, read = batch * plan.capacity_at(context), together[0][0]
+        takes = sum(bytes_of(subject, tokens) for subject, _ in together)
+        takes += read.weight_bytes + tokens * read.kv_bytes_per_token  # what is read in turns with them
+        foreign = sum(not opener.runtime.own for _, opener in together)
+        prompts = 4 * batch * context * (foreign * vocabulary + context * max(subject.heads for subject, _ in together))
+        return takes + prompts <= memory
+
+    if not others or fits(subjects):
+        return [subjects]
+    return [[*own, other] if fits([*own, other]) else [*own[:1], other] for other in others]
 
 
 def bytes_of(subject: Subject, tokens: int) -> int:

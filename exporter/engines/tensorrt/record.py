@@ -17,6 +17,7 @@ from typing import Any
 
 from exporter.bundle import Bundle, Variant
 from exporter.decode import decode, parse
+from exporter.engines.tensorrt.api import HERE
 from exporter.engines.tensorrt.parts import Name
 from exporter.errors import BundleError, EngineError, UserError
 from exporter.files import replacing
@@ -172,7 +173,7 @@ def choose(bundle: Bundle, variant: Variant, wanted: Wanted, device: str | None 
         narrow(
             lambda r: device in r.targets,
             lambda r: "+".join(r.targets),
-            f"for …, this GPU is {device}; {command} --target {device}",
+            f"for …, this GPU is {device}; {command} --target {HERE}",
         )
     if w.quantize is not None:
         refusal = f"with weights …, not {w.quantize}; {command} --quantize {w.quantize}"

@@ -95,7 +95,7 @@ def check_caches(network: Network, part: Part) -> Iterator[str]:
         cache, _, rows = update.inputs[:3]
         if cache is None or cache.name != past:
             yield f"{present} updates {cache.name if cache else 'nothing'}, not {past}"
-        if rows is None or "position_ids" not in set(network.before(rows.name)):
+        if rows is None or "position_ids" not in set(network.before(rows.name, shapes=False)):
             yield f"{present}: its rows do not come from position_ids"
         for taker in network.takers.get(past, []):
             if taker is not update and taker.kind != "SHAPE":

@@ -37,7 +37,7 @@ def _fused(network: Network, attention: Layer, plan: Attention, heads: int) -> I
     if mask is None:
         yield "its attention has no mask"
     else:
-        behind = network.behind(mask.name)
+        behind = network.behind(mask.name, shapes=False)
         yield from (f"its mask does not come from {source}" for source in plan.mask if source not in behind)
     if details["lengths"]:
         yield f"its attention has {' and '.join(details['lengths'])}, planned none"
@@ -149,4 +149,4 @@ def _added(network: Network, layer: Layer | None, scores: str) -> set[str]:
     names = [given.name for given in layer.inputs if given is not None] if layer is not None else []
     if layer is None or layer.kind != "ELEMENTWISE" or layer.details["op"] != "SUM" or scores not in names:
         return set()
-    return set[str]().union(*(network.behind(name) for name in names if name != scores))
+    return set[str]().union(*(network.behind(name, shapes=False) for name in names if name != scores))

@@ -131,7 +131,7 @@ std::shared_ptr<const Model::State> open_tensorrt(const std::filesystem::path& b
   records = narrowed<BackendError>(
       records, [&](const EngineRecord& r) { return std::ranges::count(r.targets, chip) > 0; },
       [](const EngineRecord& r) { return joined(r.targets); },
-      prefix + "for …, this GPU is " + chip + "; " + command + " --target " + chip);
+      prefix + "for …, this GPU is " + chip + "; " + command + " --target here");
   for (const EngineRecord& record : records)
     expect_tensors(record.tensors, variant, record, (record.folder / "engine.json").string());
   std::string library = backend;

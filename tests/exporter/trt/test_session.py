@@ -57,7 +57,7 @@ def test_plain_weights_and_the_smallest_capacity_come_first(built):
     ("changes", "device", "words"),
     [
         ({"version": "2.0"}, None, r"engines built by 1\.\S+, here is 2.0; headpool build"),
-        ({}, "sm120", r"engines for sm86\+sm89, this GPU is sm120; headpool build .* --target sm120"),
+        ({}, "sm120", r"engines for sm86\+sm89, this GPU is sm120; headpool build .* --target here"),
         ({"batch": 3}, "sm89", r"engines for batch 2, this run has 3; headpool build .* --batch 3"),
         ({"capacity": 33}, "sm89", r"engines for 32 tokens a sequence, this run wants 33; .* --capacity 33"),
         ({"backend": "tensorrt"}, "sm89", r"has no tensorrt engine of variant v; make one: headpool build"),

@@ -58,6 +58,18 @@ def test_a_mask_that_ignores_the_positions_is_refused(api, attention):
         check(api, graph)
 
 
+def test_a_mask_of_the_positions_shape_alone_is_refused(api, attention):
+    """All rows are seen by all: position_ids are read, but what they say is not."""
+    graph = Graph(attention)
+    node = graph.nodes("Attention")[0]
+    tokens = graph.before(node, "Shape", ["position_ids"], "their shape", start=1, end=2)
+    ends = graph.constant("batch, heads", np.array([2, 1])), tokens, graph.constant("rows", np.array([32]))
+    shape = graph.before(node, "Concat", list(ends), "the mask's shape", axis=0)
+    node.input[3] = graph.before(node, "Expand", [graph.constant("seen", np.zeros(1, np.float16)), shape], "all seen")
+    with pytest.raises(GraphError, match="layer 0: its mask does not come from position_ids"):
+        check(api, graph)
+
+
 def test_scores_of_another_scale_are_refused(api, attention):
     graph = Graph(attention)
     (scale,) = (attribute for attribute in graph.nodes("Attention")[0].attribute if attribute.name == "scale")
@@ -156,6 +168,15 @@ def test_a_cache_read_before_its_update_is_refused(api, attention):
 def test_rows_that_ignore_the_positions_are_refused(api, attention):
     graph = Graph(attention)
     graph.nodes("TensorScatter")[2].input[2] = graph.constant("rows", np.zeros(2, np.int64))
+    with pytest.raises(GraphError, match=r"present.1.key: its rows do not come from position_ids"):
+        check(api, graph)
+
+
+def test_rows_of_the_positions_shape_alone_are_refused(api, attention):
+    graph = Graph(attention)
+    node = graph.nodes("TensorScatter")[2]
+    batch = graph.before(node, "Shape", ["position_ids"], "batch", start=0, end=1)
+    node.input[2] = graph.before(node, "Expand", [graph.constant("first row", np.zeros(1, np.int64)), batch], "first rows")
     with pytest.raises(GraphError, match=r"present.1.key: its rows do not come from position_ids"):
         check(api, graph)
 
