@@ -135,14 +135,16 @@ def slopes(cells: Sequence[Cell], run: Results) -> str:
     """What further tokens of context cost beside their floor, and the target."""
     rows = rows_of([dataclasses.replace(run, cells=tuple(cells))])
     lines = grouped(rows, lambda row: row.cell.subject.groups_label)
-    found = {label: slope for label, line in lines.items() if (slope := slope_of(line)) and slope.floor}
-    ratios = {label: [end / slope.floor for end in (slope.value, slope.low, slope.high)] for label, slope in found.items()}
+    found = {label: slope for label, line in lines.items() if (slope := slope_of(line))}
+    floors = {label: slope.floor for label, slope in found.items() if slope.floor}
+    ends = {label: (slope.value, slope.low, slope.high) for label, slope in found.items()}
+    ratios = {label: [end / floor for end in ends[label]] for label, floor in floors.items()}
     undecided = {label: span for label, (_, *span) in ratios.items() if span[0] <= SLOPE < span[1]}
     doubt = "".join(f", **not decided** at G = {label}: {low:.2f} to {high:.2f}" for label, (low, high) in undecided.items())
     verdict = "met" if max(ratio for ratio, *_ in ratios.values()) <= SLOPE else "**not met**"
-    costs, over = (slope.text for slope in found.values()), (_figure(ratio, SLOPE) for ratio, *_ in ratios.values())
+    costs, over = (found[label].text for label in ratios), (_figure(ratio, SLOPE) for ratio, *_ in ratios.values())
     return (
-        f"1,000 further tokens of context cost {' / '.join(costs)} ms at G = {' / '.join(found)}, {' / '.join(over)} × their "
+        f"1,000 further tokens of context cost {' / '.join(costs)} ms at G = {' / '.join(ratios)}, {' / '.join(over)} × their "
         f"floor of memory or arithmetic (target {SLOPE:g}, {verdict}{doubt})"
     )
 

@@ -143,7 +143,8 @@ class Comparison:
                     others = [opener.runtime.name for _, opener in subjects if not opener.runtime.own]
                     if len(others) != 1:
                         raise
-                    self.missing.append(Missing(*others, weights, f"with {groups} KV heads after {context:,} tokens: {error}"))
+                    where = f"with {groups} KV heads after {context:,} tokens"
+                    self.missing.append(Missing(others[0], weights, f"{where}: {error}"))
                     self.say(f"left out from here on, {weights}: {error}")
         part = Results(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
