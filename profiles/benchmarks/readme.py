@@ -366,10 +366,12 @@ def _found(folder: Path, name: str) -> tuple[dict[str, Any], str]:
     for path in (folder / f"{name}.json", *sorted(folder.parent.glob(f"*/{name}.json"))):
         if path.exists():
             record = _read(path)
-            machine = record["machine"]
-            other = f", on another machine ({machine['cpu']}, {size(machine['l3_bytes'])} of last-level cache)"
-            return record, "" if path.parent == folder else other
+            return record, "" if path.parent == folder else f", on another machine ({_machine(record['machine'])})"
     return {}, ""
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    return f"{machine['cpu']}, {size(machine['l3_bytes'])} of last-level cache"
 
 
 def _read(path: Path) -> dict[str, Any]:

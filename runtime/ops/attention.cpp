@@ -52,7 +52,8 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     const auto cos = context.GetInput(6), sin = context.GetInput(7), bias = context.GetInput(8);
     const Shape k_shape(past_key), v_shape(past_value), q_shape(query);
     expect(k_shape.rank() == 4 && v_shape.rank() == 4, "headpool::FusedAttention: a cache has a wrong rank");
-    expect(k_shape.back() > 0 && v_shape.back() > 0, "headpool::FusedAttention: a cache has rows of no width");
+    expect(k_shape.back() > 0 && v_shape.back() > 0,
+           "headpool::FusedAttention: the shapes of its inputs contradict each other");
     const bool writes = key != nullptr;  // else it only reads the cache, all of it
     expect(writes == (value != nullptr) && writes == (positions != nullptr) && (!writes || Shape(positions).rank() == 2),
            "headpool::FusedAttention: key, value and position_ids [B,T] belong together");

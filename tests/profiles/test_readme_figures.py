@@ -120,14 +120,15 @@ def test_other_shapes_and_text(tmp_path):
     row = {"prompt_tokens": 1024, "beside": "b", "times": 1.5, "low": 1.4, "high": 1.6}
     row["tokens_per_second"] = {"headpool": 151.2, "a": 50.0, "b": 100.8}
     settings = {"weight_bytes": {"headpool": 84_000_000, "llama.cpp": 91_000_000}}
-    (here / "text.json").write_text(json.dumps({"rows": [row], "settings": settings, "machine": {"cpu": "Fast 1"}}))
+    machine = {"cpu": "Fast 1", "l3_bytes": 33_554_432}
+    (here / "text.json").write_text(json.dumps({"rows": [row], "settings": settings, "machine": machine}))
     words = readme.generated(here)
     assert "makes 151 tokens a second after a text of 1,024 tokens" in words
     assert "101: 1.50 (1.40 to 1.60) ×" in words
     assert readme.shape(here, "gone") == ""
     other = tmp_path / "other"
     other.mkdir()
-    assert readme.generated(other) == f"{words}, on another machine (Fast 1)"
+    assert readme.generated(other) == f"{words}, on another machine (Fast 1, 33.6 MB of last-level cache)"
     (here / "text.json").unlink()
     assert readme.generated(here) == ""
 
