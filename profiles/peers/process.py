@@ -15,11 +15,16 @@ from exporter.errors import EngineError
 ROOT = Path(__file__).parent.parent.parent
 
 
-class WorkerProcess:
-    """`command` runs worker.py; what it prints goes to the end of the file `log`.
+class WorkerError(EngineError):
+    """One line with what the worker of the runtime `name` said, or how it ended."""
 
-    Raises EngineError, from here and every `ask`: one line with what the worker said.
-    """
+    def __init__(self, line: str, name: str = "") -> None:  # one argument is enough, as for every UserError
+        super().__init__(line)
+        self.name = name
+
+
+class WorkerProcess:
+    """`command` runs worker.py; what it prints goes to the end of the file `log`. All of it raises WorkerError."""
 
     def __init__(self, name: str, command: Sequence[str], log: Path, threads: int) -> None:
         self.name, self.log = name, log
@@ -31,7 +36,7 @@ class WorkerProcess:
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=environment, text=True, cwd=ROOT
                 )
             except OSError as error:
-                raise EngineError(f"{name} does not start: {command[0]}: {error.strerror}") from None
+                raise WorkerError(f"{name} does not start: {command[0]}: {error.strerror}", name) from None
         try:
             self._answer()
         except BaseException:
@@ -68,8 +73,9 @@ class WorkerProcess:
             raise self._died()
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise EngineError(f"{self.name}: {' '.join(answer['error'].split())[:300]}; what it printed: {self.log}")
+            said = " ".join(answer["error"].split())[:300]
+            raise WorkerError(f"{self.name}: {said}; what it printed: {self.log}", self.name)
         return answer
 
-    def _died(self) -> EngineError:
-        return EngineError(f"{self.name} ended with status {self.process.wait()}; what it printed: {self.log}")
+    def _died(self) -> WorkerError:
+        return WorkerError(f"{self.name} ended with status {self.process.wait()}; what it printed: {self.log}", self.name)

@@ -23,9 +23,10 @@ from exporter.checkpoint import open_source
 from exporter.errors import EngineError, UserError
 from profiles.bandwidth import BandwidthProbe, floor_seconds
 from profiles.machine import fingerprint, versions
-from profiles.measure import Plan, Progress, measure
+from profiles.measure import OpenSession, Plan, Progress, measure
 from profiles.peers.agreement import Agreement
 from profiles.peers.models import make_checkpoint
+from profiles.peers.process import WorkerError
 from profiles.peers.runtimes import Opener, Place, Runtime, make_model
 from profiles.reading import beside
 from profiles.results import Cell, Results, Subject
@@ -134,18 +135,9 @@ class Comparison:
             config = open_source(self.place.checkpoint(groups) / "huggingface").config
             reads = [beside(openers[0].subject, config, self.place.threads)] if "decode" in plan.kinds else []
             for subjects in in_turns(openers, plan, config.vocab_size):
-                names = ", ".join(subject.pattern for subject, _ in subjects)
-                self.say(f"measuring {weights}, {groups} KV heads, {context} tokens, {', '.join(plan.kinds)}: {names}")
+                where = f"{groups} KV heads, {context:,} tokens, {', '.join(plan.kinds)}"
                 chosen = dataclasses.replace(plan, memory=TOGETHER)
-                try:
-                    runs.append(measure([*reads, *subjects], chosen, probe=probe, progress=self.progress))
-                except EngineError as error:
-                    others = [opener.runtime.name for _, opener in subjects if not opener.runtime.own]
-                    if len(others) != 1:
-                        raise
-                    where = f"with {groups} KV heads after {context:,} tokens"
-                    self.missing.append(Missing(others[0], weights, f"{where}: {error}"))
-                    self.say(f"left out from here on, {weights}: {error}")
+                runs.append(self._in_turns(reads, subjects, chosen, probe, weights, where))
         part = Results(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             machine=machine,
@@ -156,6 +148,28 @@ class Comparison:
         )
         part.save(path)
         return part
+
+    def _in_turns(
+        self,
+        reads: list[tuple[Subject, OpenSession]],
+        subjects: list[tuple[Subject, Opener]],
+        plan: Plan,
+        probe: BandwidthProbe,
+        weights: str,
+        where: str,
+    ) -> list[Cell]:
+        """The cells of `subjects`; another runtime that fails is left out from here on, the rest measured without it."""
+        while True:
+            self.say(f"measuring {weights}, {where}: {', '.join(subject.pattern for subject, _ in subjects)}")
+            try:
+                return measure([*reads, *subjects], plan, probe=probe, progress=self.progress)
+            except WorkerError as error:
+                others = [each for each in subjects if each[1].runtime.name != error.name]
+                if not any(opener.runtime.name == error.name and not opener.runtime.own for _, opener in subjects):
+                    raise
+                self.missing.append(Missing(error.name, weights, f"{where}: {error}"))
+                self.say(f"left out from here on, {weights}: {error}")
+                subjects = others
 
 
 def in_turns(openers: Sequence[Opener], plan: Plan, vocabulary: int) -> list[list[tuple[Subject, Opener]]]:

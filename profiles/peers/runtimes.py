@@ -54,6 +54,7 @@ RUNTIMES = (
     Runtime("onnxruntime-genai", "with_genai", ".venv-peers-genai", "static"),
     Runtime("OpenVINO", "with_openvino", ".venv-peers-openvino", "state"),
     Runtime("llama.cpp", "with_llama_cpp", ".venv-peers-llama.cpp", "static", GGUF),
+    Runtime("llama.cpp -fa 1", "with_llama_cpp", ".venv-peers-llama.cpp", "static", GGUF, {"flash": True}),
     Runtime("optimum-onnx", "with_optimum", ".venv-peers-optimum", "concat"),
 )
 

@@ -23,7 +23,7 @@ from profiles.peers import run as run_module
 from profiles.peers import runtimes
 from profiles.peers.comparison import rows_of, slopes_of, tables
 from profiles.peers.models import make_checkpoint
-from profiles.peers.process import ROOT, WorkerProcess
+from profiles.peers.process import ROOT, WorkerError, WorkerProcess
 from profiles.peers.run import apart, in_turns, together
 from profiles.peers.runner import Runner
 from profiles.peers.runtimes import RUNTIMES, Runtime
@@ -231,6 +231,34 @@ def test_what_cannot_run_or_computes_something_else_is_left_out_by_name(fake_pee
     assert json.loads((out / "peers.json").read_text()) == record
     assert command.main([*fake_peers, "--samples", "16"]) == 2
     assert "fp32-g2.json was measured with other options" in capsys.readouterr().err
+
+
+def test_one_that_ends_while_it_is_measured_costs_only_its_own_place(fake_peers, tmp_path, monkeypatch):
+    """It is named and the rest measured without it; headpool's own failure is nobody else's."""
+    own, fake, _ = command.RUNTIMES
+    good = dataclasses.replace(fake, name="good")
+    for module in (runtimes, command):
+        monkeypatch.setattr(module, "RUNTIMES", (own, fake, good))
+    monkeypatch.setattr(run_module.Agreement, "check", lambda *given: None)
+    failing, asked_as = [fake.name], PeerSession.timed_steps
+
+    def steps(self, *given):
+        if self.worker.name in failing:
+            raise WorkerError(f"{self.worker.name} ended with status -9", self.worker.name)
+        return asked_as(self, *given)
+
+    monkeypatch.setattr(PeerSession, "timed_steps", steps)
+    assert command.main(fake_peers) == 0
+    record = json.loads((tmp_path / "out" / "peers.json").read_text())
+    measured = [row["runtime"] for row in record["rows"] if row["what"] == "decode"]
+    assert sorted(measured) == ["good", "headpool `grouped`"]
+    [missing] = [row for row in record["rows"] if row["what"] == "left out"]
+    assert missing["runtime"] == "fake"
+    assert missing["reason"] == "2 KV heads, 8 tokens, decode: fake ended with status -9"
+    assert not record["kept"]
+    failing[:] = [own.name]
+    (tmp_path / "out" / "fp32-g2.json").unlink()
+    assert command.main(fake_peers) == 2
 
 
 def test_a_batch_of_equal_lengths(fake_peers, tmp_path, capsys, monkeypatch):
