@@ -71,6 +71,33 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No second call works in `folder` at the same time; files that a killed one left half-written are removed first.
+
+    Raises UserError.
+    """
+    with _one_line(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":  # which has no such locks
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use: another call is at work there; wait for it, or stop it") from None
+        with _one_line(folder):
+            for left in folder.glob(".*.partial"):
+                left.unlink()
+        yield
+    finally:
+        os.close(handle)  # which unlocks it
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write `text` as UTF-8 to `path`, which must not exist. Raises UserError, and then leaves nothing behind."""
     with new_file(path) as temporary:

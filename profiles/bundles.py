@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from exporter.errors import BundleError, EngineError, UserError, one_of
 from exporter.seq2seq_config import Seq2SeqConfig
 from profiles.arithmetic import ArithmeticProbe
 from profiles.bandwidth import BandwidthProbe, floor_seconds
-from profiles.breakdown import read_breakdown
+from profiles.breakdown import read_breakdown, read_layers
 from profiles.machine import fingerprint, versions
 from profiles.measure import OpenSession, Plan, Progress, measure, random_tokens
 from profiles.results import Cell, Results, Subject, refuse_twice
@@ -41,8 +42,8 @@ def profile_bundle(
     """Measure `variants` (default: all) of `bundles` in turns, with the memory bandwidth in between.
 
     `threads` of one operator and of the bandwidth reading; None: one a physical core. `breakdown` names the contexts of
-    the plan at which the runtime profiles itself afterwards (its own run: profiling slows a step); ONNX Runtime only. `reads`
-    (see reading.py) have their turns too.
+    the plan at which the runtime profiles itself afterwards (its own run: profiling slows a step). `reads` (see reading.py)
+    have their turns too.
     Raises BundleError, EngineError and UserError.
     """
     chosen = choose(bundles, variants, plan, breakdown)
@@ -63,7 +64,7 @@ def profile_bundle(
     for index, cell in enumerate(cells):
         opener = openers.get((cell.subject.bundle_hash, cell.subject.variant))
         if opener and cell.context in breakdown:
-            cells[index] = _with_breakdown(cell, opener, plan.seed)
+            cells[index] = with_breakdown(cell, opener, plan.seed)
     return Results(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine,
@@ -144,20 +145,26 @@ def choose(
     return chosen
 
 
-def _with_breakdown(cell: Cell, opener: OpenSession, seed: int) -> Cell:
+def with_breakdown(cell: Cell, opener: OpenSession, seed: int) -> Cell:
     """The decode cell with where the time goes, from a profiled run in a session of its own; other cells as they are."""
-    if cell.kind != "decode" or not cell.backend.startswith("onnxruntime"):
+    if cell.kind != "decode":
         return cell
+    seconds = []
     with tempfile.TemporaryDirectory() as folder:
         with opener(batch=cell.batch, capacity=cell.capacity, profile_to=Path(folder) / "profile") as session:
             prompts, tokens = random_tokens(session, cell.context, seed)
             session.prefill(prompts)
             for _ in range(BREAKDOWN_WARMUP + BREAKDOWN_STEPS):
+                started = time.perf_counter()
                 session.decode(tokens)
+                seconds.append(time.perf_counter() - started)
                 session.rewind(cell.context)
         files = list(Path(folder).glob("profile*"))
         if len(files) != 1:
             raise EngineError(
                 f"backend {cell.backend} wrote {len(files)} profiles of variant {cell.subject.variant!r}, not one"
             )
+        if cell.backend.startswith("tensorrt"):
+            classes, layers = read_layers(files[0], seconds[-BREAKDOWN_STEPS:])
+            return dataclasses.replace(cell, breakdown=classes, layers=layers)
         return dataclasses.replace(cell, breakdown=read_breakdown(files[0], BREAKDOWN_STEPS))

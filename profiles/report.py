@@ -35,6 +35,7 @@ def render(results: Sequence[Results]) -> str:
         report_figures.ratio_to_floor(rows, styles),
         report_extras.quality(rows, styles),
         report_extras.where_time_goes(rows),
+        report_extras.slowest_layers(rows),
         report_figures.latency_by_groups(rows, styles, "ttft"),
         report_figures.latency_by_groups(rows, styles, "prefill"),
     ]

@@ -16,6 +16,7 @@ from profiles.units import milliseconds
 
 ORIGINAL = "original"
 EXACT = (ORIGINAL, REPETITION)  # nothing is lost: points of every method's line
+SLOWEST = 12  # layers of an engine that the page names
 CLASS_NAMES = {"attention": "attention", "matmul": "weight matmuls", "other": "other kernels", "runtime": "between kernels"}
 
 
@@ -121,6 +122,23 @@ def where_time_goes(rows: Sequence[Row]) -> Figure | None:
     words = "From a run of its own with the runtime's profiler on, which slows every kernel a little: read the shares."
     legend = tuple((swatch(f"b-{kind}", 1), CLASS_NAMES[kind]) for kind in BREAKDOWN_CLASSES)
     return Figure("breakdown", "Where the time goes", words, tuple(panels), Table(headings, table), legend)
+
+
+def slowest_layers(rows: Sequence[Row]) -> Figure | None:
+    """Of TensorRT engines, the layers that take the most of a decode step."""
+    rows = [row for row in rows if row.cell.layers]
+    if not rows:
+        return None
+    table = []
+    for row in rows:
+        layers = row.cell.layers or {}
+        whole = sum(layers.values())
+        for name, seconds in sorted(layers.items(), key=lambda item: -item[1])[:SLOWEST]:
+            place = (row.groups, row.series, str(row.cell.batch), f"{row.cell.context:,}")
+            table.append((*place, name, milliseconds(seconds), f"{seconds / whole:.1%}" if whole else ""))
+    headings = (KV_HEADS, "series", "batch", "context", "layer", "ms", "share of all layers")
+    words = f"The {SLOWEST} slowest layers of each TensorRT engine, by its own profiler; the results file has all."
+    return Figure("layers", "Slowest layers", words, (), Table(headings, tuple(table)))
 
 
 def method(row: Row) -> str:

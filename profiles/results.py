@@ -88,6 +88,7 @@ class Cell:
     floor: float | None = None
     quality: dict[str, float] | None = None  # for example {"loss": 2.59}, in nats a token
     breakdown: dict[str, float] | None = None  # seconds of one decode step by class (see breakdown.py)
+    layers: dict[str, float] | None = None  # of a TensorRT engine: seconds of one decode step by layer, in order
     load: float | None = None  # seconds to open the session, of files that may lie in memory already
 
     def __post_init__(self) -> None:
@@ -104,8 +105,9 @@ class Cell:
             raise UserError(f"variant {self.subject.variant!r}: load {self.load} is not a number of seconds")
         if unknown := sorted(set(self.breakdown or ()) - set(BREAKDOWN_CLASSES)):
             raise UserError(one_of("breakdown class", unknown[0], BREAKDOWN_CLASSES))
-        if min((self.breakdown or {"other": 0.0}).values(), default=0.0) < 0:
-            raise UserError(f"variant {self.subject.variant!r}: the breakdown has negative seconds")
+        for part in (self.breakdown, self.layers):
+            if min((part or {"other": 0.0}).values(), default=0.0) < 0:
+                raise UserError(f"variant {self.subject.variant!r}: the breakdown has negative seconds")
 
     @property
     def kv_bytes(self) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +61,6 @@ def prepare(
 def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
     """What tells it from others."""
     return {"config": dataclasses.asdict(checkpoint.config), "sha256": checkpoint.kv_digest()}
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """No second call works in `folder` at the same time. Raises UserError."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    with open(folder / SETTINGS, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use: another call of the same run is at work; wait for it, or stop it") from None
-        yield
 
 
 def _check_same(folder: Path, settings: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from exporter.checkpoint import Checkpoint, expected_shapes, hf_config_for, open_checkpoint, open_source, write_checkpoint
 from exporter.errors import EngineError, UserError
-from exporter.files import check_output, refuse_existing
+from exporter.files import alone_in, check_output, refuse_existing
 from exporter.models.decoder import canonical_to_module
 from exporter.seq2seq_config import require_decoder
 from exporter.uptrain import run_folder, state
@@ -75,7 +75,7 @@ def uptrain(
 
         def begin() -> None:
             run_folder.prepare(folder, source, teacher, options, quiet)
-            stack.enter_context(run_folder.alone(folder))
+            stack.enter_context(alone_in(folder))
 
         group.once(begin)
         windows = Windows.open(folder / run_folder.TOKENS, options.window, options.held_out, options.seed)

@@ -164,7 +164,7 @@ class FakeGpu final : public Gpu {
   std::string name() const override { return "NVIDIA Fake"; }
   std::string chip() const override { return "sm89"; }
 
-  std::shared_ptr<const Engine> load(std::span<const std::byte> plan) const override {
+  std::shared_ptr<const Engine> load(std::span<const std::byte> plan, bool) const override {
     char path[4096] = {};
     long long batch = 0, capacity = 0, most = 0;
     const std::string text(reinterpret_cast<const char*>(plan.data()), plan.size());

@@ -13,7 +13,7 @@ from exporter.engines.tensorrt.api import Api, Messages
 from exporter.engines.tensorrt.decompose import allow_decomposing
 from exporter.engines.tensorrt.network import Network, parse
 from exporter.engines.tensorrt.parts import Part, parts_of
-from exporter.engines.tensorrt.verify import verify
+from exporter.engines.tensorrt.verify import check_nodes, verify
 from exporter.engines.tensorrt.weights import open_source
 
 SIZES = {"batch": 2, "capacity": 32}
@@ -50,4 +50,7 @@ class Graph:
 
 def check(api: Api, graph: Graph) -> dict[str, Any]:
     parsed = parse(api, graph.source, Messages())
-    return verify(Network(api.trt, parsed.definition), graph.part, {**SIZES, **graph.part.known})
+    network = Network(api.trt, parsed.definition, graph.source.numbers())
+    facts = verify(network, graph.part, {**SIZES, **graph.part.known})
+    check_nodes(graph.source, graph.part)
+    return facts

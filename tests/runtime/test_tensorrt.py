@@ -198,6 +198,16 @@ def test_what_does_not_fit_is_refused_with_both_sides(bundle: Bundle, fake: Api)
     refused(fake, bundle, ARGUMENT, words.replace("120", "120, 12"), batch=2, capacity=121)
 
 
+def test_compatible_engines_run_on_later_versions_and_chips(bundle: Bundle, fake: Api) -> None:
+    variant = bundle.variants[0]
+    fake_engines.add(bundle, variant, "tensorrt", version="1.10.0", compatible=("version",))
+    refused(fake, bundle, BACKEND, r"engines built by 1\.10\.0, here is 1\.2\.3\.4")  # which is the older one
+    fake_engines.add(bundle, variant, "tensorrt", version="1.2.3", targets=("sm80",), compatible=("version",))
+    refused(fake, bundle, BACKEND, r"engines for sm80, this GPU is sm89")
+    fake_engines.add(bundle, variant, "tensorrt", version="1.2.3", targets=("sm80",), compatible=("hardware", "version"))
+    assert fake.open(bundle.path, backend="tensorrt").session().prefill([np.arange(5)]).std() > 0.3
+
+
 def test_what_headpool_build_wrote_is_read(model: Decoder, fake: Api, tmp_path: Path) -> None:
     """By TensorRT for RTX itself; then with a plan that the fake understands."""
     bundle = tiny.bundle(tmp_path, model, "attention", dtype="fp16")

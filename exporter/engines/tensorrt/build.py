@@ -21,10 +21,10 @@ from exporter.engines.tensorrt.parts import Part, parts_of, shape
 from exporter.engines.tensorrt.plan import BuildOptions, recipe_of, targets_of, variants_of
 from exporter.engines.tensorrt.quantize import quantize_weights
 from exporter.engines.tensorrt.record import EngineBinding, EngineRecord, Recipe
-from exporter.engines.tensorrt.verify import verify
+from exporter.engines.tensorrt.verify import check_nodes, verify
 from exporter.engines.tensorrt.weights import Source, open_source
 from exporter.errors import UserError
-from exporter.files import replacing
+from exporter.files import alone_in, replacing
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,18 +52,18 @@ def build(bundle: Bundle, options: BuildOptions, progress: Progress | None = Non
     plans = [(part, recipe_of(bundle, part, api, targets, options)) for part in parts]
     folder = bundle.path / record.FOLDER / record.folder_name(options.backend, targets)
     built = []
-    for index, (part, recipe) in enumerate(plans):
-        name = _stem(part, recipe)
-        there = {item.file: item for item in record.read(folder)}
-        old = there.get(f"{name}.engine")
-        fresh = old is None or old.recipe != recipe or not old.intact(folder)
-        if fresh:
-            folder.mkdir(parents=True, exist_ok=True)
-            new = _build_one(bundle, part, recipe, api, folder, partial(_share, report, f"building {part.label}"))
-            there[new.file] = new
-            record.write(folder, tuple(there[file] for file in sorted(there)))
-        built.append(Built(folder, there[f"{name}.engine"], fresh))
-        report("engines", index + 1, len(plans))
+    with alone_in(folder):
+        for index, (part, recipe) in enumerate(plans):
+            name = _stem(part, recipe)
+            there = {item.file: item for item in record.read(folder)}
+            old = there.get(f"{name}.engine")
+            fresh = old is None or old.recipe != recipe or not old.intact(folder)
+            if fresh:
+                new = _build_one(bundle, part, recipe, api, folder, partial(_share, report, f"building {part.label}"))
+                there[new.file] = new
+                record.write(folder, tuple(there[file] for file in sorted(there)))
+            built.append(Built(folder, there[f"{name}.engine"], fresh))
+            report("engines", index + 1, len(plans))
     return built
 
 
@@ -113,7 +113,9 @@ def prepare(bundle: Bundle, part: Part, recipe: Recipe, api: Api, messages: Mess
     """Read the graph and its weights, parse it, and verify the network. The source must live until the engine is built."""
     source, quantised = source_of(bundle, part, recipe)
     parsed = parse(api, source, messages)
-    facts = verify(Network(api.trt, parsed.definition), part, part.sizes(recipe.batch, recipe.capacity), quantised)
+    network = Network(api.trt, parsed.definition, source.numbers())
+    facts = verify(network, part, part.sizes(recipe.batch, recipe.capacity), quantised)
+    check_nodes(source, part)
     return source, parsed, facts
 
 

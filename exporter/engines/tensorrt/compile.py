@@ -98,8 +98,10 @@ def _timing_cache(parsed: Parsed, config: Any, folder: Path) -> Iterator[None]:
         yield
         return
     path = folder / "timing.cache"
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(cache, False)
+    kept = path.read_bytes() if path.is_file() else b""
+    cache = config.create_timing_cache(kept)
+    if cache is None or not config.set_timing_cache(cache, False):  # damaged, or another version's: times are taken anew
+        config.set_timing_cache(config.create_timing_cache(b""), False)
     yield
     with replacing(path) as temporary:
         temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))

@@ -21,7 +21,7 @@ from exporter.engines.tensorrt.refit import refit
 from exporter.errors import EngineError
 from exporter.weights import TORCH_DTYPES
 
-Times = dict[str, float]  # layer → milliseconds
+Times = list[dict[str, float]]  # of each call of a context, layer → milliseconds
 
 
 class Loaded:
@@ -31,6 +31,8 @@ class Loaded:
         self.api, self.record, self.messages = api, engine, Messages()
         self.log = logger(api.trt, self.messages)
         self.runtime = api.trt.Runtime(self.log)
+        if "version" in engine.recipe.compatible:  # such a plan brings the runtime of its own version along
+            self.runtime.engine_host_code_allowed = True
         self.engine = self.runtime.deserialize_cuda_engine(read_plan(folder, engine))
         if self.engine is None:
             name = f"{api.trt.__name__} {api.version}"
@@ -45,8 +47,9 @@ class Loaded:
                 )
 
     def context(self, profile: int, stream: torch.cuda.Stream, times: Times | None, graph: bool = False) -> Any:
-        """An execution context in an optimisation profile. With `times` its layers' are summed there; `graph` says that it is
-        for calls which are all alike: TensorRT for RTX then captures them itself, but not while it is profiled."""
+        """An execution context in an optimisation profile. With `times` its layers' go into the last of them, which a call
+        begins; `graph` says that it is for calls which are all alike: TensorRT for RTX then captures them itself, but not
+        while it is profiled."""
         trt = self.api.trt
         if self.api.rtx and graph and times is None:
             # It compiles kernels for the shapes it meets; only its own capture knows when those are ready.
@@ -61,6 +64,17 @@ class Loaded:
         if times is not None:
             context.profiler = _profiler(trt, times)
         return context
+
+    def nodes(self) -> dict[str, str]:
+        """For each layer the nodes of the graph that it was made of, as the engine tells; nothing where it does not."""
+        inspector = self.engine.create_engine_inspector()
+        if inspector is None:
+            return {}
+        try:
+            told = json.loads(inspector.get_engine_information(self.api.trt.LayerInformationFormat.JSON))
+            return {str(layer["Name"]): str(layer.get("Metadata", "")) for layer in told["Layers"]}
+        except (ValueError, KeyError, TypeError):  # built without DETAILED, names alone
+            return {}
 
     def caches(self) -> dict[tuple[str, str], torch.Tensor]:
         """Zeros for each pair of a cache's input and the output that is the same memory."""
@@ -133,9 +147,9 @@ class Call:
 class Step(Call):
     """One token a sequence, as a CUDA graph from the second time on; without one where layers are timed."""
 
-    def __init__(self, loaded: Loaded, context: Any, variant: Variant, timed: bool) -> None:
+    def __init__(self, loaded: Loaded, context: Any, variant: Variant, times: Times | None) -> None:
         super().__init__(loaded, context, variant, 1)
-        self._captures = not timed and not loaded.api.rtx
+        self._times, self._captures = times, times is None and not loaded.api.rtx
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, stream: torch.cuda.Stream) -> np.ndarray:
@@ -144,12 +158,15 @@ class Step(Call):
                 self._graph.replay()
             stream.synchronize()
             return self.host_logits.numpy()
+        if self._times is not None:
+            self._times.append({})
         logits = super().run(stream)
         if self._captures:  # after a first step: by then the engine has allocated what it needs
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
-                self.enqueue(stream)
-            self._graph = graph
+                captured = self.enqueue(stream)
+            self._captures = captured  # an engine that cannot be captured is run call by call
+            self._graph = graph if captured else None
         return logits
 
     def forget(self) -> None:
@@ -157,11 +174,10 @@ class Step(Call):
         self._graph = None
 
 
-def write_times(prefix: Path, times: Times) -> Path:
-    """Layer times as JSON beside `prefix`."""
+def write_times(prefix: Path, times: Times, nodes: dict[str, str]) -> Path:
+    """Layer times of each call, and what the layers were made of, as JSON beside `prefix`."""
     path = prefix.with_name(prefix.name + ".layers.json")
-    layers = [{"name": name, "milliseconds": time} for name, time in times.items()]
-    path.write_text(json.dumps({"layers": layers}, indent=1, ensure_ascii=False), "utf-8")
+    path.write_text(json.dumps({"calls": times, "nodes": nodes}, indent=1, ensure_ascii=False), "utf-8")
     return path
 
 
@@ -171,6 +187,6 @@ def _profiler(trt: Any, times: Times) -> Any:
             trt.IProfiler.__init__(self)
 
         def report_layer_time(self, name: str, milliseconds: float) -> None:
-            times[name] = times.get(name, 0.0) + milliseconds
+            times[-1][name] = times[-1].get(name, 0.0) + milliseconds
 
     return Layers()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +72,13 @@ class Layer:
 
 
 class Network:
-    """The layers of an INetworkDefinition, and who makes and who takes each tensor."""
+    """The layers of an INetworkDefinition, and who makes and who takes each tensor.
 
-    def __init__(self, trt: Any, definition: Any) -> None:
+    `numbers` are constants by name whose values TensorRT's Python does not tell, as those in bf16 (see weights.py).
+    """
+
+    def __init__(self, trt: Any, definition: Any, numbers: Mapping[str, float] | None = None) -> None:
+        self.numbers = numbers or {}
         self.inputs = {t.name: t for t in (tensor(definition.get_input(i)) for i in range(definition.num_inputs))}
         self.outputs = {t.name: t for t in (tensor(definition.get_output(i)) for i in range(definition.num_outputs))}
         self.layers = [_layer(trt, definition.get_layer(index)) for index in range(definition.num_layers)]
@@ -108,7 +112,8 @@ class Network:
 
     def scalar(self, name: str) -> float | None:
         """The one number that it is, whatever was cast or reshaped on the way; None where it is none."""
-        values = [layer.details.get("value") for made in self.before(name) if (layer := self.producer.get(made)) is not None]
+        makers = [layer for made in self.before(name) if (layer := self.producer.get(made)) is not None]
+        values = [layer.details.get("value", self.numbers.get(layer.name)) for layer in makers]
         numbers = [value for value in values if value is not None]
         return numbers[0] if len(numbers) == 1 and self.is_scalar_constant(name) else None
 
@@ -152,12 +157,15 @@ def _details(trt: Any, kind: str, layer: Any) -> dict[str, Any]:
     if kind == "ELEMENTWISE":
         layer.__class__ = trt.IElementWiseLayer
         return {"op": layer.op.name}
-    if kind == "CONSTANT" and math.prod(layer.get_output(0).shape) == 1 and layer.get_output(0).dtype == trt.float32:
+    if kind == "CONSTANT" and (out := layer.get_output(0)).dtype in (trt.float32, trt.float16) and math.prod(out.shape) == 1:
         layer.__class__ = trt.IConstantLayer
         return {"value": float(layer.weights.reshape(-1)[0])}
     if kind == "SLICE":
         layer.__class__ = trt.ISliceLayer
         return {"mode": layer.mode.name}
+    if kind == "SOFTMAX":
+        layer.__class__ = trt.ISoftMaxLayer
+        return {"axes": [axis for axis in range(len(layer.get_output(0).shape)) if layer.axes >> axis & 1]}
     if kind == "CAST":
         layer.__class__ = trt.ICastLayer
         return {"to": DTYPES.get(layer.to_type.name, layer.to_type.name.lower())}

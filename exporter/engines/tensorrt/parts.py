@@ -35,8 +35,9 @@ class Attention:
 class Part:
     """One graph of a variant on its way to an engine.
 
-    `caches` are written in place: input, output. `made` are outputs that are made once an input, each by the linear layer of
-    the weight beside it. `grows` is the dimension that stays open; `known` are those that are the same number in every engine.
+    `caches` are written in place: input, output, and the weight of the linear layer whose output is written. `made` are
+    outputs that are made once an input, each by the linear layer of the weight beside it. `grows` is the dimension that stays
+    open; `known` are those that are the same number in every engine.
     """
 
     name: Name
@@ -45,7 +46,7 @@ class Part:
     inputs: tuple[Binding, ...]
     outputs: tuple[Binding, ...]
     attention: tuple[Attention, ...]
-    caches: tuple[tuple[str, str], ...] = ()
+    caches: tuple[tuple[str, str, str], ...] = ()
     made: tuple[tuple[str, str], ...] = ()
     grows: str = "encoder"
     known: Mapping[str, int] = field(default_factory=dict)
@@ -76,20 +77,25 @@ def _decoder(variant: Variant) -> Part:
         Attention(f"layer {layer}", *contract.present_names(layer), kv_heads, ("position_ids",), config.head_dim**-0.5)
         for layer, kv_heads in enumerate(config.kv_heads)
     ]
-    caches = [pair for layer in layers for pair in zip(contract.past_names(layer), contract.present_names(layer), strict=True)]
+    caches = [
+        (past, present, f"model.layers.{layer}.self_attn.{x}_proj.weight")
+        for layer in layers
+        for past, present, x in zip(contract.past_names(layer), contract.present_names(layer), "kv", strict=True)
+    ]
     given = (tuple(variant.inputs()), tuple(variant.outputs()))
     return Part("decoder", variant, variant.graph, *given, tuple(attention), tuple(caches), grows="sequence")
 
 
 def _step(variant: Seq2SeqVariant) -> Part:
     """A T5's decoder: T is 1, the scores are not scaled, the mask of self-attention holds the bias of relative positions."""
-    attention, caches = list[Attention](), list[tuple[str, str]]()
+    attention, caches = list[Attention](), list[tuple[str, str, str]]()
     for layer, kv_heads in enumerate(variant.config.kv_heads):
         past, present, read = (
             contract_seq2seq.names(kind, layer, stack)
             for kind, stack in (("past_key_values", "decoder"), ("present", "decoder"), ("past_key_values", "encoder"))
         )
-        caches += zip(past, present, strict=True)
+        weights = (f"decoder.layers.{layer}.self_attn.{x}_proj.weight" for x in "kv")
+        caches += zip(past, present, weights, strict=True)
         attention.append(Attention(f"layer {layer}", *present, kv_heads, ("position_ids", "decoder.bias.weight"), 1.0))
         attention.append(Attention(f"layer {layer}'s cross-attention", *read, kv_heads, ("encoder_attention_mask",), 1.0))
     given = (tuple(variant.inputs()), tuple(variant.outputs()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -113,7 +114,17 @@ def recipe_of(bundle: Bundle, part: Part, api: Api, targets: tuple[str, ...], op
         strip=options.strip,
         compatible=tuple(sorted(options.compatible)),
         quantize=options.quantize,
+        code_sha256=_code(),
     )
+
+
+@cache
+def _code() -> str:
+    """Of the modules beside this one: what another headpool would build of the same graph may be another engine."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _file_hash(path: Path) -> str:

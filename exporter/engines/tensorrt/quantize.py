@@ -111,7 +111,8 @@ def quantize(weight: np.ndarray, kind: str, block: int, scale_dtype: np.dtype) -
     rows, columns = weight.shape
     blocks = weight.reshape(rows, columns // block, block)
     largest = KINDS[kind].largest
-    scale = np.maximum(np.abs(blocks).max(axis=2) / largest, np.finfo(np.float16).tiny).astype(scale_dtype)
+    scale = (np.abs(blocks).max(axis=2) / largest).astype(scale_dtype)
+    scale[scale == 0] = 1  # a block of zeros, or of less than the dtype's smallest number
     q = np.clip(blocks / scale.astype(np.float32)[:, :, None], -largest, largest).reshape(-1)
     if kind == "fp8":
         return q.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), scale

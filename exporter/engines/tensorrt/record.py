@@ -27,6 +27,7 @@ SCHEMA = 1
 MANIFEST = "engine.json"
 FOLDER = "engines"
 CHUNK = 1 << 22
+AMPERE = 80  # compute capability 8.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,15 @@ class Recipe:
     strip: bool
     compatible: tuple[str, ...]
     quantize: str | None
+    code_sha256: str = ""  # of headpool's own modules that make an engine of a graph
+
+    def loads_in(self, version: str) -> bool:
+        """Whether TensorRT `version` reads the plan: the one that built it, or with --compatible version any later one."""
+        return self.version == version or ("version" in self.compatible and _numbers(version) >= _numbers(self.version))
+
+    def runs_on(self, chip: str) -> bool:
+        """Whether a GPU ("sm89") runs the plan: one it was built for, or with --compatible hardware Ampere and all later."""
+        return chip in self.targets or ("hardware" in self.compatible and int(chip[2:]) >= AMPERE)
 
 
 @dataclass(frozen=True)
@@ -168,10 +178,10 @@ def choose(bundle: Bundle, variant: Variant, wanted: Wanted, device: str | None 
         if not fitting:
             raise EngineError(f"variant {name} has {w.backend} engines {refusal.replace('…', there)}")
 
-    narrow(lambda r: r.version == w.version, lambda r: r.version, f"built by …, here is {w.version}; {command}")
+    narrow(lambda r: r.loads_in(w.version), lambda r: r.version, f"built by …, here is {w.version}; {command}")
     if device is not None:
         narrow(
-            lambda r: device in r.targets,
+            lambda r: r.runs_on(device),
             lambda r: "+".join(r.targets),
             f"for …, this GPU is {device}; {command} --target {HERE}",
         )
@@ -184,6 +194,11 @@ def choose(bundle: Bundle, variant: Variant, wanted: Wanted, device: str | None 
     )
     narrow(lambda r: r.capacity >= w.capacity, lambda r: r.capacity, refusal)
     return min(fitting, key=lambda item: (item[1].recipe.quantize is not None, item[1].recipe.capacity))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """11.3.1.5 → (11, 3, 1, 5); what is no number counts as 0."""
+    return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
 
 
 def encoder_of(bundle: Bundle, folder: Path, decoder: EngineRecord) -> EngineRecord:

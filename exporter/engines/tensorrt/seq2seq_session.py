@@ -39,7 +39,7 @@ class TensorRTSeq2SeqSession(Seq2SeqSession):
         self.stream = torch.cuda.Stream()
         self.profile: Path | None = None  # where the decoder's layer times were written, after close()
         self._profile_to = profile_to
-        self._times: Times | None = None if profile_to is None else {}
+        self._times: Times | None = None if profile_to is None else []
         self._tokens = 0  # of the inputs that the contexts are set to
         most = {"batch": self.batch, "encoder": self.longest}
         with torch.cuda.stream(self.stream):
@@ -51,7 +51,7 @@ class TensorRTSeq2SeqSession(Seq2SeqSession):
             self._encoder = encoder.context(0, self.stream, None)
             self._decoder = decoder.context(0, self.stream, self._times, graph=True)
             self._bind()
-            self._step_call = Step(decoder, self._decoder, variant, self._times is not None)
+            self._step_call = Step(decoder, self._decoder, variant, self._times)
         self.stream.synchronize()
 
     def check_prompts(self, prompts: list[np.ndarray]) -> None:
@@ -68,7 +68,7 @@ class TensorRTSeq2SeqSession(Seq2SeqSession):
             return
         self.stream.synchronize()
         if self._profile_to is not None and self._times is not None:
-            self.profile = write_times(self._profile_to, self._times)
+            self.profile = write_times(self._profile_to, self._times, self._step_call.loaded.nodes())
         del self._step_call
         self._encoder = self._decoder = None
         self._caches.clear()

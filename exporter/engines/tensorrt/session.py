@@ -39,8 +39,8 @@ def open_session(
 ) -> Session:
     """`capacity` is at most the engine's; `quantize` None prefers plain weights. `threads` are of no use here.
 
-    With `profile_to`, the times of the engine's layers (of an encoder-decoder the decoder's) are summed over all calls and
-    `close()` writes them; decoding then does without its CUDA graph. Raises EngineError.
+    With `profile_to`, `close()` writes the times of the engine's layers (of an encoder-decoder the decoder's) in each decode
+    step; decoding then does without its CUDA graph. Raises EngineError.
     """
     api = load(backend)
     wanted = record.Wanted(backend, api.version, batch, capacity, quantize)
@@ -76,13 +76,16 @@ class TensorRTSession(Session):
         self.stream = torch.cuda.Stream()
         self.profile: Path | None = None  # where layer times were written, after close()
         self._profile_to = profile_to
-        self._times: Times | None = None if profile_to is None else {}
+        self._times: Times | None = None if profile_to is None else []
         with torch.cuda.stream(self.stream):
             self._caches = loaded.caches()
-            self._contexts = [loaded.context(index, self.stream, self._times, index == DECODE) for index in (PREFILL, DECODE)]
+            self._contexts = [
+                loaded.context(PREFILL, self.stream, None),
+                loaded.context(DECODE, self.stream, self._times, graph=True),
+            ]
             for context in self._contexts:
                 bind_caches(context, self._caches)
-            self._step = Step(loaded, self._contexts[DECODE], variant, self._times is not None)
+            self._step = Step(loaded, self._contexts[DECODE], variant, self._times)
         self.stream.synchronize()
 
     def prefill(self, prompts: list[np.ndarray]) -> np.ndarray:
@@ -121,7 +124,7 @@ class TensorRTSession(Session):
             return
         self.stream.synchronize()
         if self._profile_to is not None and self._times is not None:
-            self.profile = write_times(self._profile_to, self._times)
+            self.profile = write_times(self._profile_to, self._times, self.runtime.nodes())
         del self._step
         self._contexts.clear()
         self._caches.clear()

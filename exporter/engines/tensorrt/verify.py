@@ -15,7 +15,10 @@ from exporter import contract
 from exporter.engines.tensorrt.network import Layer, Network, Tensor
 from exporter.engines.tensorrt.parts import Part, shape
 from exporter.engines.tensorrt.verify_attention import check_fused, check_grouped, maker, weight_of
+from exporter.engines.tensorrt.weights import Source
 from exporter.errors import GraphError
+
+CHANGES = ("is_causal", "softcap", "qk_matmul_output_mode")  # attributes of Attention that are 0 in all of headpool's graphs
 
 
 def verify(network: Network, part: Part, sizes: Mapping[str, int], quantised: int = 0) -> dict[str, Any]:
@@ -85,16 +88,20 @@ def check_used(network: Network) -> Iterator[str]:
 
 
 def check_caches(network: Network, part: Part) -> Iterator[str]:
-    """Every cache tensor is written in place: an IKVCacheUpdateLayer whose input is the past and whose output the present."""
-    for past, present in part.caches:
+    """Every cache tensor is written in place: an IKVCacheUpdateLayer whose input is the past and whose output the present, and
+    what it writes its own layer's keys or values."""
+    for past, present, weight in part.caches:
         update = network.producer.get(present)
         if update is None or update.kind != "KV_CACHE_UPDATE":
             made = "nothing" if update is None else f"a {update.kind} layer"
             yield f"{present} is made by {made}, not by a KV-cache update: it is a copy, no alias of {past}"
             continue
-        cache, _, rows = update.inputs[:3]
+        cache, written, rows = update.inputs[:3]
         if cache is None or cache.name != past:
             yield f"{present} updates {cache.name if cache else 'nothing'}, not {past}"
+        behind = network.behind(written.name, shapes=False) if written is not None else ()
+        if not any(name == weight or name.startswith(f"{weight}.") for name in behind):  # quantised ones have an ending
+            yield f"what is written into {present} does not come from {weight}"
         if rows is None or "position_ids" not in set(network.before(rows.name, shapes=False)):
             yield f"{present}: its rows do not come from position_ids"
         for taker in network.takers.get(past, []):
@@ -145,6 +152,24 @@ def check_quantised(network: Network, quantised: int) -> Iterator[str]:
         kinds = {taker.kind for taker in network.takers.get(layer.outputs[0].name, [])}
         if kinds != {"MATRIX_MULTIPLY"}:
             yield f"dequantised weight {layer.name} goes into {', '.join(sorted(kinds)) or 'nothing'}, planned a product"
+
+
+def check_nodes(source: Source, part: Part) -> None:
+    """Refuse what the parser leaves out of a network without a trace, which only the graph still tells.
+
+    An Attention node's further inputs (its own past, nonpad_kv_seqlen) and outputs, and the attributes that change what is
+    computed, are none of headpool's. Where they also leave a trace in the network, `verify` has named that. Raises GraphError.
+    """
+    for node in source.model.graph.node:
+        if node.op_type != "Attention":
+            continue
+        given = [name for name in node.input[4:] if name]
+        changed = [a.name for a in node.attribute if a.name in CHANGES and (a.i or a.f)]
+        for what in (*given, *(name for name in node.output[1:] if name), *changed):
+            raise GraphError(
+                f"{part.graph}, as it is given to TensorRT, is not what variant {part.variant.name} plans: attention "
+                f"{node.name} has {what}, which the parser may ignore"
+            )
 
 
 def _is_matrix(given: Tensor) -> bool:

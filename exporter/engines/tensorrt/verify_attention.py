@@ -9,6 +9,8 @@ from exporter.engines.tensorrt.network import Layer, Network, Tensor
 from exporter.engines.tensorrt.parts import Attention, Part
 from exporter.engines.tensorrt.quantize import DEQUANTISED
 
+ROUNDING = {"fp32": 2**-24, "fp16": 2**-11, "bf16": 2**-8}  # half of the last place: what storing the scale may change
+
 
 def check_fused(network: Network, part: Part) -> Iterator[str]:
     """One attention layer for each that is planned, straight from what it reads: all heads, its mask, no causal kind."""
@@ -103,7 +105,8 @@ def weight_of(network: Network, layer: Layer) -> str | None:
 
 
 def check_grouped(network: Network, part: Part) -> Iterator[str]:
-    """Two products a layer over the G heads of what it reads, which are not repeated, a softmax of masked scores between."""
+    """Two products a layer over the G heads of what it reads, which are not repeated; between them a softmax, over the rows, of
+    scaled and masked scores."""
     if fused := network.of("ATTENTION_INPUT"):
         yield f"there are {len(fused)} fused attention layers, planned none in pattern grouped"
     made = {weight_of(network, layer): layer.outputs[0].name for layer in reversed(network.of("MATRIX_MULTIPLY"))}
@@ -119,9 +122,15 @@ def check_grouped(network: Network, part: Part) -> Iterator[str]:
         apart = [taker.outputs[0].shape for taker in network.takers.get(output.outputs[0].name, [])]
         if not any(len(shape) == 4 and shape[1] == heads for shape in apart):
             yield f"{plan.name}: its output is not taken apart into {heads} query heads"
+        query = maker(network, scores.inputs[0])
+        scale = _factor(network, query.outputs[0]) if query is not None else 1.0
+        if not math.isclose(scale, plan.scale, rel_tol=ROUNDING[part.variant.dtype]):
+            yield f"{plan.name}: its scores are scaled by {scale:.6g}, planned {plan.scale:.6g}"
         softmax = maker(network, output.inputs[0])
         if softmax is None or softmax.kind != "SOFTMAX":
             yield f"{plan.name}: its values are not weighted by a softmax"
+        elif softmax.details["axes"] != [len(softmax.outputs[0].shape) - 1]:
+            yield f"{plan.name}: its softmax is over axes {softmax.details['axes']}, planned the cache rows, which are the last"
         else:
             added = _added(network, maker(network, softmax.inputs[0]), scores.outputs[0].name)
             yield from (f"{plan.name} has no mask from {source} on its scores" for source in plan.mask if source not in added)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from exporter.bundle import Bundle
 from exporter.engines.tensorrt.parts import Part
@@ -30,6 +32,11 @@ class Source:
         for mapped in self.maps.values():
             if hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+    def numbers(self) -> dict[str, float]:
+        """The constants that are one number, by name."""
+        single = [t for t in self.model.graph.initializer if math.prod(t.dims) == 1 and t.name not in self.places]
+        return {tensor.name: float(numpy_helper.to_array(tensor).reshape(-1)[0].astype(np.float64)) for tensor in single}
 
     def place(self, name: str, data: np.ndarray) -> None:
         """Give the weight `name` the contiguous memory of `data`."""

@@ -62,7 +62,9 @@ class Gpu {
   virtual std::string version() const = 0;  // of the TensorRT that is running, for example "1.7.1.116"
   virtual std::string name() const = 0;     // "NVIDIA L4". Throws as chip does
   virtual std::string chip() const = 0;     // "sm89". Throws BackendError where there is no GPU or driver.
-  virtual std::shared_ptr<const Engine> load(std::span<const std::byte> plan) const = 0;  // throws BackendError
+
+  // `brings_runtime`: the plan holds code of the version that built it, which is to be run. Throws BackendError.
+  virtual std::shared_ptr<const Engine> load(std::span<const std::byte> plan, bool brings_runtime) const = 0;
 };
 
 // The TensorRT of that name ("tensorrt", "tensorrt-rtx"). Throws BackendError where this library was built without it.

@@ -95,7 +95,7 @@ class TensorRTModel final : public Model::State {
     if (found != record.sha256)
       throw BundleError(path.string() + " has the SHA-256 " + found.substr(0, 12) + ", " +
                         one_line(record.sha256).substr(0, 12) + " was built; it is damaged, build it again");
-    auto engine = guarded(path.string() + " does not load", [&] { return gpu_->load(bytes); });
+    auto engine = guarded(path.string() + " does not load", [&] { return gpu_->load(bytes, record.later_versions); });
     expect_tensors(engine->tensors(), variant, record, path.string());
     return engine;
   }
@@ -122,14 +122,14 @@ std::shared_ptr<const Model::State> open_tensorrt(const std::filesystem::path& b
         one_line(bundle.string() + " has no " + backend + " engine of variant " + name + "; make one: " + command));
   const std::string version = gpu->version();
   records = narrowed<BackendError>(
-      records, [&](const EngineRecord& r) { return r.version == version; }, [](const EngineRecord& r) { return r.version; },
+      records, [&](const EngineRecord& r) { return r.loads_in(version); }, [](const EngineRecord& r) { return r.version; },
       prefix + "built by …, here is " + version + "; " + command);
   records = narrowed<BackendError>(
       records, [](const EngineRecord& r) { return !r.stripped; }, [](const EngineRecord&) { return "--strip"; },
       prefix + "built with …, and only headpool run gives those their weights; build one without");
   const std::string chip = gpu->chip();
   records = narrowed<BackendError>(
-      records, [&](const EngineRecord& r) { return std::ranges::count(r.targets, chip) > 0; },
+      records, [&](const EngineRecord& r) { return r.runs_on(chip); },
       [](const EngineRecord& r) { return joined(r.targets); },
       prefix + "for …, this GPU is " + chip + "; " + command + " --target here");
   for (const EngineRecord& record : records)

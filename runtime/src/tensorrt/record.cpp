@@ -1,6 +1,7 @@
 #include "record.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 
 #include "../fields.hpp"
@@ -42,6 +43,14 @@ EngineRecord read_record(const Json& data) {
     if (!target.is_string()) flaw("a target is " + shown(target) + ", not a text");
     record.targets.push_back(target.get<std::string>());
   }
+  for (const Json& what : array(recipe, "compatible")) {
+    if (what == "version")
+      record.later_versions = true;
+    else if (what == "hardware")
+      record.later_chips = true;
+    else
+      flaw("compatible is " + shown(what) + ", neither version nor hardware");
+  }
   record.batch = number(at(recipe, "batch"), "batch", 1, MOST_SEQUENCES);
   record.capacity = size_in(recipe, "capacity");
   record.prefill = number(at(recipe, "prefill"), "prefill", 1, record.capacity);
@@ -55,6 +64,14 @@ EngineRecord read_record(const Json& data) {
   expect_profile(profiles[1], "decode", 1);
   for (const Json& binding : array(data, "bindings")) record.tensors.push_back(read_tensor(binding));
   return record;
+}
+
+// "11.3.1.5" → {11, 3, 1, 5}; what is no number counts as 0.
+std::vector<int> numbers(const std::string& version) {
+  std::vector<int> found;
+  for (std::size_t at = 0; at <= version.size(); at = std::min(version.find('.', at), version.size()) + 1)
+    found.push_back(std::atoi(version.c_str() + at));
+  return found;
 }
 
 std::vector<EngineTensor> tensors_of(const Variant& v, const EngineRecord& sizes) {
@@ -75,6 +92,15 @@ std::string described(const EngineTensor& tensor) {
 }
 
 }  // namespace
+
+bool EngineRecord::loads_in(const std::string& here) const {
+  return version == here || (later_versions && numbers(here) >= numbers(version));
+}
+
+bool EngineRecord::runs_on(const std::string& chip) const {
+  constexpr int AMPERE = 80;  // compute capability 8.0
+  return std::ranges::count(targets, chip) > 0 || (later_chips && std::atoi(chip.c_str() + 2) >= AMPERE);
+}
 
 std::vector<EngineRecord> parse_engines(std::string_view text) {
   const Json data = parse_json(text);

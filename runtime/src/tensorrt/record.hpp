@@ -13,10 +13,17 @@ struct EngineRecord {
   std::uint64_t bytes;
   std::string backend, version;
   std::vector<std::string> targets;       // chips: sm86, …
+  bool later_versions, later_chips;       // whether it was built with --compatible version, hardware
   std::int64_t batch, capacity, prefill;  // sequences, tokens of each, most tokens of each in one call
   bool stripped;                          // of its weights
   std::string quantize;                   // empty: weights as exported
   std::vector<EngineTensor> tensors;
+
+  // Whether TensorRT `here` reads the plan: the one that built it, or any later one where it was built so.
+  bool loads_in(const std::string& here) const;
+
+  // Whether that GPU ("sm89") runs the plan: one it was built for, or Ampere and all later where it was built so.
+  bool runs_on(const std::string& chip) const;
 };
 
 // Of the text of an engine.json. Throws Flaw (fields.hpp).

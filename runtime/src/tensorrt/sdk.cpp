@@ -243,13 +243,14 @@ class SdkGpu final : public Gpu {
     return "sm" + std::to_string(major) + std::to_string(minor);
   }
 
-  std::shared_ptr<const Engine> load(std::span<const std::byte> plan) const override {
+  std::shared_ptr<const Engine> load(std::span<const std::byte> plan, bool brings_runtime) const override {
     Log::forget();
     check(cudaSetDevice(device_), "the engine's GPU cannot be used");
     auto loaded = std::make_shared<Loaded>();
     loaded->device = device_;
     loaded->runtime.reset(nvinfer1::createInferRuntime(log()));
     check(loaded->runtime != nullptr, "starting");
+    loaded->runtime->setEngineHostCodeAllowed(brings_runtime);
     loaded->engine.reset(loaded->runtime->deserializeCudaEngine(plan.data(), plan.size()));
     check(loaded->engine != nullptr, "reading the plan");
     return std::make_shared<SdkEngine>(std::move(loaded));

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 
 import fake_gpu
 import numpy as np
@@ -12,7 +14,7 @@ import tiny
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from exporter.bundle import Bundle
+from exporter.bundle import MANIFEST, Bundle
 from exporter.checkpoint import open_checkpoint, write_checkpoint
 from exporter.convert import convert_weights
 from exporter.engines import open_session
@@ -20,6 +22,11 @@ from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.plan import BuildOptions
 from exporter.engines.tensorrt.seq2seq_session import TensorRTSeq2SeqSession
 from exporter.errors import EngineError
+from profiles import bundles
+from profiles.bandwidth import BandwidthProbe
+from profiles.measure import Plan
+from profiles.report import render
+from profiles.results import Results
 
 BACKEND = "tensorrt-rtx"
 OPTIONS = BuildOptions(targets=("sm86", "sm89"), batch=2, capacity=60, prefill=41)
@@ -94,7 +101,8 @@ def test_going_back_and_timing_layers(pair, theirs, monkeypatch, tmp_path):
     np.testing.assert_allclose(np.concatenate(found), wanted, rtol=0, atol=TOLERANCE)
     session.close()
     assert session.profile.name == "times.layers.json"
-    assert '"milliseconds": 13.5' in session.profile.read_text()  # 9 steps of the decoder
+    told = json.loads(session.profile.read_text())
+    assert told == {"calls": [fake_gpu.LAYERS] * 9, "nodes": {name: fake_gpu.NODES.get(name, "") for name in fake_gpu.LAYERS}}
 
 
 def test_the_encoder_of_another_build_is_refused(pair, monkeypatch):
@@ -109,6 +117,27 @@ def test_the_encoder_of_another_build_is_refused(pair, monkeypatch):
         fake_gpu.install(monkeypatch, (41, 1), captures=False)
         with pytest.raises(EngineError, match=words):
             open_session(pair, "g2.grouped", backend=BACKEND, batch=2, capacity=60)
+
+
+def test_a_profile_has_the_time_of_each_layer(decoder, tmp_path, monkeypatch):
+    """`headpool profile --backend tensorrt-rtx --breakdown 9`: classes, layers, and both in the report."""
+    bundle = tiny.bundle(tmp_path, decoder, "attention")
+    (tmp_path / MANIFEST).write_text(json.dumps(bundle.to_json()))
+    monkeypatch.setattr(bundles, "BandwidthProbe", functools.partial(BandwidthProbe, array_bytes=8 << 20))
+    fake_gpu.build_fakes(Bundle.open(tmp_path), BuildOptions(targets=("sm89",), capacity=64, prefill=16))
+    fake_gpu.install(monkeypatch, (16, 1), captures=True)
+    plan = Plan(contexts=(5, 9), kinds=("decode",), samples=2, burst=1, settle=1, warmup=1)
+    results = bundles.profile_bundle([tmp_path], plan, backend=BACKEND, threads=1, breakdown=(9,))
+    plain, timed = results.cells
+    assert plain.layers is None
+    assert plain.breakdown is None
+    assert timed.layers == pytest.approx({name: ms * 1e-3 for name, ms in fake_gpu.LAYERS.items()})
+    parts = {kind: seconds for kind, seconds in timed.breakdown.items() if kind != "runtime"}
+    assert parts == pytest.approx({"matmul": 1e-6, "attention": 2e-6, "other": 0.25e-6})
+    assert timed.breakdown["runtime"] > 0
+    page = render([Results.load(results.save(tmp_path / "results.json"))])
+    assert page.index("Slowest layers") < page.index("_gemm_mha_myl0_2") < page.index("__myl_AddMean_myl0_3")
+    assert "61.5%" in page
 
 
 @pytest.mark.parametrize("captures", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import onnx
@@ -97,6 +98,22 @@ def test_nonpad_kv_seqlen_as_an_input_is_refused(api, attention):
         check(api, graph)
 
 
+def test_nonpad_kv_seqlen_that_something_else_reads_is_refused(api, attention):
+    """A trace of it is left in the network then, and each of its layers has a reader: only the node tells."""
+    graph = Graph(attention)
+    rows = graph.nodes("TensorScatter")[0].input[2]
+    graph.nodes("Attention")[0].input.extend(["", "", rows])
+    with pytest.raises(GraphError, match=rf"attention \S+ has {re.escape(rows)}, which the parser may ignore"):
+        check(api, graph)
+
+
+def test_what_an_attribute_changes_is_refused(api, attention):
+    graph = Graph(attention)
+    graph.nodes("Attention")[1].attribute.append(helper.make_attribute("softcap", 30.0))
+    with pytest.raises(GraphError, match=r"has softcap, which the parser may ignore|does not take"):
+        check(api, graph)
+
+
 def test_attention_with_several_outputs_is_refused(api, attention):
     """Caches passed through Attention itself: past in, present out."""
     graph = Graph(attention)
@@ -162,6 +179,17 @@ def test_a_cache_read_before_its_update_is_refused(api, attention):
     graph = Graph(attention)
     graph.nodes("Attention")[0].input[1] = "past_key_values.0.key"
     with pytest.raises(GraphError, match=r"past_key_values.0.key is also read by"):
+        check(api, graph)
+
+
+@pytest.mark.parametrize("pattern", ["attention", "grouped"])
+def test_keys_written_where_values_belong_are_refused(api, decoder, tmp_path, pattern):
+    """Every name, shape and alias is right; what is written are the other's rows."""
+    graph = Graph(tiny.bundle(tmp_path, decoder, pattern, dtype="fp16"))
+    key, value = graph.nodes("TensorScatter")[:2]
+    key.input[1], value.input[1] = value.input[1], key.input[1]
+    words = r"what is written into present.0.key does not come from model.layers.0.self_attn.k_proj.weight"
+    with pytest.raises(GraphError, match=words):
         check(api, graph)
 
 
@@ -260,6 +288,25 @@ def test_grouped_scores_without_a_mask_are_refused(api, grouped):
     softmax = graph.nodes("Softmax")[1]
     softmax.input[0] = graph.output(softmax.input[0]).input[0]
     with pytest.raises(GraphError, match=r"layer 1 has no mask from position_ids on its scores"):
+        check(api, graph)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_grouped_scores_of_another_scale_are_refused(api, decoder, tmp_path, dtype):
+    graph = Graph(tiny.bundle(tmp_path, decoder, "grouped", dtype=dtype))
+    (scaled,) = (node for node in graph.nodes("Mul") if node.name.endswith("layers.1/self_attn/query/Mul"))
+    kind = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[dtype]
+    graph.graph.initializer.append(helper.make_tensor("another scale", kind, [], [0.5]))
+    scaled.input[1] = "another scale"
+    with pytest.raises(GraphError, match=r"layer 1: its scores are scaled by 0.5, planned 0.25"):
+        check(api, graph)
+
+
+def test_a_softmax_over_another_axis_is_refused(api, grouped):
+    graph = Graph(grouped)
+    (axis,) = (attribute for attribute in graph.nodes("Softmax")[0].attribute if attribute.name == "axis")
+    axis.i = 1
+    with pytest.raises(GraphError, match=r"layer 0: its softmax is over axes \[1\], planned the cache rows"):
         check(api, graph)
 
 

@@ -214,7 +214,7 @@ def test_one_call_at_a_time(saved, few, tmp_path, monkeypatch) -> None:
     def twice(self: Trainer, number: int) -> dict[str, float]:
         if not seen:
             seen.append(number)
-            with pytest.raises(UserError, match="is in use: another call of the same run is at work"):
+            with pytest.raises(UserError, match="is in use: another call is at work there"):
                 uptrain(saved, tmp_path / "out", few())
         return step(self, number)
 
