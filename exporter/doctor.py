@@ -20,7 +20,7 @@ import onnx_ir as ir
 import psutil
 
 from exporter.config import CacheForm, ModelConfig
-from exporter.engines import require_provider
+from exporter.engines.providers import CUDA, PROVIDERS, TENSORRT, TENSORRT_RTX, require_provider, start
 from exporter.engines.tensorrt.api import load
 from exporter.engines.tensorrt.device import check_device, compute_capability
 from exporter.errors import EngineError
@@ -40,7 +40,10 @@ def diagnose() -> dict[str, Any]:
         _check("checkpoints, conversion, export", _torch),
         _check("ONNX Runtime on the CPU", _onnxruntime),
         *_patterns(),
-        _check("ONNX Runtime on CUDA", lambda: check_provider("CUDAExecutionProvider")),
+        *(
+            _check(f"ONNX Runtime on {what}", functools.partial(check_provider, name))
+            for what, name in (("CUDA", CUDA), ("TensorRT", TENSORRT), ("TensorRT for RTX", TENSORRT_RTX))
+        ),
         *(
             _check(f"{backend}: {what}", functools.partial(probe, backend))
             for backend in ("tensorrt-rtx", "tensorrt")
@@ -96,7 +99,7 @@ def _onnxruntime() -> str:
 
 def check_provider(name: str) -> str:
     """Opens an attention node on an execution provider of ONNX Runtime; its name. Raises where that does not work."""
-    _open(standalone(4, 2, 64, dtype=ir.DataType.FLOAT16), "gqa", name)
+    _open(standalone(4, 2, 64, dtype=ir.DataType.FLOAT16), "attention" if PROVIDERS[name].compiles else "gqa", name)
     return name
 
 
@@ -189,6 +192,4 @@ def _open(model: ir.Model, pattern: str, provider: str, cache_dtype: str | None 
 
         options.register_custom_ops_library(str(operator_library()))
     graph = ir.to_proto(lower(model, pattern, cache=cache_dtype)).SerializeToString()
-    session = onnxruntime.InferenceSession(graph, options, providers=[provider])
-    if provider not in session.get_providers():
-        raise RuntimeError(f"{provider} could not be loaded; onnxruntime fell back to {session.get_providers()[0]}")
+    start(graph, options, provider)

@@ -19,7 +19,10 @@ DTYPES = ("fp32", "fp16", "bf16")
 QUANTIZE = ("int8", "int8-zp", "int8-128", "int8-128-zp", "int4", "int4-zp", "int4-128", "int4-128-zp")
 CACHE_DTYPES = ("fp16", "int8")
 FFN_KINDS = ("relu", "gelu", "swish", "glu", "bilinear", "reglu", "geglu", "swiglu")
-BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+BACKENDS = (
+    *("onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"),
+    *("tensorrt", "tensorrt-rtx"),
+)
 
 
 class IntList(click.ParamType):

@@ -9,10 +9,8 @@ from typing import Any
 
 from exporter.bundle import Bundle, Variant
 from exporter.engines.base import Session
+from exporter.engines.providers import PROVIDERS
 from exporter.errors import EngineError, one_of
-
-# onnxruntime and onnxruntime-gpu fill the same folder, so only the one installed last is whole; as README's "Install" has it.
-INSTALL_CUDA = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'onnxruntime-gpu>=1.31'"
 
 
 @dataclass(frozen=True)
@@ -26,13 +24,10 @@ class Backend:
 
 
 BACKENDS = {
-    "onnxruntime": Backend("exporter.engines.onnxruntime", "onnxruntime", "pip install onnxruntime"),
-    "onnxruntime-cuda": Backend(
-        "exporter.engines.onnxruntime",
-        "onnxruntime",
-        INSTALL_CUDA,
-        {"provider": "CUDAExecutionProvider"},
-    ),
+    **{
+        provider.backend: Backend("exporter.engines.onnxruntime", "onnxruntime", provider.install, {"provider": name})
+        for name, provider in PROVIDERS.items()
+    },
     **{
         name: Backend(
             "exporter.engines.tensorrt.session", name.replace("-", "_"), f"pip install 'headpool[{name}]'", {"backend": name}
@@ -40,16 +35,6 @@ BACKENDS = {
         for name in ("tensorrt", "tensorrt-rtx")
     },
 }
-
-
-def require_provider(provider: str) -> None:
-    """Raises EngineError, with the command that installs it, where the onnxruntime here was built without `provider`."""
-    import onnxruntime
-
-    if provider not in (available := onnxruntime.get_available_providers()):
-        raise EngineError(
-            f"onnxruntime {onnxruntime.__version__} here has no {provider} (it has {', '.join(available)}): {INSTALL_CUDA}"
-        )
 
 
 def open_session(

@@ -11,8 +11,9 @@ import onnxruntime
 from exporter.bundle import Seq2SeqVariant
 from exporter.contract_seq2seq import names
 from exporter.engines.base import SessionInfo
-from exporter.engines.ort_session import DEVICES, ELEMENT_TYPES, Scores, run
+from exporter.engines.ort_session import ELEMENT_TYPES, Scores, run
 from exporter.engines.ort_static import Buffer, Names, next_rows, resized
+from exporter.engines.providers import PROVIDERS
 from exporter.engines.seq2seq import Seq2SeqSession
 
 PAST, PRESENT = "past_key_values", "present"
@@ -25,7 +26,7 @@ class OrtSeq2SeqSession(Seq2SeqSession):
         self, encoder: Any, decoder: Any, variant: Seq2SeqVariant, batch: int, capacity: int, info: SessionInfo
     ) -> None:
         super().__init__(variant.config, batch, capacity, info)
-        self.encoder, self.runtime, self.variant, self.device = encoder, decoder, variant, DEVICES[info.provider]
+        self.encoder, self.runtime, self.variant, self.device = encoder, decoder, variant, PROVIDERS[info.provider].device
         self.profile: Path | None = None  # where the runtime wrote its profile, after close()
         self.static = variant.cache == "static"
         layers = range(self.config.num_layers)

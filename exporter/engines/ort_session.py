@@ -18,9 +18,9 @@ import onnxruntime
 from exporter.bundle import Variant
 from exporter.engines.base import Session, SessionInfo, check_score
 from exporter.engines.feeding import Feed
+from exporter.engines.providers import PROVIDERS
 from exporter.errors import EngineError
 
-DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 ELEMENT_TYPES = {
     "fp32": onnx.TensorProto.FLOAT,
     "fp16": onnx.TensorProto.FLOAT16,
@@ -87,7 +87,8 @@ class OrtSession(Session):
 
     def __init__(self, runtime: Any, variant: Variant, batch: int, capacity: int, info: SessionInfo) -> None:
         super().__init__(variant.config, batch, capacity, info)
-        self.runtime, self.variant, self.device = runtime, variant, DEVICES[info.provider]
+        self.runtime, self.variant, self.provider = runtime, variant, PROVIDERS[info.provider]
+        self.device = self.provider.device
         self.chunk: int = info.options["chunk"]
         self.profile: Path | None = None  # where the runtime wrote its profile, after close()
         self._step = Call(self, 1)

@@ -123,6 +123,8 @@ class StaticSession(OrtSession):
         self._ahead = 0
         # Where most are such, S follows the context down, too; not with a few tokens taken back, nor with all of them, as what
         # comes next is often as long.
+        if self.provider.compiles:
+            return
         if length and self.rows > (rows := next_rows(length, length, self.capacity)) * 5 // 4:
             self._resize(rows)
 
@@ -140,8 +142,9 @@ class StaticSession(OrtSession):
         call.run(self.runtime)
 
     def _reserve(self, need: int) -> None:
-        if need > self.rows:
-            self._resize(next_rows(need, self.rows, self.capacity, self._ahead))
+        if need > self.rows:  # an engine that is compiled for its sizes has one S
+            whole = self.provider.compiles
+            self._resize(self.capacity if whole else next_rows(need, self.rows, self.capacity, self._ahead))
 
     def _resize(self, rows: int) -> None:
         self._bound_rows = 0

@@ -10,15 +10,16 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from profiles.gpu import steps
 from profiles.gpu.place import Place
-from profiles.gpu.steps import BACKENDS, STEPS, Step
+from profiles.gpu.steps import STEPS, Step
 from profiles.machine import fingerprint, versions
 
 
 def check(place: Place) -> dict[str, Any]:
     """The machine, its software, and which backends cannot run here: {"missing": {backend: reason}}."""
     missing: dict[str, str] = {}
-    for backend in BACKENDS:
+    for backend in steps.BACKENDS:
         try:
             _need(backend, place.device)
         except Exception as error:  # the reason is the answer
@@ -29,17 +30,19 @@ def check(place: Place) -> dict[str, Any]:
 def _need(backend: str, device: str) -> None:
     """Raises with the reason why `backend` cannot run on `device`."""
     from exporter.doctor import check_provider
+    from exporter.engines import BACKENDS
     from exporter.engines.tensorrt.api import load
     from exporter.engines.tensorrt.device import missing
+    from profiles.gpu.latency import backend_name
 
     if device == "cpu":
-        if backend.startswith("tensorrt"):
+        if "tensorrt" in backend:
             raise RuntimeError(f"{backend} runs on a GPU only, not on --device cpu")
         return
     if (why := missing()) is not None:
         raise RuntimeError(f"no GPU: {why}")
-    if backend == "onnxruntime":
-        check_provider("CUDAExecutionProvider")
+    if backend.startswith("onnxruntime"):
+        check_provider(BACKENDS[backend_name(backend, device)].options["provider"])
     elif backend != "torch":
         load(backend)
 
@@ -60,6 +63,7 @@ def _run(step: Step, place: Place) -> dict[str, Any]:
     module, name = {
         "export": ("profiles.gpu.latency", "export_model"),
         "latency": ("profiles.gpu.latency", "measure_latency"),
+        "breakdown": ("profiles.gpu.latency", "add_breakdowns"),
         "tokens": ("profiles.gpu.tokens", "compare_tokens"),
     }[step.kind]
     result: dict[str, Any] = getattr(importlib.import_module(module), name)(step, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,19 @@ from exporter.engines.base import Session
 from exporter.engines.tensorrt.build import build
 from exporter.engines.tensorrt.plan import BuildOptions
 from exporter.export import ExportOptions, export
+from exporter.files import replacing
 from exporter.models.decoder import Decoder
 from exporter.weights import TORCH_DTYPES
 from profiles import stats
 from profiles.bandwidth import BandwidthProbe
-from profiles.bundles import subject_of
+from profiles.bundles import subject_of, with_breakdown
 from profiles.gpu.bandwidth import DeviceProbe
 from profiles.gpu.models import model as model_of
 from profiles.gpu.place import Place
 from profiles.gpu.steps import PATTERNS, Step
 from profiles.gpu.yardstick import YardstickSession, random_decoder
 from profiles.measure import OpenSession, Plan, measure
-from profiles.results import Cell, Subject
+from profiles.results import Cell, Results, Subject
 
 PREFILL = 512
 SAMPLES = {"full": 104, "tiny": 8}
@@ -69,6 +71,24 @@ def measure_latency(step: Step, place: Place) -> dict[str, Any]:
         for cell in results.cells[-len(cells) :]:
             lines.append(_line(cell))
             print(lines[-1], flush=True)
+    return {"cells": lines}
+
+
+def add_breakdowns(step: Step, place: Place) -> dict[str, Any]:
+    """Where the time of a step goes, of the cells at the longest context that `measure_latency` has found."""
+    path, lines = place.results(step.model, step.backend), list[str]()
+    results = Results.load(path)
+    mine = [cell for cell in results.cells if cell.subject.pattern == step.pattern]
+    openers = {subject.variant: opener for subject, opener in _subjects(step, place, max(cell.capacity for cell in mine))}
+    cells = list(results.cells)
+    for index, cell in enumerate(cells):
+        if cell in mine and cell.context == max(each.context for each in mine):
+            cells[index] = with_breakdown(cell, openers[cell.subject.variant], seed=0)
+            parts = (cells[index].breakdown or {}).items()
+            lines.append(f"G {cell.subject.groups_label}: {', '.join(f'{kind} {s * 1e6:.0f} µs' for kind, s in parts)}")
+            print(lines[-1], flush=True)
+    with replacing(path) as temporary:
+        dataclasses.replace(results, cells=tuple(cells)).save(temporary)
     return {"cells": lines}
 
 

@@ -9,6 +9,8 @@ PATTERNS = {
     "onnxruntime": ("gqa", "attention", "grouped"),
     "tensorrt-rtx": ("attention", "grouped"),
     "tensorrt": ("attention", "grouped"),
+    "onnxruntime-tensorrt-rtx": ("attention",),
+    "onnxruntime-tensorrt": ("attention",),
 }
 BACKENDS = tuple(PATTERNS)
 
@@ -17,7 +19,7 @@ BACKENDS = tuple(PATTERNS)
 class Step:
     """One process. `model` is of models.py; `backend` and `pattern` "" where the kind has none."""
 
-    kind: str  # check, export, tokens, latency, report
+    kind: str  # check, export, tokens, latency, breakdown, report
     seconds: int
     model: str = ""
     backend: str = ""
@@ -50,6 +52,13 @@ STEPS = (
     Step("latency", 180, "smollm2", "tensorrt", "attention"),
     Step("latency", 240, "layers", "onnxruntime", "attention"),
     Step("latency", 240, "layers", "onnxruntime", "grouped"),
+    Step("breakdown", 120, "layers", "tensorrt-rtx", "attention"),
+    Step("breakdown", 120, "layers", "tensorrt", "attention"),
+    Step("breakdown", 120, "layers", "onnxruntime", "gqa"),
+    Step("tokens", 180, "heads", "onnxruntime-tensorrt-rtx"),
+    Step("latency", 300, "layers", "onnxruntime-tensorrt-rtx", "attention"),
+    Step("tokens", 180, "heads", "onnxruntime-tensorrt"),
+    Step("latency", 300, "layers", "onnxruntime-tensorrt", "attention"),
     Step("latency", 300, "layers", "torch", "sdpa-compiled"),
     Step("latency", 240, "layers", "tensorrt-rtx", "grouped"),
     Step("latency", 240, "layers", "tensorrt", "grouped"),

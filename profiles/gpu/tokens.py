@@ -55,7 +55,7 @@ def compare_tokens(step: Step, place: Place) -> dict[str, Any]:
                 row |= {"ok": False, "error": " ".join(f"{type(error).__name__}: {error}".split())[:400]}
             rows.append(row)
             print(json.dumps(row), flush=True)
-    if step.backend == "onnxruntime":
+    if step.backend.startswith("onnxruntime"):
         rows.append({"off the device": _placement(step, place)})
     bad = [f"g{row['groups']}.{row['pattern']}" for row in rows if not row.get("ok", True)]
     if bad:

@@ -5,10 +5,12 @@ Standard library and pip only.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x
 
 @dataclass(frozen=True)
 class Wheel:
-    """A distribution to bring. One whose `sdist` is set has no wheel on PyPI; it is pure Python and is built here."""
+    """A distribution to bring. One whose `sdist` is set has no wheel on PyPI; it is pure Python and is built here. One that is
+    `common` is installed only where the machine has none of that name, whatever its version."""
 
     requirement: str
     megabytes: float
     serves: str
     sdist: bool = False
+    common: bool = False
 
 
 WANTED = (
@@ -41,14 +45,26 @@ WANTED = (
     Wheel("tensorrt-rtx-cu13-libs==1.7.1.116", 95.2, "tensorrt-rtx"),
     Wheel("tensorrt-rtx-cu13-bindings==1.7.1.116", 1.2, "tensorrt-rtx"),
     Wheel("tensorrt-rtx-cu13==1.7.1.116", 0.1, "tensorrt-rtx", sdist=True),
+    Wheel("numpy==2.5.5", 15.7, "all steps", common=True),
+    Wheel("ml-dtypes==0.6.0", 0.4, "all steps", common=True),
+    Wheel("psutil==7.2.2", 0.2, "all steps", common=True),
+    Wheel("pyyaml==6.0.4", 0.8, "all steps", common=True),
+    Wheel("tqdm==4.70.1", 0.1, "all steps", common=True),
+    Wheel("scipy==1.18.1", 35.3, "all steps", common=True),
+    Wheel("tokenizers==0.23.3", 3.4, "smollm2", common=True),
+    Wheel("protobuf==7.36.2", 0.3, "export", common=True),
+    Wheel("packaging==26.4", 0.1, "export", common=True),
+    Wheel("onnx==1.23.2", 8.9, "export", common=True),
+    Wheel("onnxscript==0.7.2", 0.8, "export", common=True),
+    Wheel("onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0", 146.5, "onnxruntime-tensorrt-rtx"),
 )
 
 
 def table() -> str:
     """WANTED, a line each."""
-    lines = [f"  {wheel.requirement:<40} {wheel.megabytes:>6.1f} MB  {wheel.serves}" for wheel in WANTED]
+    lines = [f"  {wheel.requirement:<40} {wheel.megabytes:>6.1f} MB  {wheel.serves}{' *' * wheel.common}" for wheel in WANTED]
     absent = "  tensorrt-cu13 (full TensorRT) is not among them; where the machine has it, it is used"
-    return "\n".join([*lines, absent])
+    return "\n".join([*lines, "  * only where the machine has none", absent])
 
 
 def pack(folder: Path, piece_mib: int) -> None:
@@ -97,6 +113,11 @@ def cut(whole: Path, folder: Path, most: int) -> int:
     return trip
 
 
+def name_of(distribution: str) -> str:
+    """As Python's packaging compares names."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
 def join(folder: Path, target: Path) -> list[Path]:
     """Wheels of `folder`, those in pieces joined in `target`."""
     wheels = sorted(folder.glob("*.whl"))
@@ -115,7 +136,9 @@ def install(folder: Path, site: Path, log: Path) -> dict[str, Any]:
     site.mkdir(parents=True)
     joined = site.with_name("joined")
     joined.mkdir(exist_ok=True)
-    wheels = join(folder, joined)
+    common = {name_of(wheel.requirement.partition("==")[0]) for wheel in WANTED if wheel.common}
+    there = {name_of(found.name) for found in distributions()}
+    wheels = [wheel for wheel in join(folder, joined) if name_of(wheel.name.partition("-")[0]) not in common & there]
     for wheel in wheels:
         command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
         with open(log, "a", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from exporter import doctor
-from exporter.engines import INSTALL_CUDA
+from exporter.engines.providers import INSTALL_CUDA
 from exporter.engines.tensorrt.api import Api
 from exporter.errors import EngineError
 from graphs.patterns import PATTERNS

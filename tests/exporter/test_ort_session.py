@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import tiny
 
 from exporter.bundle import Bundle, Variant
-from exporter.engines import BACKENDS, open_session
+from exporter.cli import options
+from exporter.engines import BACKENDS, open_session, providers
+from exporter.engines import onnxruntime as ort
 from exporter.engines.base import Session
 from exporter.engines.ort_static import StaticSession, next_rows
 from exporter.errors import BundleError, EngineError
@@ -249,6 +254,48 @@ def test_options_are_recorded(bundles: dict[tuple[str, str], Bundle]) -> None:
         assert set(session.info.versions) == {"onnxruntime"}
 
 
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """ONNX Runtime's CPU as a provider that compiles engines, and what it is told each time."""
+    told = list[dict[str, str]]()
+    as_engines = dataclasses.replace(providers.PROVIDERS[providers.CPU], backend="onnxruntime-tensorrt", options="trt")
+    monkeypatch.setitem(providers.PROVIDERS, providers.CPU, as_engines)
+
+    def start(graph: Path, options: Any, name: str, own: dict[str, str]) -> Any:
+        told.append(own)
+        return onnxruntime.InferenceSession(graph, options, providers=[name])
+
+    monkeypatch.setattr(ort, "start", start)
+    return told
+
+
+@pytest.mark.parametrize("pattern", ["attention", "grouped"])
+def test_a_provider_that_compiles_engines_gets_fixed_sizes(pattern, bundles, compiling, model) -> None:  # type: ignore[no-untyped-def]
+    """One batch and one capacity, whatever a session holds; a profile of one token to a chunk."""
+    with open_session(bundles[pattern, "static"], capacity=300, chunk=16) as session:
+        assert isinstance(session, StaticSession)
+        assert [value.shape[2] for value in session.runtime.get_inputs()[2:]] == [300] * 4
+        Mirror(session, model).one_sequence()
+        assert session.rows == 300
+    with open_session(bundles[pattern, "static"], batch=3, capacity=300, chunk=7) as session:
+        Mirror(session, model).unequal_lengths()
+    first, second = compiling
+    assert first == {
+        "trt_profile_min_shapes": "input_ids:1x1,position_ids:1x1",
+        "trt_profile_opt_shapes": "input_ids:1x1,position_ids:1x1",
+        "trt_profile_max_shapes": "input_ids:1x16,position_ids:1x16",
+    }
+    assert second["trt_profile_max_shapes"] == "input_ids:3x7,position_ids:3x7"
+
+
+def test_what_such_a_provider_cannot_take_is_refused(bundles, compiling) -> None:  # type: ignore[no-untyped-def]
+    for pattern, cache in (("gqa", "static"), ("grouped", "concat")):
+        words = rf"variant v \({pattern}, {cache} cache\) does not run on onnxruntime-tensorrt, which takes the patterns"
+        with pytest.raises(EngineError, match=words):
+            open_session(bundles[pattern, cache])
+    assert not compiling
+
+
 def test_user_mistakes(bundles: dict[tuple[str, str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = bundles["grouped", "static"]
     with pytest.raises(EngineError, match="backend 'tpu' is not one of onnxruntime, onnxruntime-cuda"):
@@ -263,6 +310,14 @@ def test_user_mistakes(bundles: dict[tuple[str, str], Bundle], tmp_path: Path, m
     if "CUDAExecutionProvider" not in __import__("onnxruntime").get_available_providers():
         with pytest.raises(EngineError, match=r"has no CUDAExecutionProvider .* pip install 'onnxruntime-gpu>=1\.31'"):
             open_session(opened, backend="onnxruntime-cuda")
+        with pytest.raises(
+            EngineError, match=r"has no TensorrtExecutionProvider .* pip install 'onnxruntime-gpu>=1\.31' tensorrt"
+        ):
+            open_session(opened, backend="onnxruntime-tensorrt")
+        with pytest.raises(
+            EngineError, match=r"backend onnxruntime-tensorrt-rtx needs onnxruntime_ep\w+, which is not installed"
+        ):
+            open_session(opened, backend="onnxruntime-tensorrt-rtx")
 
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
     variant = Variant("v", "bad.onnx", tiny.CONFIG, "grouped", "static", "fp32", "last", (), 0)
@@ -292,4 +347,4 @@ def test_user_mistakes(bundles: dict[tuple[str, str], Bundle], tmp_path: Path, m
         EngineError, match="backend onnxruntime needs onnxruntime, which is not installed: pip install onnxruntime"
     ):
         open_session(opened)
-    assert set(BACKENDS) == {"onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"}
+    assert tuple(BACKENDS) == options.BACKENDS

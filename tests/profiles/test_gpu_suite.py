@@ -151,6 +151,9 @@ def test_latency_of_each_backend_lies_in_files_that_compare_and_report_read(plac
     for cell in results.cells:
         size = cell.subject.weight_bytes + cell.context * cell.subject.kv_bytes_per_token
         assert cell.floor == pytest.approx(size / results.bandwidth.best)
+    assert len(latency.add_breakdowns(step("breakdown.layers.onnxruntime.gqa"), place)["cells"]) == 2
+    for cell in Results.load(place.out / "layers-onnxruntime.json").cells:
+        assert (cell.breakdown is not None) == (cell.subject.pattern == "gqa" and cell.context == 24)
     torch_results = Results.load(place.out / "layers-torch.json")
     assert {cell.subject.pattern for cell in torch_results.cells} == {"sdpa", "sdpa-compiled"}
     assert len(compare(torch_results, torch_results).pairs) == 8
@@ -296,6 +299,57 @@ def test_wheels_travel_in_pieces_and_are_joined(tmp_path):
             (together / path.name).write_bytes(path.read_bytes())
     joined = wheels.join(together, tmp_path)
     assert {path.name: path.read_bytes() for path in joined} == contents
+
+
+IMPORTED = """
+import pathlib, sys, tempfile
+from importlib.metadata import packages_distributions
+from profiles.gpu import child, latency, tokens
+from profiles.gpu.place import Place
+from profiles.gpu.steps import STEPS
+steps, folder = {step.name: step for step in STEPS}, pathlib.Path(sys.argv[1])
+(folder / "out").mkdir()
+place = Place(folder / "out", folder, "cpu", "tiny")
+child.check(place)
+latency.export_model(steps["export.heads"], place)
+tokens.compare_tokens(steps["tokens.heads.onnxruntime"], place)
+latency.export_model(steps["export.smollm2"], place)
+latency.export_model(steps["export.layers"], place)
+for name in ("torch.sdpa", "onnxruntime.gqa"):
+    latency.measure_latency(steps[f"latency.layers.{name}"], place)
+child.report(place)
+here = packages_distributions()
+print("\\n" + " ".join({name for module in sys.modules for name in here.get(module.partition(".")[0], [])}))
+"""
+OF_TORCH = {
+    "torch",
+    "filelock",
+    "typing-extensions",
+    "setuptools",
+    "sympy",
+    "mpmath",
+    "networkx",
+    "jinja2",
+    "markupsafe",
+    "fsspec",
+}
+WHERE_THERE = {"dill", "charset-normalizer"}  # which torch and onnxscript use where they are
+
+
+def test_the_wheels_are_all_that_the_suite_imports_beside_torchs_own(tmp_path):
+    done = subprocess.run([sys.executable, "-c", IMPORTED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {wheels.name_of(name) for name in done.stdout.splitlines()[-1].split()}
+    assert {"onnxruntime", "scipy", "psutil", "gguf"} < imported
+    brought = {wheels.name_of(wheel.requirement.partition("==")[0]) for wheel in wheels.WANTED}
+    assert imported - brought - OF_TORCH - WHERE_THERE == {"headpool", "onnxruntime"}  # which onnxruntime-gpu is
+
+
+def test_a_common_wheel_is_left_out_where_there_is_one(tmp_path):
+    (tmp_path / "wheels").mkdir()
+    for name in ("numpy-1-cp312.whl", "onnx_ir-1-py3-none-any.whl"):  # both are there; the second is ours to choose
+        (tmp_path / "wheels" / name).write_bytes(b"no zip")
+    record = wheels.install(tmp_path / "wheels", tmp_path / "site", tmp_path / "log.txt")
+    assert record["error"] == "not installed: onnx_ir-1-py3-none-any.whl"
 
 
 def test_a_damaged_wheel_is_named_and_costs_no_other(tmp_path):

@@ -89,7 +89,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*RUN, "--variant", "g9"], "variant 'g9' is not one of g2, g1"),
     (
         [*RUN, "--backend", "tpu"],
-        "--backend: 'tpu' is not one of onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx (see 'headpool run --help')",
+        "--backend: 'tpu' is not one of onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt, onnxruntime-tensorrt-rtx",
     ),
     ([*RUN, "--prompt", "x"], "--tokens stands instead of --prompt and --chat; give one of them"),
     ([*RUN, "--capacity", "2"], "the prompt needs 3 cache rows, the capacity is 2; raise --capacity"),
