@@ -18,7 +18,9 @@ from exporter.engines.operators import operator_library
 from exporter.errors import EngineError
 from profiles.results import Machine
 
-PACKAGES = ("headpool", "torch", "onnx", "onnxruntime", "transformers", "numpy")
+PACKAGES = (
+    *("headpool", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt-cu13", "transformers", "numpy"),
+)
 CODE = ("exporter", "graphs", "profiles", "runtime", "pyproject.toml", ":(exclude)profiles/results")  # what can change a figure
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -72,9 +72,10 @@ def parts_of(variant: Variant) -> tuple[Part, ...]:
 
 
 def _decoder(variant: Variant) -> Part:
-    config, layers = variant.config, range(variant.config.num_layers)
+    """TensorRT's fused kernels of several queries are fp16 and bf16: in fp32 attention may be taken apart."""
+    config, layers, plain = variant.config, range(variant.config.num_layers), variant.dtype == "fp32"
     attention = [
-        Attention(f"layer {layer}", *contract.present_names(layer), kv_heads, ("position_ids",), config.head_dim**-0.5)
+        Attention(f"layer {layer}", *contract.present_names(layer), kv_heads, ("position_ids",), config.head_dim**-0.5, plain)
         for layer, kv_heads in enumerate(config.kv_heads)
     ]
     caches = [
@@ -103,7 +104,7 @@ def _step(variant: Seq2SeqVariant) -> Part:
 
 
 def _encoder(variant: Seq2SeqVariant) -> Part:
-    """TensorRT's fused kernels of several queries are fp16 and bf16: in fp32 the encoder's attention may be taken apart."""
+    """Its attention is of several queries, too (see `_decoder`)."""
     config = variant.config
     attention = [
         Attention(

@@ -63,6 +63,11 @@ def targets_of(api: Api, options: BuildOptions) -> tuple[str, ...]:
     if not api.rtx and asked != (HERE,):
         raise EngineError(f"backend tensorrt builds for the GPU it runs on, not for {', '.join(asked)}; leave --target out")
     api.check_targets(asked)
+    if options.strip and api.rtx and asked != (HERE,):
+        raise EngineError(
+            f"{api.trt.__name__} {api.version} builds an engine without weights on the GPU it is for; "
+            f"leave --strip out, or build there with --target {HERE}"
+        )
     if asked == (HERE,):
         from exporter.engines.tensorrt.device import compute_capability
 

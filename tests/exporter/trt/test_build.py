@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -60,6 +61,68 @@ def test_an_engine_is_built_and_recorded(attention):
     assert seen[-1] == ("engines", 1, 1)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("pattern", ["attention", "grouped"])
+def test_every_dtype_and_pattern_builds(decoder, tmp_path, pattern, dtype):
+    """TensorRT has no fused kernel of several fp32 queries: there attention is marked as one that may be taken apart."""
+    (built,) = build(tiny.bundle(tmp_path, decoder, pattern, dtype=dtype), OPTIONS)
+    assert built.record.intact(built.folder)
+    network, fused = built.record.network, pattern == "attention"
+    assert network["decomposable_attention"] == (2 if fused and dtype == "fp32" else 0)
+    assert network["fused_attention"] == (2 if fused and dtype != "fp32" else 0)
+
+
+@pytest.mark.parametrize("targets", [("sm75",), ("sm80",), ("sm121",), ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")])
+def test_every_chip_is_built_for(attention, targets):
+    (built,) = build(attention, dataclasses.replace(OPTIONS, targets=targets))
+    assert built.record.recipe.targets == targets
+
+
+def test_what_a_killed_build_left_is_removed_and_a_second_one_waits_for_none(attention):
+    folder = attention.path / "engines" / FOLDER
+    folder.mkdir(parents=True)
+    (folder / ".v.engine.1234.partial").write_bytes(b"half of it")
+    refused: list[str] = []
+
+    def second(what: str, _done: int, _total: int) -> None:
+        if what != "engines" and not refused:
+            with pytest.raises(UserError, match="is in use: another call is at work there") as caught:
+                build(attention, OPTIONS)
+            refused.append(str(caught.value))
+
+    assert build(attention, OPTIONS, second)[0].fresh
+    assert refused
+    assert partial_files(attention) == []
+
+
+class Config:
+    """A builder's configuration that takes timing caches as full TensorRT does: `None` of bytes that are none."""
+
+    def __init__(self) -> None:
+        self.taken: list[bytes] = []
+
+    def create_timing_cache(self, data: bytes) -> bytes | None:
+        return data if data in (b"", b"times") else None
+
+    def set_timing_cache(self, cache: bytes, _ignore: bool) -> bool:
+        self.taken.append(cache)
+        return True
+
+    def get_timing_cache(self) -> SimpleNamespace:
+        return SimpleNamespace(serialize=lambda: b"times")
+
+
+@pytest.mark.parametrize(("kept", "taken"), [(None, b""), (b"times", b"times"), (b"damaged", b"")])
+def test_timings_are_kept_for_the_next_build(tmp_path, kept, taken):
+    if kept is not None:
+        (tmp_path / "timing.cache").write_bytes(kept)
+    config, parsed = Config(), SimpleNamespace(api=SimpleNamespace(rtx=False))
+    with compiling._timing_cache(parsed, config, tmp_path):
+        assert config.taken == [taken]
+    assert (tmp_path / "timing.cache").read_bytes() == b"times"
+    assert partial_files(Bundle(tmp_path, ())) == []
+
+
 def test_what_is_unchanged_is_kept(attention):
     (first,) = build(attention, OPTIONS)
     path = first.folder / first.record.file
@@ -70,8 +133,8 @@ def test_what_is_unchanged_is_kept(attention):
     assert again.record == first.record
 
 
-@pytest.mark.parametrize("change", ["options", "graph", "plan", "missing"])
-def test_what_changed_is_built_again(attention, change):
+@pytest.mark.parametrize("change", ["options", "graph", "plan", "missing", "code"])
+def test_what_changed_is_built_again(attention, change, monkeypatch):
     (first,) = build(attention, OPTIONS)
     options, path = OPTIONS, first.folder / first.record.file
     if change == "options":
@@ -81,6 +144,8 @@ def test_what_changed_is_built_again(attention, change):
         graph.write_bytes(graph.read_bytes() + b"\x12\x00")  # an empty producer name: the same graph in other bytes
     elif change == "plan":
         path.write_bytes(path.read_bytes()[:-1] + b"x")
+    elif change == "code":  # another headpool
+        monkeypatch.setattr(planning, "_code", lambda: "0" * 64)
     else:
         path.unlink()
     (again,) = build(attention, options)
@@ -177,6 +242,10 @@ REFUSALS = [
     ({"backend": "tensorrt"}, "backend tensorrt needs tensorrt, which is not installed: pip install"),
     ({"backend": "openvino"}, "backend 'openvino' is not one of tensorrt, tensorrt-rtx"),
     ({"compatible": ("version",)}, "--compatible is of backend tensorrt"),
+    (
+        {"strip": True},
+        "builds an engine without weights on the GPU it is for; leave --strip out, or build there with --target here",
+    ),
     ({"quantize": "fp8"}, "sm86 lack fp8, which starts with sm89; leave them out of --target"),
     ({"variants": ("x",)}, "variant 'x' is not one of v"),
 ]

@@ -55,6 +55,22 @@ def test_quantised_weights_are_what_onnxruntime_reads(kind, levels):
     assert not np.array_equal(back, weight)
 
 
+@pytest.mark.parametrize(("kind", "levels"), [("int8", 127), ("int4", 7)])
+def test_small_weights_are_as_exact_as_large_ones(kind, levels):
+    """Blocks whose scale is below fp16's smallest normal number: 1e-5 is a subnormal of 168 units, half of one is lost."""
+    weight = np.random.default_rng(0).uniform(-1, 1, (6, 96)).astype(np.float32) * levels * 1e-5
+    data, scale = quantize(weight, kind, 32, np.dtype(np.float16))
+    back = dequantised(data, scale, weight.shape, kind, 32).astype(np.float32)
+    assert np.abs(back - weight).max() < 0.51e-5 + levels * 2**-25  # half a step, and what rounding the scale moves the last
+
+
+@pytest.mark.parametrize(("kind", "target"), [("int4", "sm80"), ("int4", "sm86"), ("int8", "sm75"), ("int8", "sm80")])
+def test_the_oldest_chips_of_each_kind_build(decoder, tmp_path, kind, target):
+    bundle = tiny.bundle(tmp_path, decoder, "attention", dtype="fp16")
+    (built,) = build(bundle, BuildOptions(targets=(target,), capacity=32, prefill=8, quantize=kind))
+    assert built.record.network["dequantised_weights"] == 2 * 7
+
+
 def test_fp8_keeps_the_relative_error_of_three_bits():
     weight = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
     data, scale = quantize(weight, "fp8", 64, np.dtype(np.float16))

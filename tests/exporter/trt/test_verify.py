@@ -29,7 +29,8 @@ from graphs.lower import lower
 @pytest.mark.parametrize("logits", ["last", "all"])
 def test_what_headpool_exports_is_as_planned(api, decoder, tmp_path, pattern, dtype, logits):
     facts = check(api, Graph(tiny.bundle(tmp_path, decoder, pattern, dtype=dtype, logits=logits)))
-    assert facts["fused_attention"] == (2 if pattern == "attention" else 0)
+    kinds = (0, 0) if pattern == "grouped" else (0, 2) if dtype == "fp32" else (2, 0)
+    assert (facts["fused_attention"], facts["decomposable_attention"]) == kinds
     assert facts["cache_updates"] == 4
     assert facts["heads"] == ["6:2", "6:3"]
 
