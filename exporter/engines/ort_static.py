@@ -1,6 +1,8 @@
 """The static cache form: caches live in buffers of ours, bound as input and as output, so a step writes its rows in place.
 
-The runtime's attention reads all S rows there are, so S follows the context in small steps (`next_rows`).
+The runtime's attention reads all S rows there are, so S follows the context in small steps (`next_rows`). `fused` reads those
+that are filled: there S is the capacity that was chosen, and no step copies a cache. Without a choice it grows, too: the model's
+own context may be far more than is ever filled, and each head's first rows would lie on a huge page of its own.
 """
 
 from __future__ import annotations
@@ -113,6 +115,8 @@ class StaticSession(OrtSession):
     def __init__(self, runtime: Any, variant: Variant, batch: int, capacity: int, info: SessionInfo) -> None:
         super().__init__(runtime, variant, batch, capacity, info)
         self.rows = 0  # S
+        chosen = variant.pattern == "fused" and capacity < variant.config.max_positions
+        self._whole = chosen or self.provider.compiles  # an engine that is compiled for its sizes has one S
         self._caches: dict[Names, Buffer] = {}
         self._bound_rows = 0  # S of the buffers that the decode step's binding knows
         self._ahead = 0  # rows that the prefill now running will need, and one for the first decoded token
@@ -123,7 +127,7 @@ class StaticSession(OrtSession):
         self._ahead = 0
         # Where most are such, S follows the context down, too; not with a few tokens taken back, nor with all of them, as what
         # comes next is often as long.
-        if self.provider.compiles:
+        if self._whole:
             return
         if length and self.rows > (rows := next_rows(length, length, self.capacity)) * 5 // 4:
             self._resize(rows)
@@ -142,9 +146,8 @@ class StaticSession(OrtSession):
         call.run(self.runtime)
 
     def _reserve(self, need: int) -> None:
-        if need > self.rows:  # an engine that is compiled for its sizes has one S
-            whole = self.provider.compiles
-            self._resize(self.capacity if whole else next_rows(need, self.rows, self.capacity, self._ahead))
+        if need > self.rows:
+            self._resize(self.capacity if self._whole else next_rows(need, self.rows, self.capacity, self._ahead))
 
     def _resize(self, rows: int) -> None:
         self._bound_rows = 0

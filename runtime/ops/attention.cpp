@@ -163,7 +163,8 @@ struct AttentionKernel : Kernel<AttentionKernel> {
   }
 
   static void prefill(const Ort::KernelContext& context, const Attention& a) {
-    const size_t step = std::max<size_t>(1, PREFILL_ROWS / (a.H / a.G)), blocks = divide_up(a.T, step);
+    const size_t shared = divide_up(a.B * a.G * a.T, FEW.tasks);  // of few tokens and groups: a part for every thread
+    const size_t step = std::clamp<size_t>(PREFILL_ROWS / (a.H / a.G), 1, shared), blocks = divide_up(a.T, step);
     parallel(context, a.B * a.G * blocks, [&](size_t task) {
       const size_t block = blocks - 1 - task % blocks;  // the longest first: the threads end together
       const size_t b = task / blocks / a.G, t0 = block * step, t1 = std::min(a.T, t0 + step);
