@@ -129,8 +129,7 @@ std::shared_ptr<const Model::State> open_tensorrt(const std::filesystem::path& b
       prefix + "built with …, and only headpool run gives those their weights; build one without");
   const std::string chip = gpu->chip();
   records = narrowed<BackendError>(
-      records, [&](const EngineRecord& r) { return r.runs_on(chip); },
-      [](const EngineRecord& r) { return joined(r.targets); },
+      records, [&](const EngineRecord& r) { return r.runs_on(chip); }, [](const EngineRecord& r) { return joined(r.targets); },
       prefix + "for …, this GPU is " + chip + "; " + command + " --target here");
   for (const EngineRecord& record : records)
     expect_tensors(record.tensors, variant, record, (record.folder / "engine.json").string());
