@@ -1,5 +1,6 @@
 """The command `headpool`, and `python -m exporter`: Ctrl-C is caught before anything is imported that takes its time."""
 
+import gc
 import os
 import signal
 
@@ -11,6 +12,7 @@ def _at_once(*_: object) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, _at_once)
+    gc.set_threshold(50_000, 20, 100)  # of the objects that imports make by the million none is garbage
     from exporter.cli import main as run
 
     run()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from exporter.convert.sharing import reading
@@ -29,6 +28,8 @@ def matched(value: Tensor, gate: Tensor, moments: Tensor) -> tuple[Tensor, Tenso
 
 def _match(value: Tensor, gate: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One group: [m,Dv,e] → [Dv,e], [Dv,e], [m,Dv,Dv]."""
+    from scipy.optimize import linear_sum_assignment  # a third of a second, which only this needs
+
     m, Dv = value.shape[:2]
     shared, shared_gate = value[0], gate[0]
     for _ in range(ROUNDS):

@@ -1,8 +1,8 @@
 """The static cache form: caches live in buffers of ours, bound as input and as output, so a step writes its rows in place.
 
 The runtime's attention reads all S rows there are, so S follows the context in small steps (`next_rows`). `fused` reads those
-that are filled: there S is the capacity that was chosen, and no step copies a cache. Without a choice it grows, too: the model's
-own context may be far more than is ever filled, and each head's first rows would lie on a huge page of its own.
+that are filled: there S is the capacity that was chosen, and no step copies a cache. Without a choice it grows, too: the
+model's own context may be far more than is ever filled, and each head's first rows would lie on a huge page of its own.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -11,8 +13,10 @@ import hf
 import onnx
 import onnxruntime
 import pytest
+import tiny
 from safetensors.torch import load_file
 
+from exporter import trace
 from exporter.bundle import Bundle
 from exporter.checkpoint import Checkpoint, open_checkpoint, open_source
 from exporter.export import ExportOptions, export
@@ -181,3 +185,25 @@ def test_the_check_is_the_full_one(bundles: list[Bundle], tmp_path: Path) -> Non
     graph.write_bytes(model.SerializeToString())
     with pytest.raises(GraphError, match=r"model.onnx: weight .* lies at \.\./.*, outside the bundle's folder"):
         check_model(graph)
+
+
+def test_parts_share_what_the_tracer_reads_and_leave_it_as_it_was(monkeypatch):
+    """torchlib is read once for all parts of a process; the garbage collector works again, whatever came of the trace."""
+    registration = pytest.importorskip("torch.onnx._internal.exporter._registration")
+    read, calls = registration.ONNXRegistry.from_torchlib, []
+
+    def counted(*_, **options):
+        calls.append(options)
+        return read(**options)
+
+    monkeypatch.setattr(registration.ONNXRegistry, "from_torchlib", counted)
+    trace.epilogue.cache_clear()
+    ends = [dataclasses.replace(tiny.CONFIG, hidden_size=size) for size in (32, 40)]
+    shapes = [trace.epilogue(end, "fp32", "last").graph.inputs[0].shape for end in ends]
+    assert [shape[1] for shape in shapes] == [32, 40]
+    assert len(calls) == 1
+    assert registration.ONNXRegistry.from_torchlib is counted
+    assert gc.isenabled()
+    with pytest.raises(RuntimeError):
+        trace.trace_part(lambda: (_ for _ in ()).throw(RuntimeError("no module")), "fp32", [])
+    assert gc.isenabled()
