@@ -95,6 +95,8 @@ def alone_in(folder: Path) -> Iterator[None]:
                 left.unlink()
         yield
     finally:
+        with contextlib.suppress(OSError):  # where there is something in it
+            folder.rmdir()
         os.close(handle)  # which unlocks it
 
 

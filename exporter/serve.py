@@ -72,6 +72,7 @@ class Generation:
         capacity: int | None,
         backend: str,
         threads: int | None,
+        engine_weights: str | None = None,
     ) -> None:
         longest = max(len(prompt) for prompt in prompts.ids)
         need = longest + max_new_tokens
@@ -85,7 +86,8 @@ class Generation:
         self.count = min(max_new_tokens, limit - longest + 1) if capacity is None else max_new_tokens
         self.cut = self.count < max_new_tokens
         started = time.perf_counter()
-        self.session = open_session(bundle, variant, backend=backend, batch=len(prompts.ids), capacity=rows, threads=threads)
+        given: dict[str, Any] = {"backend": backend, "threads": threads, "engine_weights": engine_weights}
+        self.session = open_session(bundle, variant, batch=len(prompts.ids), capacity=rows, **given)
         self.load = time.perf_counter() - started
         self.new: list[list[int]] = [[] for _ in prompts.ids]
         self.seconds: list[float] = []  # of each token, the first after prefill
@@ -174,10 +176,11 @@ class Model:
             return Tokenizer.from_files(self.source.side_files, str(self.path))
         return Tokenizer.open(self.path)
 
-    def session(self, capacity: int, backend: str, threads: int | None) -> Session:
+    def session(self, capacity: int, backend: str, threads: int | None, engine_weights: str | None = None) -> Session:
         """Of batch 1, with room for `capacity` tokens."""
         if isinstance(self.source, Bundle):
-            return open_session(self.source, self.variant, backend=backend, capacity=capacity, threads=threads)
+            given: dict[str, Any] = {"backend": backend, "threads": threads, "engine_weights": engine_weights}
+            return open_session(self.source, self.variant, capacity=capacity, **given)
         from exporter.engines.torch_eager import open_torch
 
         return open_torch(self.source, capacity=capacity)

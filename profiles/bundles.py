@@ -11,10 +11,12 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from exporter.bundle import MANIFEST, Bundle, Variant
 from exporter.config import ModelConfig
 from exporter.engines import open_session
+from exporter.engines.tensorrt import record
 from exporter.errors import BundleError, EngineError, UserError, one_of
 from exporter.seq2seq_config import Seq2SeqConfig
 from profiles.arithmetic import ArithmeticProbe
@@ -35,6 +37,7 @@ def profile_bundle(
     variants: Sequence[str] | None = None,
     backend: str = "onnxruntime",
     threads: int | None = None,
+    engine_weights: str | None = None,
     breakdown: Sequence[int] = (),
     reads: Sequence[tuple[Subject, OpenSession]] = (),
     progress: Progress = lambda done, total, what: None,
@@ -50,8 +53,11 @@ def profile_bundle(
     machine, software = fingerprint(), versions()  # before the run: of the code that is now loaded
     subjects: list[tuple[Subject, OpenSession]] = []
     for bundle, variant in chosen:
-        session = functools.partial(open_session, bundle, variant, backend=backend, threads=threads)
-        subjects.append((subject_of(bundle, variant), session))
+        given: dict[str, Any] = {"backend": backend, "threads": threads, "engine_weights": engine_weights}
+        subject = subject_of(bundle, variant)
+        if engine_weights is not None:
+            subject = dataclasses.replace(subject, **weights_of(bundle, variant, backend, engine_weights))
+        subjects.append((subject, functools.partial(open_session, bundle, variant, **given)))
     probe, arithmetic = BandwidthProbe(threads), ArithmeticProbe(threads)
     probe()
     arithmetic()
@@ -106,6 +112,17 @@ def subject_of(bundle: Bundle, variant: Variant) -> Subject:
         encoder=isinstance(variant.config, Seq2SeqConfig),
         attention_operations=attention_operations(variant.config),
     )
+
+
+def weights_of(bundle: Bundle, variant: Variant, backend: str, kind: str) -> dict[str, Any]:
+    """What a Subject says of a quantised TensorRT engine's weights."""
+    found = [
+        engine.weight_bytes
+        for _, engine in record.engines_of(bundle.path)
+        if (engine.variant, engine.part, engine.recipe.backend) == (variant.name, "decoder", backend)
+        and engine.recipe.quantize == kind
+    ]
+    return {"dtype": f"{variant.precision}, {kind} weights", "weight_bytes": found[0]} if found else {}
 
 
 def attention_operations(config: ModelConfig) -> int:

@@ -47,7 +47,7 @@ measuring = options.all_of(
 @click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), default="latency.json", show_default=True, help="Results file.")
 @click.option("--variants", help="Which graphs, by name, separated by commas.  [default: all]")
-@options.all_of(measuring, options.running, options.seed, options.as_json)
+@options.all_of(measuring, options.engines, options.seed, options.as_json)
 def profile_command(bundles: tuple[Path, ...], out: Path, variants: str | None, as_json: bool, **given: Any) -> None:
     """Per-token latency, prefill and time to first token of every graph of BUNDLES, interleaved in one run.
 
@@ -71,6 +71,7 @@ def profile_command(bundles: tuple[Path, ...], out: Path, variants: str | None, 
             variants=names,
             backend=given["backend"],
             threads=given["threads"],
+            engine_weights=given["engine_weights"],
             breakdown=given["breakdown"],
             progress=lambda done, total, what: progress("measuring latency", done, total),
         )

@@ -130,6 +130,11 @@ dtype: Option = click.option(
 backend: Option = click.option(
     "--backend", type=OneOf(BACKENDS), default="onnxruntime", show_default=True, help="Runtime to use."
 )
+engine_weights: Option = click.option(
+    "--engine-weights",
+    type=OneOf(("int8", "int4", "fp8")),
+    help="Of a TensorRT backend: the engine that build made with these.  [default: plain weights first]",
+)
 threads: Option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="Threads of one operator.  [default: one a physical core]"
 )
@@ -162,6 +167,7 @@ def all_of(*options: Option) -> Option:
 converting = all_of(method, grouping, calibration)
 making = all_of(groups, plan, method, grouping, every_calibration, patterns, cache, dtype, quantize, cache_dtype, storage)
 running = all_of(backend, threads)
+engines = all_of(running, engine_weights)  # what also runs engines of headpool build
 
 T = TypeVar("T")
 

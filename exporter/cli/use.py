@@ -24,7 +24,7 @@ from exporter.errors import UserError
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="Keep the k likeliest tokens; 0 keeps all.")
 @click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens that sum to p.")
 @click.option("--capacity", type=click.IntRange(min=1), help="KV cache rows a sequence.  [default: what the run needs]")
-@options.all_of(options.seed, options.running, options.as_json)
+@options.all_of(options.seed, options.engines, options.as_json)
 def run_command(
     bundle: Path,
     prompts: tuple[str, ...],
@@ -39,6 +39,7 @@ def run_command(
     seed: int,
     backend: str,
     threads: int | None,
+    engine_weights: str | None,
     as_json: bool,
 ) -> None:
     """Generate from BUNDLE; one prompt streams as it comes.
@@ -60,7 +61,7 @@ def run_command(
     texts = prompts or (() if tokens else (_stdin(),))
     fed = Prompts.from_ids(opened, chosen, tokens) if tokens else Prompts.from_texts(opened, chosen, list(texts), chat)
     sampler = Sampler(temperature, top_k, top_p, seed)
-    generation = Generation(opened, chosen, fed, sampler, max_new_tokens, capacity, backend, threads)
+    generation = Generation(opened, chosen, fed, sampler, max_new_tokens, capacity, backend, threads, engine_weights)
     with generation:
         streaming = len(fed.ids) == 1 and not as_json
         for piece in generation.stream():
@@ -81,7 +82,7 @@ def run_command(
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens a window; half is context.")
 @click.option("--reference", type=click.Path(path_type=Path), help="Checkpoint or bundle to compare next tokens with.")
 @click.option("--variant", help="Which graph of the bundle.  [default: the first]")
-@options.all_of(options.running, options.as_json)
+@options.all_of(options.engines, options.as_json)
 def eval_command(
     path: Path,
     text: Path | None,
@@ -91,6 +92,7 @@ def eval_command(
     variant: str | None,
     backend: str,
     threads: int | None,
+    engine_weights: str | None,
     as_json: bool,
 ) -> None:
     """Cross-entropy of PATH (a bundle, run as it decodes, or a checkpoint, in torch) on a text, in nats a token.
@@ -107,19 +109,19 @@ def eval_command(
     from exporter.serve import Model, check_scoring
 
     model = Model.find(path, variant)
-    if model.variant is None and (backend, threads) != (options.BACKENDS[0], None):
+    if model.variant is None and (backend, threads, engine_weights) != (options.BACKENDS[0], None, None):
         raise UserError(f"{path} is a checkpoint, which is scored in eager torch; --backend and --threads are of a bundle")
     compared = Model.find(reference) if reference is not None else None
     check_scoring(model, compared, window)
     ids = model.tokenizer().encode(_read(text) if text else default_text(), special=False)[:limit]
     check_text(ids)
     started = time.perf_counter()
-    with model.session(window, backend, threads) as session, progress_bar() as progress:
+    with model.session(window, backend, threads, engine_weights) as session, progress_bar() as progress:
         loss = cross_entropy(session, ids, window, max(1, window // 2), lambda done, n: progress("scoring", done, n))
         data = {"path": str(path), "nats_per_token": loss.nats_per_token, "tokens": loss.tokens}
         lines = [f"cross-entropy {loss.nats_per_token:.4f} nats a token over {loss.tokens} token{'s' * (loss.tokens > 1)}"]
         if compared is not None:
-            with compared.session(window, backend, threads) as other:
+            with compared.session(window, backend, threads, engine_weights) as other:
                 windows = cut(ids, window, len(ids) // window or 1)
                 same = agreement(session, other, windows, lambda done, n: progress("comparing", done, n))
             data |= {"reference": str(reference), "same_token": same.same_token, "mean_kl": same.mean_kl}

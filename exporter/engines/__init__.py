@@ -46,13 +46,15 @@ def open_session(
     capacity: int | None = None,
     threads: int | None = None,
     profile_to: str | Path | None = None,
+    engine_weights: str | None = None,
     **options: Any,
 ) -> Session:
     """A session over one variant of a bundle; without a name, its first.
 
     `batch` sequences of at most `capacity` tokens (None, or more than it: the model's max_positions); `threads` of one
     operator (None: the physical cores); `profile_to` is the prefix of a profile of the runtime's own, written by `close()`.
-    Other options are the backend's.
+    `engine_weights` chooses among TensorRT engines of one variant ("int4"; None: plain weights first). Other options are the
+    backend's.
     Raises EngineError when the runtime is missing or cannot run the graph, BundleError for an unknown variant.
     """
     if backend not in BACKENDS:
@@ -72,4 +74,10 @@ def open_session(
             raise
         raise EngineError(f"backend {backend} needs {entry.runtime}, which is not installed: {entry.install}") from None
     given = {**entry.options, **options}
+    if engine_weights is not None:
+        if "tensorrt" not in entry.module:
+            raise EngineError(
+                f"--engine-weights {engine_weights} is of the backends tensorrt and tensorrt-rtx, not of {backend}"
+            )
+        given["quantize"] = engine_weights
     return module.open_session(bundle, variant, batch=batch, capacity=capacity, threads=threads, profile_to=profile_to, **given)

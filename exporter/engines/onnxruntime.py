@@ -18,7 +18,7 @@ from exporter.engines.ort_concat import ConcatSession
 from exporter.engines.ort_seq2seq import OrtSeq2SeqSession
 from exporter.engines.ort_static import StaticSession
 from exporter.engines.providers import CPU, PROVIDERS, compiling_options, fixed, require_provider, start
-from exporter.engines.tensorrt.plan import PATTERNS
+from exporter.engines.tensorrt.parts import PATTERNS
 from exporter.errors import EngineError, one_of
 
 TYPES = {  # as sessions call those of their inputs and outputs

@@ -22,13 +22,15 @@ INSTALL_CUDA = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'onnxr
 @dataclass(frozen=True)
 class Provider:
     """`backend` is headpool's word for it. `options` is the prefix of the provider's own options where it compiles engines,
-    which hold for one batch and one capacity; `plugin` the module that brings it where ONNX Runtime is built without it."""
+    which hold for one batch and one capacity; `plugin` the module that brings it where ONNX Runtime is built without it;
+    `library` the module that brings what it links, of version 10."""
 
     backend: str
     device: str
     install: str
     options: str = ""
     plugin: str = ""
+    library: str = ""
 
     @property
     def compiles(self) -> bool:
@@ -38,7 +40,8 @@ class Provider:
 PROVIDERS = {
     CPU: Provider("onnxruntime", "cpu", "pip install onnxruntime"),
     CUDA: Provider("onnxruntime-cuda", "cuda", INSTALL_CUDA),
-    TENSORRT: Provider("onnxruntime-tensorrt", "cuda", f"{INSTALL_CUDA} tensorrt", "trt"),
+    # Its library wants that of TensorRT 10, which headpool build's backend tensorrt, of 11, is not.
+    TENSORRT: Provider("onnxruntime-tensorrt", "cuda", f"{INSTALL_CUDA} 'tensorrt-cu13>=10.15,<11'", "trt", library="tensorrt"),
     TENSORRT_RTX: Provider(
         "onnxruntime-tensorrt-rtx",
         "cuda",
@@ -59,6 +62,8 @@ def require_provider(name: str) -> None:
             raise EngineError(f"{here} finds no GPU for {name}; it needs an NVIDIA GPU of the Ampere generation or later")
     elif name not in (available := onnxruntime.get_available_providers()):
         raise EngineError(f"{here} has no {name} (it has {', '.join(available)}): {provider.install}")
+    if provider.library:
+        _link(provider)
 
 
 def start(graph: str | bytes | Path, options: Any, name: str, own: dict[str, str] | None = None) -> Any:
@@ -69,10 +74,11 @@ def start(graph: str | bytes | Path, options: Any, name: str, own: dict[str, str
     provider = PROVIDERS[name]
     if provider.plugin:
         options.add_provider_for_devices(_devices(name), own or {})
-        runtime = onnxruntime.InferenceSession(graph, options)
+        runtime = onnxruntime.InferenceSession(graph, options, enable_fallback=0)
     else:
         others = [CUDA] if provider.compiles else []
-        runtime = onnxruntime.InferenceSession(graph, options, providers=[(name, own or {}), *others])
+        providers = [(name, own or {}), *others]
+        runtime = onnxruntime.InferenceSession(graph, options, providers=providers, enable_fallback=0)  # which would print
     if (running := runtime.get_providers()[0]) != name:
         raise EngineError(f"onnxruntime could not start {name} and fell back to {running}; check the driver and CUDA")
     return runtime
@@ -94,6 +100,18 @@ def compiling_options(
         profile[f"{prefix}_profile_{word}_shapes"] = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes)
     precision = {f"trt_{dtype}_enable": "1"} if prefix == "trt" and dtype != "fp32" else {}
     return {**profile, **precision}
+
+
+def _link(provider: Provider) -> None:
+    """Load the library that the provider links: the loader would not look for it in a Python package. Raises EngineError."""
+    try:
+        version = importlib.import_module(provider.library).__version__
+    except (ImportError, AttributeError) as error:
+        raise EngineError(
+            f"backend {provider.backend} needs {provider.library} 10, not here ({error}): {provider.install}"
+        ) from None
+    if version.partition(".")[0] != "10":
+        raise EngineError(f"backend {provider.backend} needs {provider.library} 10, here is {version}: {provider.install}")
 
 
 def _devices(name: str) -> list[Any]:

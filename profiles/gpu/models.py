@@ -68,7 +68,7 @@ def model(name: str, shapes: str) -> Model:
 
 
 def _random(folder: Path, config: str, changes: dict[str, Any]) -> Checkpoint:
-    path = folder / f"{config}.json"
+    path = folder / f"{config}{'-tiny' * bool(changes)}.json"
     path.write_text(json.dumps(json.loads((CONFIGS / f"{config}.json").read_text("utf-8")) | changes), "utf-8")
     return open_source(path)
 

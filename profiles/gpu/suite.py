@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from profiles.gpu import wheels
 from profiles.gpu.steps import STEPS, Step, chosen
@@ -34,7 +34,7 @@ what a step leaves in OUT:
   MODEL-BACKEND.json   every sample, as `headpool report` and `headpool compare` read it; written after each context
   report-MODEL.html    one page a model
   log.txt              all that the steps printed
-A step that fails, hangs or crashes costs no other. The exit code is 1 where one failed; one that was skipped is no failure.
+A step that fails, hangs or crashes costs no other. The exit code is 1 where one failed, or nothing was measured.
 
 wheels that a bare machine (Python 3.12, CUDA 13, torch, onnx, onnxscript, transformers) lacks:
 {wheels}
@@ -175,7 +175,14 @@ def _suite(given: argparse.Namespace) -> int:
         if given.wheels is not None and not site.exists():
             suite.note("install", wheels.install(given.wheels, site, suite.out / "log.txt"))
         failed = suite.run(steps, _environment(site))
-        print(f"{len(suite.notes)} steps, {failed} failed; results are in {given.out}", flush=True)
+        counts = {status: sum(note["status"] == status for note in suite.notes) for status in ("done", "failed", "skipped")}
+        told = ", ".join(f"{count} {status}" for status, count in counts.items())
+        print(f"{len(suite.notes)} steps: {told}; results are in {given.out}", flush=True)
+        missing = suite.found("check").get("detail", {}).get("missing", {})
+        if not any(given.out.glob("*-*.json")) and any(step.kind == "latency" for step in steps):
+            why = "; ".join(dict.fromkeys(missing.values())) or "see steps.json"
+            print(f"gpu_suite: nothing was measured ({why}); --device cpu tries the suite", file=sys.stderr)
+            return 1
         return 1 if failed else 0
 
 
@@ -193,7 +200,8 @@ def _work(folder: Path | None) -> Iterator[Path]:
 def _environment(site: Path) -> dict[str, str]:
     """Our code first, then the wheels; CUDA's libraries of torch's own wheels where ONNX Runtime and TensorRT find them."""
     paths = [str(ROOT), *([str(site)] if site.is_dir() else []), os.environ.get("PYTHONPATH", "")]
-    places = [str(path) for entry in sys.path for path in sorted(Path(entry).glob("nvidia/*/lib"))]
+    found = [Path(entry).glob(name) for entry in [*sys.path, str(site)] for name in ("nvidia/*/lib", "tensorrt_libs")]
+    places = [str(path) for paths in found for path in sorted(paths)]
     libraries = [os.environ.get("LD_LIBRARY_PATH", ""), *places]
     return {
         **os.environ,
@@ -202,9 +210,16 @@ def _environment(site: Path) -> dict[str, str]:
     }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"gpu_suite: {message} (see scripts/gpu_suite --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     steps = "\n".join(f"  {step.name:<42} {step.seconds:>4} s" for step in STEPS)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gpu_suite",
         description="On a bare GPU machine: check, export, compare tokens with torch at every number of KV heads, and measure "
         "a decode step of each backend that works there against the floor that its memory sets. JSON and pages into OUT.",
@@ -217,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: torch and ONNX Runtime there")
     parser.add_argument("--shapes", choices=("full", "tiny"), default="full", help="tiny: two small layers, to try the suite")
     parser.add_argument("--steps", default="", metavar="A,B,…", help="only these steps, by name or a part: onnxruntime")
-    parser.add_argument("--minutes", type=float, default=19.0, help="time for all steps (default: 19)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for all steps (default: 9)")
     parser.add_argument("--pack", type=Path, metavar="DIR", help="download the wheels into DIR, cut into trips, and end")
     parser.add_argument("--piece", type=int, default=52, metavar="MiB", help="most of one trip (default: 52)")
     return parser

@@ -130,14 +130,20 @@ def join(folder: Path, target: Path) -> list[Path]:
     return wheels
 
 
+def headless(folder: Path) -> list[str]:
+    """Wheels whose first piece is missing."""
+    pieces = {path.name.partition(PART)[0] for path in folder.glob(f"*.whl{PART}*")}
+    return sorted(name for name in pieces if not (folder / f"{name}{PART}00").is_file())
+
+
 def install(folder: Path, site: Path, log: Path) -> dict[str, Any]:
     """Install the wheels of `folder` into `site`, each by itself, so that a damaged one costs no other; a step's record."""
-    started, bad = time.monotonic(), []
+    started, bad = time.monotonic(), headless(folder)
     site.mkdir(parents=True)
     joined = site.with_name("joined")
     joined.mkdir(exist_ok=True)
     common = {name_of(wheel.requirement.partition("==")[0]) for wheel in WANTED if wheel.common}
-    there = {name_of(found.name) for found in distributions()}
+    there = {name_of(found.name or "") for found in distributions()}  # one that is damaged has no name
     wheels = [wheel for wheel in join(folder, joined) if name_of(wheel.name.partition("-")[0]) not in common & there]
     for wheel in wheels:
         command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]

@@ -70,8 +70,9 @@ class Context:
         self.engine, self.places, self.shapes = engine, dict[str, int](), dict[str, tuple[int, ...]]()
         self.profiler: Any = None
 
-    def set_optimization_profile_async(self, profile: int, _stream: int) -> None:
+    def set_optimization_profile_async(self, profile: int, _stream: int) -> bool:
         self.profile = profile
+        return True
 
     def set_tensor_address(self, name: str, place: int) -> None:
         self.places[name] = place

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -288,6 +289,16 @@ def test_a_provider_that_compiles_engines_gets_fixed_sizes(pattern, bundles, com
     assert second["trt_profile_max_shapes"] == "input_ids:3x7,position_ids:3x7"
 
 
+@pytest.mark.parametrize(
+    ("version", "words"), [(None, "needs tensorrt 10, not here"), ("11.4", "needs tensorrt 10, here is 11.4: ")]
+)
+def test_the_provider_wants_the_tensorrt_it_was_built_for(version, words, bundles, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [providers.TENSORRT])
+    monkeypatch.setitem(sys.modules, "tensorrt", None if version is None else SimpleNamespace(__version__=version))
+    with pytest.raises(EngineError, match=f"backend onnxruntime-tensorrt {words}.*tensorrt-cu13>=10"):
+        open_session(bundles["grouped", "static"], backend="onnxruntime-tensorrt")
+
+
 def test_what_such_a_provider_cannot_take_is_refused(bundles, compiling) -> None:  # type: ignore[no-untyped-def]
     for pattern, cache in (("gqa", "static"), ("grouped", "concat")):
         words = rf"variant v \({pattern}, {cache} cache\) does not run on onnxruntime-tensorrt, which takes the patterns"
@@ -310,9 +321,7 @@ def test_user_mistakes(bundles: dict[tuple[str, str], Bundle], tmp_path: Path, m
     if "CUDAExecutionProvider" not in __import__("onnxruntime").get_available_providers():
         with pytest.raises(EngineError, match=r"has no CUDAExecutionProvider .* pip install 'onnxruntime-gpu>=1\.31'"):
             open_session(opened, backend="onnxruntime-cuda")
-        with pytest.raises(
-            EngineError, match=r"has no TensorrtExecutionProvider .* pip install 'onnxruntime-gpu>=1\.31' tensorrt"
-        ):
+        with pytest.raises(EngineError, match=r"has no TensorrtExecutionProvider .* 'tensorrt-cu13>=10\.15,<11'"):
             open_session(opened, backend="onnxruntime-tensorrt")
         with pytest.raises(
             EngineError, match=r"backend onnxruntime-tensorrt-rtx needs onnxruntime_ep\w+, which is not installed"
@@ -339,6 +348,11 @@ def test_user_mistakes(bundles: dict[tuple[str, str], Bundle], tmp_path: Path, m
         with pytest.raises(EngineError, match="cannot rewind to 1 tokens: the shortest sequence holds 0"):
             session.rewind(1)
         assert session.lengths.tolist() == [0, 0]
+
+    with pytest.raises(
+        EngineError, match="--engine-weights int4 is of the backends tensorrt and tensorrt-rtx, not of onnxruntime"
+    ):
+        open_session(opened, engine_weights="int4")
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for module in ("exporter.engines.onnxruntime", "exporter.engines.ort_session", "exporter.engines.ort_static"):

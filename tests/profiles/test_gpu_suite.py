@@ -56,7 +56,9 @@ def test_without_a_gpu_every_gpu_step_says_why_it_is_skipped(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"gpu_suite: nothing was measured \(no GPU: .*\); --device cpu tries the suite\n$", done.stderr)
+    assert f"{len(STEPS)} steps: 1 done, 0 failed, {len(STEPS) - 1} skipped; results are in" in done.stdout
     notes = json.loads((tmp_path / "out" / "steps.json").read_text())["steps"]
     assert [note["step"] for note in notes] == [step.name for step in STEPS]
     assert notes[0]["status"] == "done"
@@ -264,6 +266,7 @@ MISTAKES = [
     (["{out}/new", "--steps", "x"], "step 'x' is not one of"),
     (["{out}/new", "--wheels", "{out}/none"], "is not a folder"),
     (["--pack", "{out}/there"], "exists; choose another name"),
+    (["{out}/new", "--device", "gpu"], "invalid choice: 'gpu'"),
     (["--pack", "{out}/new", "--piece", "0"], "--piece 0 is not a whole number from 1"),
 ]
 
@@ -358,6 +361,13 @@ def test_a_damaged_wheel_is_named_and_costs_no_other(tmp_path):
     record = wheels.install(tmp_path / "wheels", tmp_path / "site", tmp_path / "log.txt")
     assert record["status"] == "failed"
     assert record["error"] == "not installed: broken-1-py3-none-any.whl"
+
+
+def test_a_wheel_that_lacks_its_first_piece_is_named(tmp_path):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / f"scipy-1-py3-none-any.whl{wheels.PART}01").write_bytes(b"the end")
+    record = wheels.install(tmp_path / "wheels", tmp_path / "site", tmp_path / "log.txt")
+    assert record["error"] == "not installed: scipy-1-py3-none-any.whl"
 
 
 def test_results_of_steps_add_up_at_one_floor(tmp_path, factory):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from exporter.engines.tensorrt.decompose import allow_decomposing
 from exporter.engines.tensorrt.heads import one_head_size
 from exporter.engines.tensorrt.network import Network, Parsed, parse
 from exporter.engines.tensorrt.parts import Part, parts_of, shape
-from exporter.engines.tensorrt.plan import BuildOptions, recipe_of, targets_of, variants_of
+from exporter.engines.tensorrt.plan import BuildOptions, default_capacity, recipe_of, targets_of, variants_of
 from exporter.engines.tensorrt.quantize import quantize_weights
 from exporter.engines.tensorrt.record import EngineBinding, EngineRecord, Recipe
 from exporter.engines.tensorrt.verify import check_nodes, verify
@@ -52,18 +53,22 @@ def build(bundle: Bundle, options: BuildOptions, progress: Progress | None = Non
     plans = [(part, recipe_of(bundle, part, api, targets, options)) for part in parts]
     folder = bundle.path / record.FOLDER / record.folder_name(options.backend, targets)
     built = []
-    with alone_in(folder):
-        for index, (part, recipe) in enumerate(plans):
-            name = _stem(part, recipe)
-            there = {item.file: item for item in record.read(folder)}
-            old = there.get(f"{name}.engine")
-            fresh = old is None or old.recipe != recipe or not old.intact(folder)
-            if fresh:
-                new = _build_one(bundle, part, recipe, api, folder, partial(_share, report, f"building {part.label}"))
-                there[new.file] = new
-                record.write(folder, tuple(there[file] for file in sorted(there)))
-            built.append(Built(folder, there[f"{name}.engine"], fresh))
-            report("engines", index + 1, len(plans))
+    try:
+        with alone_in(folder):
+            for index, (part, recipe) in enumerate(plans):
+                name = _stem(part, recipe)
+                there = {item.file: item for item in record.read(folder)}
+                old = there.get(f"{name}.engine")
+                fresh = old is None or old.recipe != recipe or not old.intact(folder)
+                if fresh:
+                    new = _build_one(bundle, part, recipe, api, folder, partial(_share, report, f"building {part.label}"))
+                    there[new.file] = new
+                    record.write(folder, tuple(there[file] for file in sorted(there)))
+                built.append(Built(folder, there[f"{name}.engine"], fresh))
+                report("engines", index + 1, len(plans))
+    finally:
+        with contextlib.suppress(OSError):  # where there are any, or a log
+            folder.parent.rmdir()
     return built
 
 
@@ -72,8 +77,14 @@ def _share(report: Progress, what: str, thousandths: int) -> None:
 
 
 def _stem(part: Part, recipe: Recipe) -> str:
-    """model.g3.onnx → model.g3, or model.g3.int4 with quantised weights."""
-    return part.graph.removesuffix(".onnx") + (f".{recipe.quantize}" if recipe.quantize else "")
+    """model.g3.onnx → model.g3, and what is not usual of it: model.g3.b4.s1024.int4. Sessions choose by these."""
+    usual = default_capacity(part.variant)
+    words = {
+        f"b{recipe.batch}": recipe.batch != 1,
+        f"s{recipe.capacity}": recipe.capacity != usual,
+        recipe.quantize: recipe.quantize is not None,
+    }
+    return ".".join([part.graph.removesuffix(".onnx"), *(str(word) for word, unusual in words.items() if unusual)])
 
 
 def _build_one(
@@ -84,16 +95,18 @@ def _build_one(
     plan = folder / f"{name}.engine"
     try:
         source, parsed, network = prepare(bundle, part, recipe, api, messages)
+        saved = source.saved if part.name == "decoder" else part.variant.weight_bytes
         profiles = profiles_of(part, recipe)
         config = config_of(parsed, part, recipe, profiles)
         with replacing(plan) as temporary:
             size, digest = compile_plan(parsed, config, source, temporary, on_progress)
         on_progress(1000)
     except UserError as error:
-        raise type(error)(f"{error} (log: {folder / name}.log)") from None
+        raise type(error)(f"{error} (log: {folder / name}.log)" if messages.lines else str(error)) from None
     finally:
-        with replacing(folder / f"{name}.log") as temporary:
-            temporary.write_text(messages.text(), "utf-8")
+        if messages.lines:
+            with replacing(folder / f"{name}.log") as temporary:
+                temporary.write_text(messages.text(), "utf-8")
     return EngineRecord(
         variant=part.variant.name,
         file=plan.name,
@@ -106,6 +119,7 @@ def _build_one(
         bindings=_bindings(part, recipe),
         network=network,
         part=part.name,
+        weight_bytes=part.variant.weight_bytes - saved,
     )
 
 

@@ -60,7 +60,8 @@ class Loaded:
             context = self.engine.create_execution_context()
         if context is None:
             raise EngineError(f"no execution context for {self.record.file}: {self.messages.reason()}")
-        context.set_optimization_profile_async(profile, stream.cuda_stream)
+        if not context.set_optimization_profile_async(profile, stream.cuda_stream):
+            raise EngineError(f"{self.record.file} has no profile {profile}: {self.messages.reason()}")
         if times is not None:
             context.profiler = _profiler(trt, times)
         return context
@@ -101,10 +102,8 @@ def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def read_plan(folder: Path, engine: EngineRecord) -> bytes:
     """The plan, checked against what was built. Raises EngineError for one that is missing, cut or changed."""
     path = folder / engine.file
-    if not path.is_file():
-        raise EngineError(f"{path} is missing, engine.json names it; build it again")
-    if path.stat().st_size != engine.bytes:
-        raise EngineError(f"{path} has {path.stat().st_size} bytes, {engine.bytes} were built; it is damaged, build it again")
+    if (flaw := engine.flaw(folder)) is not None:
+        raise EngineError(f"{flaw}; build it again")
     if (found := record.sha256(path)) != engine.sha256:
         raise EngineError(
             f"{path} has the SHA-256 {found[:12]}…, {engine.sha256[:12]}… was built; it is damaged, build it again"
@@ -123,7 +122,8 @@ class Call:
         self.logits = zeros((shape[0], rows, variant.config.vocab_size), TORCH_DTYPES[variant.dtype])
         self.host_logits = pinned(tuple(self.logits.shape), torch.float32)
         for name, tensor in (("input_ids", self.ids), ("position_ids", self.positions)):
-            context.set_input_shape(name, shape)
+            if not context.set_input_shape(name, shape):
+                raise EngineError(f"TensorRT takes no {name} of {list(shape)}: {loaded.messages.reason()}")
             context.set_tensor_address(name, tensor.data_ptr())
         context.set_tensor_address("logits", self.logits.data_ptr())
 
@@ -162,12 +162,19 @@ class Step(Call):
             self._times.append({})
         logits = super().run(stream)
         if self._captures:  # after a first step: by then the engine has allocated what it needs
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                captured = self.enqueue(stream)
-            self._captures = captured  # an engine that cannot be captured is run call by call
-            self._graph = graph if captured else None
+            self._graph = self._captured(stream)
+            self._captures = self._graph is not None
         return logits
+
+    def _captured(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
+        """None of an engine that cannot be captured: it is run call by call."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                done = self.enqueue(stream)
+        except RuntimeError:  # what was enqueued has ended the capture
+            return None
+        return graph if done else None
 
     def forget(self) -> None:
         """Shapes have changed: what was captured holds no longer."""

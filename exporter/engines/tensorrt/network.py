@@ -77,8 +77,8 @@ class Network:
     `numbers` are constants by name whose values TensorRT's Python does not tell, as those in bf16 (see weights.py).
     """
 
-    def __init__(self, trt: Any, definition: Any, numbers: Mapping[str, float] | None = None) -> None:
-        self.numbers = numbers or {}
+    def __init__(self, trt: Any, definition: Any, numbers: Mapping[str, float]) -> None:
+        self.numbers = numbers
         self.inputs = {t.name: t for t in (tensor(definition.get_input(i)) for i in range(definition.num_inputs))}
         self.outputs = {t.name: t for t in (tensor(definition.get_output(i)) for i in range(definition.num_outputs))}
         self.layers = [_layer(trt, definition.get_layer(index)) for index in range(definition.num_layers)]
@@ -163,6 +163,9 @@ def _details(trt: Any, kind: str, layer: Any) -> dict[str, Any]:
     if kind == "SLICE":
         layer.__class__ = trt.ISliceLayer
         return {"mode": layer.mode.name}
+    if kind == "GATHER":
+        layer.__class__ = trt.IGatherLayer
+        return {"axis": layer.axis}
     if kind == "SOFTMAX":
         layer.__class__ = trt.ISoftMaxLayer
         return {"axes": [axis for axis in range(len(layer.get_output(0).shape)) if layer.axes >> axis & 1]}

@@ -15,20 +15,40 @@ from exporter.bundle import Seq2SeqVariant, Variant
 from exporter.contract import Binding
 
 Name = Literal["decoder", "encoder"]
+PATTERNS = ("attention", "grouped")
+
+
+def unfit(variant: Variant) -> str | None:
+    """Why `variant` cannot become an engine; None where it can."""
+    if variant.pattern not in PATTERNS or variant.cache != "static":
+        return (
+            f"{variant.name} ({variant.pattern}, {variant.cache} cache) cannot become an engine; TensorRT takes the patterns "
+            f"{' and '.join(PATTERNS)} with a static cache: headpool export … --pattern attention"
+        )
+    size = max(variant.config.head_dim, variant.config.value_dim)
+    if variant.pattern == "attention" and (size % 8 or not 16 <= size <= 256):
+        return (
+            f"{variant.name} has heads of {size} channels; TensorRT fuses attention for multiples of 8 from 16 to 256: "
+            "take a variant of pattern grouped, headpool export … --pattern grouped"
+        )
+    return None
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention layer. `key` and `value` are tensors that it reads as they are, or weights of the linear layers that make
-    them; `mask` are inputs and weights that its mask is made from. `decomposable`: TensorRT has no fused kernel for it."""
+    """One attention layer. `query` is the weight of the linear layer that makes its queries, `key` and `value` are tensors that
+    it reads as they are, or such weights; `mask` are inputs and weights that its mask is made from, first the one that says
+    which rows are seen. `decomposable`: TensorRT has no fused kernel for it; `rotated`: Q and K are, by their positions."""
 
     name: str  # as a deviation is told: "layer 3"
+    query: str
     key: str
     value: str
     kv_heads: int
     mask: tuple[str, ...]
     scale: float
     decomposable: bool = False
+    rotated: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +72,11 @@ class Part:
     known: Mapping[str, int] = field(default_factory=dict)
 
     @property
+    def rotated(self) -> bool:
+        """Whether the keys that are written are rotated by their positions."""
+        return any(attention.rotated for attention in self.attention)
+
+    @property
     def label(self) -> str:
         """For a person: the variant, and which of its graphs where it has two."""
         return f"{self.variant.name} {self.name}" if isinstance(self.variant, Seq2SeqVariant) else self.variant.name
@@ -73,9 +98,18 @@ def parts_of(variant: Variant) -> tuple[Part, ...]:
 
 def _decoder(variant: Variant) -> Part:
     """TensorRT's fused kernels of several queries are fp16 and bf16: in fp32 attention may be taken apart."""
-    config, layers, plain = variant.config, range(variant.config.num_layers), variant.dtype == "fp32"
+    config, layers = variant.config, range(variant.config.num_layers)
     attention = [
-        Attention(f"layer {layer}", *contract.present_names(layer), kv_heads, ("position_ids",), config.head_dim**-0.5, plain)
+        Attention(
+            f"layer {layer}",
+            f"model.layers.{layer}.self_attn.q_proj.weight",
+            *contract.present_names(layer),
+            kv_heads,
+            ("position_ids",),
+            config.head_dim**-0.5,
+            decomposable=variant.dtype == "fp32",
+            rotated=config.rope.kind != "none",
+        )
         for layer, kv_heads in enumerate(config.kv_heads)
     ]
     caches = [
@@ -97,8 +131,10 @@ def _step(variant: Seq2SeqVariant) -> Part:
         )
         weights = (f"decoder.layers.{layer}.self_attn.{x}_proj.weight" for x in "kv")
         caches += zip(past, present, weights, strict=True)
-        attention.append(Attention(f"layer {layer}", *present, kv_heads, ("position_ids", "decoder.bias.weight"), 1.0))
-        attention.append(Attention(f"layer {layer}'s cross-attention", *read, kv_heads, ("encoder_attention_mask",), 1.0))
+        own, cross = (f"decoder.layers.{layer}.{kind}_attn.q_proj.weight" for kind in ("self", "cross"))
+        attention.append(Attention(f"layer {layer}", own, *present, kv_heads, ("position_ids", "decoder.bias.weight"), 1.0))
+        mask = ("encoder_attention_mask",)
+        attention.append(Attention(f"layer {layer}'s cross-attention", cross, *read, kv_heads, mask, 1.0))
     given = (tuple(variant.inputs()), tuple(variant.outputs()))
     return Part("decoder", variant, variant.graph, *given, tuple(attention), tuple(caches), known={"sequence": 1})
 
@@ -109,6 +145,7 @@ def _encoder(variant: Seq2SeqVariant) -> Part:
     attention = [
         Attention(
             f"encoder layer {layer}",
+            f"encoder.layers.{layer}.self_attn.q_proj.weight",
             f"encoder.layers.{layer}.self_attn.k_proj.weight",
             f"encoder.layers.{layer}.self_attn.v_proj.weight",
             config.num_heads,

@@ -10,12 +10,11 @@ from pathlib import Path
 from exporter.bundle import Bundle, Seq2SeqVariant, Variant
 from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.api import HERE, Api
-from exporter.engines.tensorrt.parts import Part
+from exporter.engines.tensorrt.parts import Part, unfit
 from exporter.engines.tensorrt.quantize import check_quantize
 from exporter.engines.tensorrt.record import Recipe
 from exporter.errors import BundleError, EngineError, one_of
 
-PATTERNS = ("attention", "grouped")
 COMPATIBLE = ("version", "hardware")
 PORTABLE = ("sm80", "sm86", "sm89", "sm120")  # what one tensorrt_rtx engine runs on where nothing is asked for
 CAPACITY = 4096  # cache rows where nothing is asked for and the model's context is longer
@@ -28,7 +27,7 @@ class BuildOptions:
 
     `targets` None: PORTABLE for tensorrt-rtx, the GPU here for tensorrt; `capacity` None: the context, at most CAPACITY;
     `prefill` None: PREFILL, of an encoder-decoder the
-    longest input; `variants` None: every graph of pattern attention or grouped with a static cache.
+    longest input; `variants` None: every graph that can become an engine.
     """
 
     backend: str = "tensorrt-rtx"
@@ -47,14 +46,11 @@ class BuildOptions:
 def variants_of(bundle: Bundle, names: tuple[str, ...] | None) -> list[Variant]:
     """The graphs that are asked for; without names all that can become engines. Raises BundleError."""
     chosen = [bundle.variant(name) for name in dict.fromkeys(names)] if names else list(bundle.variants)
-    fitting = [variant for variant in chosen if variant.pattern in PATTERNS and variant.cache == "static"]
-    if len(fitting) < len(chosen) and (names or not fitting):
-        there = ", ".join(f"{v.name} ({v.pattern}, {v.cache} cache)" for v in chosen if v not in fitting)
-        raise BundleError(
-            f"{bundle.path}: {there} cannot become an engine; TensorRT takes the patterns {' and '.join(PATTERNS)} "
-            "with a static cache: headpool export … --pattern attention"
-        )
-    return fitting
+    reasons = [reason for variant in chosen if (reason := unfit(variant)) is not None]
+    if reasons and (names or len(reasons) == len(chosen)):
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        raise BundleError(f"{bundle.path}: variant {reasons[0]}{more}")
+    return [variant for variant in chosen if unfit(variant) is None]
 
 
 def targets_of(api: Api, options: BuildOptions) -> tuple[str, ...]:
@@ -75,15 +71,22 @@ def targets_of(api: Api, options: BuildOptions) -> tuple[str, ...]:
     return tuple(sorted(asked, key=lambda name: int(name[2:])))
 
 
+def default_capacity(variant: Variant) -> int:
+    """Cache rows of an engine where nothing is asked for."""
+    return min(variant.config.max_positions, CAPACITY)
+
+
 def recipe_of(bundle: Bundle, part: Part, api: Api, targets: tuple[str, ...], options: BuildOptions) -> Recipe:
     """The engine's recipe. Raises EngineError for sizes and features that cannot be."""
     variant = part.variant
     limit = variant.config.max_positions
-    capacity = min(limit, CAPACITY) if options.capacity is None else options.capacity
-    prefill = min(capacity, PREFILL) if options.prefill is None else options.prefill
-    for what, value, most in (("batch", options.batch, 2**16), ("capacity", capacity, limit), ("prefill", prefill, capacity)):
+    capacity = default_capacity(variant) if options.capacity is None else options.capacity
+    # An encoder-decoder's prefill is its input, which is in none of the caches that have a capacity.
+    longest, whose_longest = (limit, ", the model's context") if part.grows == "encoder" else (capacity, ", the capacity")
+    prefill = min(longest, PREFILL) if options.prefill is None else options.prefill
+    for what, value, most in (("batch", options.batch, 2**16), ("capacity", capacity, limit), ("prefill", prefill, longest)):
         if not 1 <= value <= most:
-            whose = {"batch": "", "capacity": ", the model's context", "prefill": ", the capacity"}[what]
+            whose = {"batch": "", "capacity": ", the model's context", "prefill": whose_longest}[what]
             raise EngineError(f"{what} {value} is not a whole number from 1 to {most}{whose}")
     if options.optimisation is not None and not 0 <= options.optimisation <= 5:
         raise EngineError(f"optimisation level {options.optimisation} is not a whole number from 0 to 5")
@@ -94,15 +97,10 @@ def recipe_of(bundle: Bundle, part: Part, api: Api, targets: tuple[str, ...], op
             raise EngineError(one_of("compatible", word, COMPATIBLE))
     if options.compatible and api.rtx:
         raise EngineError("--compatible is of backend tensorrt; a tensorrt-rtx engine runs on the chips that --target names")
-    if variant.dtype == "bf16" and "sm75" in targets:
+    if variant.dtype != "fp16" and "sm75" in targets:
         other = "" if isinstance(variant, Seq2SeqVariant) else ", or export it in fp16"  # which T5 overflows
-        raise EngineError(f"variant {variant.name} is bf16, which sm75 lacks; leave sm75 out{other}")
-    size = max(variant.config.head_dim, variant.config.value_dim)
-    if variant.pattern == "attention" and (size % 8 or not 16 <= size <= 256):
-        raise EngineError(
-            f"variant {variant.name} has heads of {size} channels; TensorRT fuses attention for "
-            "multiples of 8 from 16 to 256: export it with --pattern grouped"
-        )
+        lacks = "bf16" if variant.dtype == "bf16" else "products of fp32"
+        raise EngineError(f"variant {variant.name} is {variant.dtype}, and sm75 lacks {lacks}; leave sm75 out{other}")
     check_quantize(options.quantize, variant, targets)
     return Recipe(
         graph_sha256=_file_hash(bundle.path / part.graph),

@@ -38,9 +38,8 @@ class Kind:
     def check(self, name: str, targets: tuple[str, ...]) -> None:
         """Refuse targets that lack the dtype. Raises EngineError."""
         if lacking := [target for target in targets if int(target[2:]) < self.least_chip]:
-            raise EngineError(
-                f"{', '.join(lacking)} lack {name}, which starts with sm{self.least_chip}; leave them out of --target"
-            )
+            lack = f"lacks {name}" if len(lacking) == 1 else f"lack {name}"
+            raise EngineError(f"{', '.join(lacking)} {lack}, which starts with sm{self.least_chip}; leave out of --target")
 
 
 KINDS = {
@@ -62,6 +61,17 @@ def check_quantize(kind: str | None, variant: Variant, targets: tuple[str, ...])
     KINDS[kind].check(kind, targets)
     if variant.dtype == "fp32":
         raise EngineError(f"variant {variant.name} is fp32; quantised weights need fp16 or bf16 beside them: export it so")
+    config = variant.config
+    for what, width in (
+        ("hidden size", config.hidden_size),
+        ("intermediate size", config.intermediate_size),
+        ("size of all heads", config.num_heads * config.value_dim),
+    ):
+        if width % BLOCKS[-1]:
+            raise EngineError(
+                f"variant {variant.name} has the {what} {width}, which is no multiple of {BLOCKS[-1]}; its weights cannot be "
+                "quantised in blocks: leave --quantize out"
+            )
 
 
 def quantize_weights(source: Source, kind: str, dtype: str) -> list[str]:
@@ -99,6 +109,7 @@ def _dequantize(source: Source, tensor: onnx.TensorProto, kind: str, dtype: str)
         del source.places[name]
     else:
         values = numpy_helper.to_array(tensor)
+    source.saved += values.nbytes
     quantised, scale = quantize(values.reshape(shape).astype(np.float32), kind, block, numpy_dtype)
     _add(source, f"{name}.{kind}", KINDS[kind].element, shape, quantised)
     _add(source, f"{name}.scale", element, scale.shape, scale)
@@ -130,3 +141,4 @@ def _add(source: Source, name: str, element: int, shape: tuple[int, ...], data: 
         tensor.external_data.add(key=key, value=value)
     source.model.graph.initializer.append(tensor)
     source.place(name, data)
+    source.saved -= data.nbytes

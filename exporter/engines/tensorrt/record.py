@@ -3,12 +3,14 @@
 BUNDLE/engines/<backend>-<targets>/engine.json
                                    model[.gN…].engine    a plan; of an encoder-decoder encoder[.gN…] and decoder[.gN…]
                                    model[.gN…].log       what the builder said
+A batch, a capacity and weights that are not the usual ones are in the name, too: model.g3.b4.s1024.int4.engine.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from typing import Any
 from exporter.bundle import Bundle, Variant
 from exporter.decode import decode, parse
 from exporter.engines.tensorrt.api import HERE
-from exporter.engines.tensorrt.parts import Name
+from exporter.engines.tensorrt.parts import Name, unfit
 from exporter.errors import BundleError, EngineError, UserError
 from exporter.files import replacing
 from exporter.units import size
@@ -82,7 +84,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One engine. `seconds` is parsing, verifying and building; `network` what verification found."""
+    """One engine. `seconds` is parsing, verifying and building; `network` what verification found; `weight_bytes` are those
+    that a decode step reads."""
 
     variant: str
     file: str
@@ -95,11 +98,20 @@ class EngineRecord:
     bindings: tuple[EngineBinding, ...]
     network: dict[str, Any]
     part: Name = "decoder"
+    weight_bytes: int = 0
+
+    def flaw(self, folder: Path) -> str | None:
+        """What a look at the plan's size tells; None where it has the bytes that were built."""
+        path = folder / self.file
+        if not path.is_file():
+            return f"{path} is missing, {MANIFEST} names it"
+        if (found := path.stat().st_size) != self.bytes:
+            return f"{path} has {found} bytes, {self.bytes} were built; it is damaged"
+        return None
 
     def intact(self, folder: Path) -> bool:
         """Whether the plan on disk is the one that was built."""
-        path = folder / self.file
-        return path.is_file() and path.stat().st_size == self.bytes and sha256(path) == self.sha256
+        return self.flaw(folder) is None and sha256(folder / self.file) == self.sha256
 
 
 def folder_name(backend: str, targets: tuple[str, ...]) -> str:
@@ -114,7 +126,8 @@ def read(folder: Path) -> tuple[EngineRecord, ...]:
     try:
         data = parse(path.read_text("utf-8"))
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            raise UserError(f"its schema is not {SCHEMA}")
+            there = data.get("schema") if isinstance(data, dict) else None
+            raise UserError(f"its schema is {there!r:.40}, this headpool reads {SCHEMA}")
         records = decode(tuple[EngineRecord, ...], data.get("engines"), "engines")
         for record in records:
             for name in (record.file, record.log):
@@ -122,7 +135,7 @@ def read(folder: Path) -> tuple[EngineRecord, ...]:
                     raise UserError(f"it names {name!r}, which is not a file name in its own folder")
         return records
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} is damaged: {' '.join(str(error).split())}; remove the folder and build again") from None
+        raise BundleError(f"{path} cannot be read: {' '.join(str(error).split())}; remove the folder and build again") from None
 
 
 def write(folder: Path, records: tuple[EngineRecord, ...]) -> None:
@@ -168,6 +181,8 @@ def choose(bundle: Bundle, variant: Variant, wanted: Wanted, device: str | None 
     command = f"headpool build {bundle.path} --backend {w.backend} --variant {name}"
     there = [(f, r) for f, r in engines_of(bundle.path) if r.recipe.backend == w.backend and r.variant == name]
     fitting = [(f, r) for f, r in there if r.part == "decoder"]
+    if not fitting and (reason := unfit(variant)) is not None:
+        raise EngineError(f"{bundle.path}: variant {reason}")
     if not fitting:
         raise EngineError(f"{bundle.path} has no {w.backend} engine of variant {name}; make one: {command}")
 
@@ -215,7 +230,10 @@ def encoder_of(bundle: Bundle, folder: Path, decoder: EngineRecord) -> EngineRec
 
 def describe(bundle: Path) -> list[dict[str, Any]]:
     """What `headpool inspect` says of a bundle's engines."""
-    return [{"folder": folder.name, **dataclasses.asdict(record)} for folder, record in engines_of(bundle)]
+    return [
+        {"folder": folder.name, "flaw": record.flaw(folder), **dataclasses.asdict(record)}
+        for folder, record in engines_of(bundle)
+    ]
 
 
 def render(engines: list[dict[str, Any]]) -> list[str]:
@@ -230,8 +248,17 @@ def render(engines: list[dict[str, Any]]) -> list[str]:
         caches = "" if engine["part"] == "encoder" else f" {network['cache_updates']} caches in place,"
         lines.append(f"  engines/{engine['folder']}/{engine['file']}: {size(engine['bytes'])}, {module}")
         lines.append(f"    batch {recipe['batch']},{rows} {longest} to {recipe['prefill']}{weights}")
-        lines.append(f"    verified: {_attention(network)},{caches} heads {network['heads']}")
+        heads = network["heads"] if isinstance(network["heads"], str) else ", ".join(_runs(network["heads"]))
+        lines.append(f"    verified as it was built: {_attention(network)},{caches} heads {heads}")
+        if engine["flaw"]:
+            lines.append(f"    {engine['flaw']}; build it again")
     return lines
+
+
+def _runs(words: list[str]) -> list[str]:
+    """Equal neighbours counted: 8:8, 8:2 × 29."""
+    counted = [(word, len(list(same))) for word, same in itertools.groupby(words)]
+    return [word if count == 1 else f"{word} × {count}" for word, count in counted]
 
 
 def _attention(network: dict[str, Any]) -> str:

@@ -128,12 +128,16 @@ class TensorRTSession(Session):
         del self._step
         self._contexts.clear()
         self._caches.clear()
+        del self.runtime  # and with it the weights
 
     def _feed(self, feed: Feed) -> np.ndarray:
         """One call of a prefill: float32 logits [B, T or 1, V]."""
         T = feed.ids.shape[1]
-        with torch.cuda.stream(self.stream):
-            call = self._step if T == 1 else Call(self.runtime, self._contexts[PREFILL], self.variant, T)
+        try:
+            with torch.cuda.stream(self.stream):
+                call = self._step if T == 1 else Call(self.runtime, self._contexts[PREFILL], self.variant, T)
+        except torch.cuda.OutOfMemoryError as error:
+            raise EngineError(f"no GPU memory for a call of {T} tokens: {str(error).splitlines()[0]}") from None
         call.host_ids.copy_(torch.from_numpy(feed.ids))
         call.host_positions.copy_(torch.from_numpy(feed.positions))
         logits = call.run(self.stream)

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from exporter import contract
+from exporter.engines.tensorrt.lineage import factor, lineage, maker, weight_of
 from exporter.engines.tensorrt.network import Layer, Network, Tensor
 from exporter.engines.tensorrt.parts import Part, shape
-from exporter.engines.tensorrt.verify_attention import check_fused, check_grouped, maker, weight_of
+from exporter.engines.tensorrt.verify_attention import check_fused, check_grouped
+from exporter.engines.tensorrt.verify_mask import written_rows
 from exporter.engines.tensorrt.weights import Source
 from exporter.errors import GraphError
 
@@ -30,8 +32,8 @@ def verify(network: Network, part: Part, sizes: Mapping[str, int], quantised: in
         *check_bindings(network, part, sizes),
         *check_caches(network, part),
         *check_made(network, part),
-        *(check_fused(network, part) if part.variant.pattern == "attention" else check_grouped(network, part)),
         *check_casts(network, part),
+        *(check_fused(network, part) if part.variant.pattern == "attention" else check_grouped(network, part)),
         *check_quantised(network, quantised),
         *check_used(network),  # last: where an input is not used, another check often says why
     ]
@@ -80,8 +82,8 @@ def _same_shape(found: tuple[int, ...], planned: tuple[int, ...], role: contract
 def check_used(network: Network) -> Iterator[str]:
     """Every input is read, and every layer's result is: what the parser ignores stands in the network with no reader."""
     for name in network.inputs:
-        if name not in network.takers:
-            yield f"input {name} is not used"
+        if all(taker.kind == "SHAPE" for taker in network.takers.get(name, [])):
+            yield f"input {name} is not used{', but for its shape' * (name in network.takers)}"
     for layer in network.layers:
         if not any(out.name in network.takers or out.name in network.outputs for out in layer.outputs):
             yield f"the result of {layer.name or layer.kind} is not used: an input of a node was ignored"
@@ -99,11 +101,15 @@ def check_caches(network: Network, part: Part) -> Iterator[str]:
         cache, written, rows = update.inputs[:3]
         if cache is None or cache.name != past:
             yield f"{present} updates {cache.name if cache else 'nothing'}, not {past}"
-        behind = network.behind(written.name, shapes=False) if written is not None else ()
-        if not any(name == weight or name.startswith(f"{weight}.") for name in behind):  # quantised ones have an ending
-            yield f"what is written into {present} does not come from {weight}"
-        if rows is None or "position_ids" not in set(network.before(rows.name, shapes=False)):
-            yield f"{present}: its rows do not come from position_ids"
+        found = lineage(network, written)
+        if found.weight != weight:
+            yield f"what is written into {present} is made by {found.weight or found.wrong}, planned {weight}"
+        elif (times := factor(network, written)) != 1:
+            yield f"what is written into {present} is multiplied by {times:.6g}"
+        elif found.rotated != (part.rotated and ".k_proj." in weight):
+            yield f"what is written into {present} is {'' if found.rotated else 'not '}rotated by its positions"
+        if not written_rows(network, rows):
+            yield f"{present}: its rows do not come from position_ids, the first of each sequence"
         for taker in network.takers.get(past, []):
             if taker is not update and taker.kind != "SHAPE":
                 yield f"{past} is also read by {taker.name or taker.kind}, which would see it before or after the update"
@@ -132,12 +138,15 @@ def check_casts(network: Network, part: Part) -> Iterator[str]:
     for cast in network.of("CAST"):
         given = cast.inputs[0]
         assert given is not None
-        maker = network.producer.get(given.name)
         if given.name in caches:
             yield f"cache {given.name} is cast to {cast.details['to']}"
-        elif maker is not None and maker.kind in ("CONSTANT", "DEQUANTIZE") and _is_matrix(given):
-            yield f"weight {maker.name} is cast from {given.dtype} to {cast.details['to']}"
     for product in network.of("MATRIX_MULTIPLY"):
+        weight = product.inputs[1]
+        while weight is not None and (layer := maker(network, weight)) is not None and layer.kind == "CAST":
+            weight = layer.inputs[0]
+            held = maker(network, weight)
+            if held is not None and held.kind in ("CONSTANT", "DEQUANTIZE"):
+                yield f"weight {held.name} is cast to {layer.details['to']}"
         kinds = {given.dtype for given in product.inputs if given is not None}
         if kinds != {dtype}:
             yield f"{product.name} multiplies {' by '.join(sorted(kinds))}, planned {dtype}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from exporter.engines.tensorrt.lineage import factor, lineage, maker, scaled, weight_of
 from exporter.engines.tensorrt.network import Layer, Network, Tensor
 from exporter.engines.tensorrt.parts import Attention, Part
-from exporter.engines.tensorrt.quantize import DEQUANTISED
+from exporter.engines.tensorrt.verify_mask import mask_flaws
 
 ROUNDING = {"fp32": 2**-24, "fp16": 2**-11, "bf16": 2**-8}  # half of the last place: what storing the scale may change
 
@@ -39,8 +40,7 @@ def _fused(network: Network, attention: Layer, plan: Attention, heads: int) -> I
     if mask is None:
         yield "its attention has no mask"
     else:
-        behind = network.behind(mask.name, shapes=False)
-        yield from (f"its mask does not come from {source}" for source in plan.mask if source not in behind)
+        yield from mask_flaws(network, mask, plan)
     if details["lengths"]:
         yield f"its attention has {' and '.join(details['lengths'])}, planned none"
     if details["norm"] != "SOFTMAX":
@@ -48,11 +48,14 @@ def _fused(network: Network, attention: Layer, plan: Attention, heads: int) -> I
     if details["decomposable"] != plan.decomposable:
         told = "may be decomposed, planned fused" if details["decomposable"] else "may not be decomposed, planned that it may"
         yield f"its attention {told}"
-    scale = _factor(network, query) * _factor(network, key)
+    yield from _query_flaws(network, query, plan)
+    scale = factor(network, query) * factor(network, key)
     if not math.isclose(scale, plan.scale, rel_tol=1e-4):
         yield f"its scores are scaled by {scale:.6g}, planned {plan.scale:.6g}"
     if (source := source_of(network, value)) != plan.value:
         yield f"its attention reads the values {source}, planned {plan.value}"
+    elif (times := factor(network, value)) != 1:
+        yield f"its values are multiplied by {times:.6g}"
     found, planned = (query.shape[1], key.shape[1], value.shape[1]), (heads, plan.kv_heads, plan.kv_heads)
     if found != planned:
         yield f"its attention has {list(found)} query, key and value heads, planned {list(planned)}"
@@ -70,38 +73,19 @@ def source_of(network: Network, given: Tensor | None) -> str:
         assert source is not None
         wider = source.shape[:3] == given.shape[:3] and source.shape[3] < given.shape[3]
         return source_of(network, source) if wider else given.name
-    if layer is not None and (scaled := _scaled(network, layer)) is not None:
-        return source_of(network, scaled[0])
+    if layer is not None and (times := scaled(network, layer)) is not None:
+        return source_of(network, times[0])
     made_by = maker(network, given)
     weight = weight_of(network, made_by) if made_by is not None else None
     return given.name if weight is None else weight
 
 
-def _scaled(network: Network, layer: Layer) -> tuple[Tensor, Tensor] | None:
-    """What a layer multiplies by one number known at build time, and that number."""
-    if layer.kind != "ELEMENTWISE" or layer.details["op"] != "PROD":
-        return None
-    x, factor = layer.inputs[:2]
-    return (x, factor) if x is not None and factor is not None and network.is_scalar_constant(factor.name) else None
-
-
-def _factor(network: Network, given: Tensor) -> float:
-    """What the parser multiplied by on the way to `given`; NaN where that cannot be read."""
-    layer = network.producer.get(given.name)
-    if layer is not None and layer.kind == "SLICE" and layer.inputs[0] is not None:
-        return _factor(network, layer.inputs[0])  # heads.py's zeros
-    scaled = None if layer is None else _scaled(network, layer)
-    if scaled is None:
-        return 1.0
-    value = network.scalar(scaled[1].name)
-    return math.nan if value is None else value
-
-
-def weight_of(network: Network, layer: Layer) -> str | None:
-    """The weight that a linear layer multiplies by, dequantised or as it is."""
-    other = layer.inputs[1] if layer.kind == "MATRIX_MULTIPLY" else None
-    held = network.producer.get(other.name) if other is not None else None
-    return held.name.removesuffix(DEQUANTISED) if held is not None and held.kind in ("CONSTANT", "DEQUANTIZE") else None
+def _query_flaws(network: Network, query: Tensor, plan: Attention) -> Iterator[str]:
+    found = lineage(network, query)
+    if found.weight != plan.query:
+        yield f"its queries are made by {found.weight or found.wrong}, planned {plan.query}"
+    elif found.rotated != plan.rotated:
+        yield f"its queries are {'' if found.rotated else 'not '}rotated by their positions"
 
 
 def check_grouped(network: Network, part: Part) -> Iterator[str]:
@@ -122,8 +106,9 @@ def check_grouped(network: Network, part: Part) -> Iterator[str]:
         apart = [taker.outputs[0].shape for taker in network.takers.get(output.outputs[0].name, [])]
         if not any(len(shape) == 4 and shape[1] == heads for shape in apart):
             yield f"{plan.name}: its output is not taken apart into {heads} query heads"
-        query = maker(network, scores.inputs[0])
-        scale = _factor(network, query.outputs[0]) if query is not None else 1.0
+        if (rows := scores.inputs[0]) is not None:
+            yield from (f"{plan.name}: {flaw}" for flaw in _query_flaws(network, rows, plan))
+        scale = factor(network, scores.inputs[0])
         if not math.isclose(scale, plan.scale, rel_tol=ROUNDING[part.variant.dtype]):
             yield f"{plan.name}: its scores are scaled by {scale:.6g}, planned {plan.scale:.6g}"
         softmax = maker(network, output.inputs[0])
@@ -132,8 +117,11 @@ def check_grouped(network: Network, part: Part) -> Iterator[str]:
         elif softmax.details["axes"] != [len(softmax.outputs[0].shape) - 1]:
             yield f"{plan.name}: its softmax is over axes {softmax.details['axes']}, planned the cache rows, which are the last"
         else:
-            added = _added(network, maker(network, softmax.inputs[0]), scores.outputs[0].name)
-            yield from (f"{plan.name} has no mask from {source} on its scores" for source in plan.mask if source not in added)
+            mask = _added(network, maker(network, softmax.inputs[0]), scores.outputs[0].name)
+            if mask is None:
+                yield f"{plan.name} has no mask from {' and '.join(plan.mask)} on its scores"
+            else:
+                yield from (f"{plan.name}: {flaw}" for flaw in mask_flaws(network, mask, plan))
 
 
 def _product(network: Network, name: str) -> Layer | None:
@@ -147,15 +135,9 @@ def _product(network: Network, name: str) -> Layer | None:
     return None
 
 
-def maker(network: Network, given: Tensor | None) -> Layer | None:
-    """The layer that makes `given`, whatever reshaped it on the way."""
-    layer = network.producer.get(given.name) if given is not None else None
-    return maker(network, layer.inputs[0]) if layer is not None and layer.kind == "SHUFFLE" else layer
-
-
-def _added(network: Network, layer: Layer | None, scores: str) -> set[str]:
-    """What is behind that which `layer` adds to `scores`."""
+def _added(network: Network, layer: Layer | None, scores: str) -> Tensor | None:
+    """What `layer` adds to `scores`."""
     names = [given.name for given in layer.inputs if given is not None] if layer is not None else []
     if layer is None or layer.kind != "ELEMENTWISE" or layer.details["op"] != "SUM" or scores not in names:
-        return set()
-    return set[str]().union(*(network.behind(name, shapes=False) for name in names if name != scores))
+        return None
+    return next((given for given in layer.inputs if given is not None and given.name != scores), None)

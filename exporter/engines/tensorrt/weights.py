@@ -26,6 +26,7 @@ class Source:
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
     maps: dict[str, mmap.mmap] = field(default_factory=dict)  # by file name
     arrays: dict[str, np.ndarray] = field(default_factory=dict)  # uint8 [n] of each weight, mapped or memory of our own
+    saved: int = 0  # bytes that quantised weights take less
 
     def release(self) -> None:
         """Hand read pages back: they count as this process's memory, and come again from the page cache when needed."""

@@ -16,6 +16,7 @@ import tiny
 
 from exporter.bundle import Bundle
 from exporter.cli import _run
+from exporter.engines import open_session
 from exporter.engines.tensorrt import build as stage
 from exporter.engines.tensorrt import compile as compiling
 from exporter.engines.tensorrt import plan as planning
@@ -44,7 +45,7 @@ def test_an_engine_is_built_and_recorded(attention):
     assert len(plan) == engine.bytes
     assert record.sha256(folder / engine.file) == engine.sha256
     assert record.read(folder) == (engine,)
-    assert engine.file == "attention.static.fp16.last.engine"
+    assert engine.file == "attention.static.fp16.last.b2.s32.engine"
     assert [dataclasses.astuple(profile) for profile in engine.profiles] == [("prefill", 1, 8, 8), ("decode", 1, 1, 1)]
     assert engine.recipe.targets == ("sm86", "sm89")
     assert (engine.recipe.module, engine.recipe.version) == ("tensorrt_rtx", stage.load("tensorrt-rtx").version)
@@ -139,6 +140,7 @@ def test_what_changed_is_built_again(attention, change, monkeypatch):
     options, path = OPTIONS, first.folder / first.record.file
     if change == "options":
         options = dataclasses.replace(OPTIONS, capacity=64)
+        assert record.read(first.folder) == (first.record,)
     elif change == "graph":
         graph = attention.path / attention.variants[0].graph
         graph.write_bytes(graph.read_bytes() + b"\x12\x00")  # an empty producer name: the same graph in other bytes
@@ -151,7 +153,7 @@ def test_what_changed_is_built_again(attention, change, monkeypatch):
     (again,) = build(attention, options)
     assert again.fresh
     assert again.record.intact(again.folder)
-    assert len(record.read(again.folder)) == 1
+    assert len(record.read(again.folder)) == (2 if change == "options" else 1)  # one of another capacity lies beside
 
 
 def test_a_stopped_build_goes_on_where_it_was(attention, decoder, monkeypatch):
@@ -168,7 +170,7 @@ def test_a_stopped_build_goes_on_where_it_was(attention, decoder, monkeypatch):
         return compile_(*args)
 
     monkeypatch.setattr(stage, "compile_plan", failing)
-    with pytest.raises(EngineError, match=r"no more \(log: .*grouped.static.fp16.last.log\)"):
+    with pytest.raises(EngineError, match=r"no more \(log: .*grouped.static.fp16.last.b2.s32.log\)"):
         build(both, OPTIONS)
     assert partial_files(both) == []
     monkeypatch.undo()
@@ -181,7 +183,7 @@ def test_a_deviation_stops_the_build_and_leaves_its_log(decoder, tmp_path, monke
     wrong = Bundle(tmp_path, (dataclasses.replace(bundle.variants[0], pattern="attention"),))
     with pytest.raises(GraphError, match=r"layer 0 has 0 fused attention layers .*log: "):
         build(wrong, OPTIONS)
-    assert [path.name for path in (tmp_path / "engines" / FOLDER).iterdir()] == ["grouped.static.fp16.last.log"]
+    assert [path.name for path in (tmp_path / "engines" / FOLDER).iterdir()] == ["grouped.static.fp16.last.b2.s32.log"]
 
 
 def test_a_failed_build_gives_the_builders_reason(attention, monkeypatch):
@@ -246,7 +248,7 @@ REFUSALS = [
         {"strip": True},
         "builds an engine without weights on the GPU it is for; leave --strip out, or build there with --target here",
     ),
-    ({"quantize": "fp8"}, "sm86 lack fp8, which starts with sm89; leave them out of --target"),
+    ({"quantize": "fp8"}, "sm86 lacks fp8, which starts with sm89; leave out of --target"),
     ({"variants": ("x",)}, "variant 'x' is not one of v"),
 ]
 
@@ -270,14 +272,53 @@ def test_a_gpu_that_the_library_does_not_name_is_left_to_its_builder(attention, 
 
 def test_bf16_is_refused_for_a_chip_without_it(decoder, tmp_path):
     bundle = tiny.bundle(tmp_path, decoder, "attention", dtype="bf16")
-    with pytest.raises(EngineError, match=r"variant v is bf16, which sm75 lacks"):
+    with pytest.raises(EngineError, match=r"variant v is bf16, and sm75 lacks bf16; leave sm75 out, or export it in fp16"):
         build(bundle, dataclasses.replace(OPTIONS, targets=("sm75", "sm89")))
+
+
+def test_fp32_is_refused_for_a_chip_without_its_products(decoder, tmp_path):
+    with pytest.raises(EngineError, match=r"variant v is fp32, and sm75 lacks products of fp32; leave sm75 out, or export"):
+        build(tiny.bundle(tmp_path, decoder, "grouped"), dataclasses.replace(OPTIONS, targets=("sm75", "sm89")))
+    assert not (tmp_path / "engines").exists()
+
+
+def test_what_cannot_become_an_engine_costs_the_others_nothing(attention, decoder):
+    """Without --variant; by name it is refused."""
+    other = tiny.bundle(attention.path, decoder, "gqa", dtype="fp16").variants[0]
+    both = Bundle(attention.path, (dataclasses.replace(other, name="w"), *attention.variants))
+    assert [item.record.variant for item in build(both, OPTIONS)] == ["v"]
+    with pytest.raises(BundleError, match=r"variant w \(gqa, static cache\) cannot become an engine"):
+        build(both, dataclasses.replace(OPTIONS, variants=("v", "w")))
+    with pytest.raises(EngineError, match=r"variant w \(gqa, static cache\) cannot become an engine"):
+        open_session(both, "w", backend="tensorrt-rtx")
+
+
+def test_what_fails_before_the_builder_leaves_nothing(attention):
+    path = attention.path / attention.variants[0].graph
+    path.write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match=r"is not an ONNX graph: .*; export the bundle again$"):
+        build(attention, OPTIONS)
+    assert not (attention.path / "engines").exists()
+
+
+def test_inspect_tells_what_a_look_at_a_plan_tells(exported, capsys):
+    (built,) = build(Bundle.open(exported), BuildOptions(targets=("sm80",), variants=("g4.attention",)))
+    path = built.folder / built.record.file
+    for change, words in (
+        (lambda: path.write_bytes(path.read_bytes()[:-1]), "bytes were built; it is damaged; build it again"),
+        (path.unlink, "is missing, engine.json names it; build it again"),
+    ):
+        assert _run(["inspect", str(exported)]) == 0
+        assert words not in capsys.readouterr().out
+        change()
+        assert _run(["inspect", str(exported)]) == 0
+        assert words.replace("bytes were", f"{built.record.bytes} were") in capsys.readouterr().out
 
 
 def test_heads_that_no_kernel_takes_are_refused(tmp_path, attention):
     variant = attention.variants[0]
     small = dataclasses.replace(variant, config=dataclasses.replace(variant.config, head_dim=12))
-    with pytest.raises(EngineError, match=r"heads of 12 channels; .*--pattern grouped"):
+    with pytest.raises(BundleError, match=r"heads of 12 channels; .*--pattern grouped"):
         build(Bundle(attention.path, (small,)), OPTIONS)
 
 
@@ -291,7 +332,7 @@ def test_a_bundle_without_a_static_cache_graph_is_refused(decoder, tmp_path, pat
 def test_a_damaged_engine_json_is_refused(attention):
     (built,) = build(attention, OPTIONS)
     (built.folder / "engine.json").write_text('{"schema": 1, "engines": [{}]}')
-    with pytest.raises(BundleError, match=r"engine.json is damaged: engines\[0\] lacks variant"):
+    with pytest.raises(BundleError, match=r"engine.json cannot be read: engines\[0\] lacks variant"):
         build(attention, OPTIONS)
 
 
@@ -331,7 +372,7 @@ def test_the_command_builds_every_graph_that_fits(exported, capsys):
     assert _run(["inspect", str(exported)]) == 0
     out = capsys.readouterr().out
     assert "engines/tensorrt-rtx-sm89-sm120/model.g1.attention.engine" in out
-    assert "verified: 2 fused attention layers, 4 caches in place, heads 4:1" in out
+    assert "verified as it was built: 2 fused attention layers, 4 caches in place, heads 4:1" in out
 
 
 def test_damaged_weights_are_refused(exported, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -111,12 +112,55 @@ def test_the_encoder_of_another_build_is_refused(pair, monkeypatch):
     (encoder, decoder), folder = [item.record for item in built], built[0].folder
     assert record.encoder_of(pair, folder, decoder) == encoder
     other = dataclasses.replace(encoder, recipe=dataclasses.replace(encoder.recipe, prefill=7))
-    words = r"no encoder's engine that was built as decoder.g2.grouped.engine was; make it again: headpool build .* g2.grouped"
+    words = r"no encoder's engine that was built as decoder.g2.grouped.b2.s60.engine was; make it again: headpool build .* g2"
     for left in ((other, decoder), (decoder,)):
         record.write(folder, left)
         fake_gpu.install(monkeypatch, (41, 1), captures=False)
         with pytest.raises(EngineError, match=words):
             open_session(pair, "g2.grouped", backend=BACKEND, batch=2, capacity=60)
+
+
+def test_an_engine_that_cannot_be_captured_runs_call_by_call(decoder, tmp_path, monkeypatch):
+    bundle = tiny.bundle(tmp_path, decoder, "attention")
+    fake_gpu.build_fakes(bundle, BuildOptions(targets=("sm89",), capacity=40, prefill=8))
+    (engine,) = [fake_gpu.install(monkeypatch, (8, 1), captures=True)]
+
+    @contextlib.contextmanager
+    def broken(_graph, stream):
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr("torch.cuda.graph", broken)
+    tokens = np.random.default_rng(1).integers(0, 61, 20)
+    with open_session(Bundle(tmp_path, bundle.variants), backend=BACKEND, capacity=40) as session:
+        session.prefill([tokens[:12]])
+        found = [session.decode(tokens[at : at + 1]).copy() for at in range(12, 20)]
+    np.testing.assert_allclose(np.concatenate(found), tiny.full_logits(decoder, tokens)[12:], rtol=0, atol=TOLERANCE)
+    assert engine[0].ran == 2 + 8 + 1  # the prefill's calls, the steps, and what was tried
+
+
+def test_figures_of_quantised_engines_are_of_their_weights(decoder, tmp_path):
+    config = dataclasses.replace(tiny.CONFIG, hidden_size=96, intermediate_size=64)
+    bundle = tiny.bundle(tmp_path, tiny.decoder(config), "attention", dtype="fp16")
+    variant = dataclasses.replace(bundle.variants[0], weight_bytes=1_000_000)
+    (built,) = fake_gpu.build_fakes(Bundle(tmp_path, (variant,)), BuildOptions(capacity=32, prefill=8, quantize="int4"))
+    shapes = [
+        (96, 96),
+        (32, 96),
+        (32, 96),
+        (96, 96),
+        (64, 96),
+        (64, 96),
+        (96, 64),
+    ]  # of layer 0; layer 1 has 48 rows of K and V
+    shapes += [(48, 96) if shape == (32, 96) else shape for shape in shapes]
+    saved = sum(
+        2 * rows * columns - rows * columns // 2 - 2 * rows * (columns // (64 if columns == 64 else 32))
+        for rows, columns in shapes
+    )
+    assert built.record.weight_bytes == 1_000_000 - saved
+    told = bundles.weights_of(Bundle(tmp_path, (variant,)), variant, "tensorrt-rtx", "int4")
+    assert told == {"dtype": "fp16, int4 weights", "weight_bytes": 1_000_000 - saved}
 
 
 def test_a_profile_has_the_time_of_each_layer(decoder, tmp_path, monkeypatch):

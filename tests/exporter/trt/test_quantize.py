@@ -84,7 +84,7 @@ def test_an_engine_with_quantised_weights(decoder, tmp_path, kind, dtype):
     bundle = tiny.bundle(tmp_path, decoder, "attention", dtype=dtype)
     options = BuildOptions(targets=("sm89", "sm120"), capacity=32, prefill=8, quantize=kind)
     (built,) = build(bundle, options)
-    assert built.record.file == f"attention.static.{dtype}.last.{kind}.engine"
+    assert built.record.file == f"attention.static.{dtype}.last.s32.{kind}.engine"
     assert built.record.network["dequantised_weights"] == 14  # 7 linear layers in each of 2; not the head
     assert built.record.recipe.quantize == kind
 
@@ -101,17 +101,30 @@ def test_weights_quantised_for_onnx_runtime_are_refused(decoder, tmp_path):
 )
 def test_what_a_target_lacks_is_refused_before_building(decoder, tmp_path, kind, target, least):
     bundle = tiny.bundle(tmp_path, decoder, "attention", dtype="fp16")
-    with pytest.raises(EngineError, match=f"{target} lack {kind}, which starts with {least}"):
+    with pytest.raises(EngineError, match=f"{target} lacks {kind}, which starts with {least}"):
         build(bundle, BuildOptions(targets=(target, "sm89"), capacity=32, quantize=kind))
     assert not (tmp_path / "engines").exists()
 
 
-def test_columns_that_no_block_divides_are_refused(tmp_path):
+def test_columns_that_no_block_divides_are_refused_before_building(tmp_path):
     bundle = tiny.bundle(tmp_path, tiny.decoder(), "attention", dtype="fp16")
-    with pytest.raises(
-        GraphError, match=r"weight model.layers.0.mlp.down_proj.weight has 40 columns, which is no multiple of 16"
-    ):
+    with pytest.raises(EngineError, match=r"variant v has the intermediate size 40, which is no multiple of 16; its weights"):
         build(bundle, BuildOptions(targets=("sm89",), capacity=32, quantize="int8"))
+    assert not (tmp_path / "engines").exists()
+
+
+def test_a_dequantised_weight_that_goes_elsewhere_is_refused(api, decoder, tmp_path):
+    bundle = tiny.bundle(tmp_path, decoder, "attention", dtype="fp16")
+    (part,) = parts_of(bundle.variants[0])
+    source = open_source(bundle, part, 1, 32)
+    count = len(quantize_weights(source, "int8", "fp16"))
+    node = next(n for n in source.model.graph.node if n.op_type == "Gemm" and n.name.endswith("layers.1/mlp/down_proj/Gemm"))
+    twice = helper.make_node("Add", [node.input[1], node.input[1]], ["twice"], name="twice")
+    source.model.graph.node.insert(list(source.model.graph.node).index(node), twice)
+    node.input[1] = "twice"
+    network = Network(api.trt, parse(api, source, Messages()).definition, source.numbers())
+    with pytest.raises(GraphError, match=r"dequantised weight .*down_proj.* goes into ELEMENTWISE, planned a product"):
+        verify(network, part, part.sizes(1, 32), count)
 
 
 def test_a_weight_left_as_it_was_is_refused(api, decoder, tmp_path):
@@ -120,6 +133,6 @@ def test_a_weight_left_as_it_was_is_refused(api, decoder, tmp_path):
     (part,) = parts_of(bundle.variants[0])
     source = open_source(bundle, part, 1, 32)
     count = len(quantize_weights(source, "int8", "fp16"))
-    network = Network(api.trt, parse(api, source, Messages()).definition)
+    network = Network(api.trt, parse(api, source, Messages()).definition, source.numbers())
     with pytest.raises(GraphError, match=f"there are {count} dequantised weights, planned {count + 1}"):
         verify(network, part, part.sizes(1, 32), count + 1)

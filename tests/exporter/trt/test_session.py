@@ -208,7 +208,7 @@ def test_a_damaged_plan_is_refused(built):
     assert read_plan(folder, engine) == whole
     path.write_bytes(whole[:-1])
     with pytest.raises(
-        EngineError, match=rf"has {len(whole) - 1} bytes, {len(whole)} were built; it is damaged, build it again"
+        EngineError, match=rf"has {len(whole) - 1} bytes, {len(whole)} were built; it is damaged; build it again"
     ):
         read_plan(folder, engine)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -261,3 +261,6 @@ def test_run_refuses_in_one_line(exported, capsys):
         assert _run(command) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line
+    assert _run([*command, "--engine-weights", "int4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has tensorrt-rtx engines with weights as exported, not int4; headpool build" in line

@@ -16,7 +16,7 @@ from exporter.engines.tensorrt import build as stage
 from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.build import build
 from exporter.engines.tensorrt.plan import BuildOptions
-from exporter.errors import EngineError
+from exporter.errors import BundleError, EngineError
 
 FOLDER = "tensorrt-rtx-sm86-sm89"
 OPTIONS = BuildOptions(targets=("sm86", "sm89"), batch=2, capacity=32, prefill=24, variants=("g2.grouped",))
@@ -38,7 +38,7 @@ def test_the_command_builds_both_and_inspect_shows_them(half, capsys):
     assert _run(command) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     encoder, decoder = report["engines"]
-    assert [engine["file"] for engine in (encoder, decoder)] == ["encoder.engine", "decoder.engine"]
+    assert [engine["file"] for engine in (encoder, decoder)] == ["encoder.s32.engine", "decoder.s32.engine"]
     assert [engine["part"] for engine in (encoder, decoder)] == ["encoder", "decoder"]
     for engine in (encoder, decoder):
         assert engine["profiles"] == [{"name": "input", "least": 1, "best": 24, "most": 24}]
@@ -62,15 +62,18 @@ def test_the_command_builds_both_and_inspect_shows_them(half, capsys):
     assert [engine["fresh"] for engine in again["engines"]] == [False, False]
     assert _run(["inspect", str(half)]) == 0
     out = capsys.readouterr().out
-    assert "batch 1, inputs to 24\n    verified: 2 fused attention layers, heads 4:4" in out
-    assert "batch 1, 32 tokens, inputs to 24\n    verified: 4 fused attention layers, 4 caches in place, heads 4:2" in out
+    assert "batch 1, inputs to 24\n    verified as it was built: 2 fused attention layers, heads 4:4" in out
+    assert (
+        "batch 1, 32 tokens, inputs to 24\n    verified as it was built: 4 fused attention layers, 4 caches in place, heads 4:2"
+        in out
+    )
 
 
 def test_quantised_engines(half):
     """The embedding, which is the head as well, stays as it is."""
     options = BuildOptions(targets=("sm89",), capacity=32, prefill=24, quantize="int8")
     encoder, decoder = (built.record for built in build(Bundle.open(half), options))
-    assert encoder.file == "encoder.int8.engine"
+    assert encoder.file == "encoder.s32.int8.engine"
     assert encoder.network["dequantised_weights"] == 2 * (4 + 2) + 2 * 2  # and what makes the decoder's cross caches
     assert decoder.network["dequantised_weights"] == 2 * (4 + 2 + 2)
 
@@ -81,7 +84,10 @@ def test_fp32_is_built_and_says_what_is_not_fused(pair, capsys):
     assert (encoder.network["fused_attention"], encoder.network["decomposable_attention"]) == (0, 2)
     assert (decoder.network["fused_attention"], decoder.network["decomposable_attention"]) == (6, 0)
     assert _run(["inspect", str(pair.path)]) == 0
-    assert "verified: 2 attention layers that TensorRT may take apart (no fused kernel in fp32)" in capsys.readouterr().out
+    assert (
+        "verified as it was built: 2 attention layers that TensorRT may take apart (no fused kernel in fp32)"
+        in capsys.readouterr().out
+    )
 
 
 def test_in_fp32_the_encoder_has_no_fused_kernel(pair, monkeypatch):
@@ -102,7 +108,7 @@ def test_a_build_stopped_between_the_two_goes_on(pair, monkeypatch):
         return compile_(*args)
 
     monkeypatch.setattr(stage, "compile_plan", failing)
-    with pytest.raises(EngineError, match=r"no more \(log: .*decoder.g2.grouped.log\)"):
+    with pytest.raises(EngineError, match=r"no more \(log: .*decoder.g2.grouped.b2.s32.log\)"):
         build(pair, OPTIONS)
     with pytest.raises(EngineError, match=r"has no tensorrt-rtx engine of variant g2.grouped; make one: headpool build"):
         open_session(pair, "g2.grouped", backend="tensorrt-rtx", batch=2)
@@ -126,7 +132,7 @@ def test_without_a_gpu_every_command_says_so_in_one_line(half, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"prefill": 33}, "prefill 33 is not a whole number from 1 to 32, the capacity"),
+        ({"capacity": 0}, "capacity 0 is not a whole number from 1 to"),
         ({"quantize": "int8"}, "variant g2.grouped is fp32; quantised weights need fp16 or bf16 beside them"),
         ({"targets": ("sm90",)}, "target 'sm90' is not one of sm75"),
     ],
@@ -137,8 +143,18 @@ def test_what_cannot_be_is_refused_before_anything_is_built(pair, changes, words
     assert not (pair.path / "engines").exists()
 
 
+def test_an_input_may_be_longer_than_the_cache(half):
+    encoder, decoder = (
+        item.record for item in build(Bundle.open(half), BuildOptions(targets=("sm89",), capacity=16, prefill=40))
+    )
+    assert [dataclasses.astuple(profile) for profile in encoder.profiles] == [("input", 1, 40, 40)]
+    assert decoder.recipe.capacity == 16
+    cross = next(b for b in decoder.bindings if b.name == "past_key_values.0.encoder.key")
+    assert cross.shape[2] == -1
+
+
 def test_bf16_is_refused_for_a_chip_without_it(half):
-    with pytest.raises(EngineError, match=r"variant g2 is bf16, which sm75 lacks; leave sm75 out$"):
+    with pytest.raises(EngineError, match=r"variant g2 is bf16, and sm75 lacks bf16; leave sm75 out$"):
         build(Bundle.open(half), BuildOptions(targets=("sm75", "sm89"), capacity=32))
 
 
@@ -146,5 +162,5 @@ def test_heads_that_no_kernel_takes_are_refused(half):
     bundle = Bundle.open(half)
     (variant,) = bundle.variants
     small = dataclasses.replace(variant, config=dataclasses.replace(variant.config, head_dim=8))
-    with pytest.raises(EngineError, match=r"variant g2 has heads of 8 channels; .*--pattern grouped"):
+    with pytest.raises(BundleError, match=r"variant g2 has heads of 8 channels; .*--pattern grouped"):
         build(Bundle(half, (small,)), dataclasses.replace(OPTIONS, variants=None))

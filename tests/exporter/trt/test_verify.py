@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from exporter.engines.tensorrt.api import Messages
 from exporter.engines.tensorrt.network import Network, parse
 from exporter.engines.tensorrt.parts import parts_of
-from exporter.engines.tensorrt.verify import check_casts, verify
+from exporter.engines.tensorrt.verify import check_casts, check_nodes, verify
 from exporter.engines.tensorrt.verify_attention import check_grouped
 from exporter.engines.tensorrt.weights import Source, fix_shapes
 from exporter.errors import GraphError
@@ -146,7 +146,7 @@ def unequal(pattern: str) -> onnx.ModelProto:
 
 def test_unequal_head_sizes_go_as_grouped_and_not_fused_as_they_are(api):
     parsed = parse(api, Source(unequal("grouped"), tiny.Path("v.onnx")), Messages())
-    network = Network(api.trt, parsed.definition)
+    network = Network(api.trt, parsed.definition, {})
     assert len(network.of("KV_CACHE_UPDATE")) == 2
     assert network.outputs["present_value"].shape == (1, 2, 32, 8)
     assert network.outputs["output"].shape == (1, -1, 48)
@@ -189,7 +189,8 @@ def test_keys_written_where_values_belong_are_refused(api, decoder, tmp_path, pa
     graph = Graph(tiny.bundle(tmp_path, decoder, pattern, dtype="fp16"))
     key, value = graph.nodes("TensorScatter")[:2]
     key.input[1], value.input[1] = value.input[1], key.input[1]
-    words = r"what is written into present.0.key does not come from model.layers.0.self_attn.k_proj.weight"
+    made, planned = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "vk")
+    words = rf"what is written into present.0.key is made by {made}, planned {planned}"
     with pytest.raises(GraphError, match=words):
         check(api, graph)
 
@@ -235,6 +236,151 @@ def test_a_repeated_cache_is_refused(api, attention):
         node.input[index] = graph.before(node, "Concat", parts, f"repeated {index}", axis=1)
     with pytest.raises(GraphError, match=r"layer 0 has 0 fused attention layers over present.0.key, planned 1"):
         check(api, graph)
+
+
+def doubled(graph: Graph, node: onnx.NodeProto, index: int, by: float = 2.0) -> None:
+    """What `node` reads there is multiplied by a number more."""
+    number = graph.constant(f"{by} of {node.name}", np.float16(by))
+    node.input[index] = graph.before(node, "Mul", [node.input[index], number], f"{node.name}.{index}.scaled")
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_what_is_scaled_before_attention_is_refused(api, attention, index):
+    graph = Graph(attention)
+    doubled(graph, graph.nodes("Attention")[1], index)
+    words = "its values are multiplied by 2" if index == 2 else "its scores are scaled by 0.5, planned 0.25"
+    with pytest.raises(GraphError, match=f"layer 1: {words}"):
+        check(api, graph)
+
+
+@pytest.mark.parametrize("pattern", ["attention", "grouped"])
+@pytest.mark.parametrize("of", ["query", "key"])
+def test_what_is_scaled_before_its_rotation_is_refused(api, decoder, tmp_path, pattern, of):
+    graph = Graph(tiny.bundle(tmp_path, decoder, pattern, dtype="fp16"))
+    node = next(
+        n
+        for n in graph.nodes("RotaryEmbedding")
+        if n.name.endswith(
+            f"layers.0/self_attn/{of}/RotaryEmbedding" * (of == "query") or f"layers.0/self_attn/cache/{of}/RotaryEmbedding"
+        )
+    )
+    doubled(graph, node, 0)
+    words = (
+        "layer 0: its scores are scaled by 0.5" if of == "query" else "what is written into present.0.key is multiplied by 2"
+    )
+    with pytest.raises(GraphError, match=words):
+        check(api, graph)
+
+
+@pytest.mark.parametrize("pattern", ["attention", "grouped"])
+@pytest.mark.parametrize("how", ["sum", "cast", "unrotated", "permuted"])
+def test_rows_that_are_not_its_layers_keys_alone_are_refused(api, decoder, tmp_path, pattern, how):
+    """Of right names, shapes and weights: values added, precision lost, positions left out, KV heads in another order."""
+    graph = Graph(tiny.bundle(tmp_path, decoder, pattern, dtype="fp16"))
+    key, value = graph.nodes("TensorScatter")[:2]
+    if how == "sum":
+        key.input[1] = graph.before(key, "Add", [key.input[1], value.input[1]], "keys and values")
+        words = "made by the ELEMENTWISE layer keys and values"
+    elif how == "cast":
+        short = graph.before(key, "Cast", [key.input[1]], "short", to=TensorProto.BFLOAT16)
+        key.input[1] = graph.before(key, "Cast", [short], "long", to=TensorProto.FLOAT16)
+        words = "made by the CAST layer long"
+    elif how == "unrotated":
+        key.input[1] = graph.output(key.input[1]).input[0]
+        words = "not rotated by its positions"
+    else:
+        key.input[1] = graph.before(key, "Gather", [key.input[1], graph.constant("1, 0", np.array([1, 0]))], "order", axis=1)
+        words = "made by the GATHER layer order"
+    with pytest.raises(GraphError, match=f"what is written into present.0.key is {words}"):
+        check(api, graph)
+
+
+@pytest.mark.parametrize("pattern", ["attention", "grouped"])
+def test_queries_of_other_weights_or_positions_are_refused(api, decoder, tmp_path, pattern):
+    graph = Graph(tiny.bundle(tmp_path, decoder, pattern, dtype="fp16"))
+    first, second = (
+        next(n for n in graph.nodes("Gemm") if n.name.endswith(f"layers.{i}/self_attn/q_proj/Gemm")) for i in (0, 1)
+    )
+    first.input[1], second.input[1] = second.input[1], first.input[1]
+    with pytest.raises(GraphError, match=r"layer 0: its queries are made by model.layers.1.self_attn.q_proj.weight, planned"):
+        check(api, graph)
+    first.input[1], second.input[1] = second.input[1], first.input[1]
+    rotation = next(n for n in graph.nodes("RotaryEmbedding") if n.name.endswith("layers.1/self_attn/query/RotaryEmbedding"))
+    taker = next(n for n in graph.graph.node if rotation.output[0] in n.input)
+    taker.input[0] = rotation.input[0]
+    with pytest.raises(GraphError, match=r"layer 1: its queries are not rotated by their positions"):
+        check(api, graph)
+
+
+MASKS = {
+    "later rows": lambda graph, node: node.input.__setitem__(slice(None), [node.input[1], node.input[0]]),
+    "not its own row": lambda graph, node: setattr(node, "op_type", "Less"),
+    "positions + 3": lambda graph, node: node.input.__setitem__(
+        1, graph.before(node, "Add", [node.input[1], graph.constant("three", np.array(3))], "later")
+    ),
+}
+
+
+@pytest.mark.parametrize("pattern", ["attention", "grouped"])
+@pytest.mark.parametrize("how", MASKS)
+def test_a_mask_of_other_rows_is_refused(api, decoder, tmp_path, pattern, how):
+    graph = Graph(tiny.bundle(tmp_path, decoder, pattern, dtype="fp16"))
+    (compared,) = graph.nodes("LessOrEqual")
+    MASKS[how](graph, compared)
+    with pytest.raises(GraphError, match="layer 0: its mask does not let the rows up to position_ids be seen, and no others"):
+        check(api, graph)
+
+
+@pytest.mark.parametrize("pattern", ["attention", "grouped"])
+def test_a_mask_that_hides_what_is_to_be_seen_or_nothing_is_refused(api, decoder, tmp_path, pattern):
+    graph = Graph(tiny.bundle(tmp_path, decoder, pattern, dtype="fp16"))
+    (chosen,) = graph.nodes("Where")
+    seen, hidden = chosen.input[1:]
+    chosen.input[1], chosen.input[2] = hidden, seen
+    with pytest.raises(GraphError, match=r"its mask adds -16384.0 to rows that are seen and 0.0 to others"):
+        check(api, graph)
+    chosen.input[1], chosen.input[2] = seen, seen
+    with pytest.raises(GraphError, match=r"its mask adds 0.0 to rows that are seen and 0.0 to others"):
+        check(api, graph)
+
+
+@pytest.mark.parametrize("how", ["the next", "the last"])
+def test_rows_other_than_the_first_position_are_refused(api, attention, how):
+    graph = Graph(attention)
+    node = graph.nodes("TensorScatter")[2]
+    if how == "the next":
+        node.input[2] = graph.before(node, "Add", [node.input[2], graph.constant("one", np.array(1))], "next rows")
+    else:
+        last = graph.constant("last", np.array(-1))
+        node.input[2] = graph.before(node, "Gather", ["position_ids", last], "last rows", axis=1)
+    with pytest.raises(GraphError, match=r"present.1.key: its rows do not come from position_ids, the first of each sequence"):
+        check(api, graph)
+
+
+def test_an_input_of_which_only_the_shape_is_read_is_refused(api, attention):
+    graph = Graph(attention)
+    node = next(n for n in graph.graph.node if "input_ids" in n.input and n.op_type != "Shape")
+    shape = graph.before(node, "Shape", ["input_ids"], "its shape")
+    zeros = graph.before(node, "Expand", [graph.constant("token 0", np.array([0])), shape], "tokens 0")
+    node.input[list(node.input).index("input_ids")] = zeros
+    with pytest.raises(GraphError, match="input input_ids is not used, but for its shape"):
+        check(api, graph)
+
+
+@pytest.mark.parametrize("change", ["softcap", "more outputs", "its own past"])
+def test_what_the_parser_may_ignore_is_refused_by_the_node(attention, change):
+    """Here without the parser, which refuses some of them today."""
+    graph = Graph(attention)
+    node = graph.nodes("Attention")[1]
+    if change == "softcap":
+        node.attribute.append(helper.make_attribute("softcap", 30.0))
+    elif change == "more outputs":
+        node.output.extend(["more keys"])
+    else:
+        node.input.extend(["past_key_values.0.key"])
+    found = {"softcap": "softcap", "more outputs": "more keys", "its own past": "past_key_values.0.key"}[change]
+    with pytest.raises(GraphError, match=f"attention {re.escape(node.name)} has {found}, which the parser may ignore"):
+        check_nodes(graph.source, graph.part)
 
 
 def test_another_head_count_than_planned_is_refused(api, attention):
@@ -316,9 +462,9 @@ def test_a_cast_cache_is_refused(api, attention):
     node = graph.nodes("Attention")[0]
     wide = graph.before(node, "Cast", [node.input[1]], "wide", to=TensorProto.FLOAT)
     node.input[1] = graph.before(node, "Cast", [wide], "narrow", to=TensorProto.FLOAT16)
-    with pytest.raises(GraphError, match=r"layer 0 has 0 fused .* \(and 2 more"):
+    with pytest.raises(GraphError, match=r"cache present.0.key is cast to fp32 \(and \d more"):
         check(api, graph)
-    network = Network(api.trt, parse(api, graph.source, Messages()).definition)
+    network = Network(api.trt, parse(api, graph.source, Messages()).definition, graph.source.numbers())
     assert list(check_casts(network, graph.part)) == ["cache present.0.key is cast to fp32"]
 
 
@@ -327,7 +473,7 @@ def test_a_cast_weight_is_refused(api, attention):
     node = graph.nodes("Gemm")[0]
     wide = graph.before(node, "Cast", [node.input[1]], "wide", to=TensorProto.FLOAT)
     node.input[1] = graph.before(node, "Cast", [wide], "narrow", to=TensorProto.FLOAT16)
-    with pytest.raises(GraphError, match=r"weight model.layers.0.self_attn.q_proj.weight is cast from fp16 to fp32"):
+    with pytest.raises(GraphError, match=r"weight model.layers.0.self_attn.q_proj.weight is cast to fp32"):
         check(api, graph)
 
 
@@ -373,7 +519,7 @@ def test_what_only_other_operators_make_is_refused(api, attention, changes, word
     """TRT_Attention and TensorRT's own API can set these; a parsed network with them is made by hand here."""
     graph = Graph(attention)
     parsed = parse(api, graph.source, Messages())
-    network = Network(api.trt, parsed.definition)
+    network = Network(api.trt, parsed.definition, graph.source.numbers())
     network.of("ATTENTION_INPUT")[1].details.update(changes)
     with pytest.raises(GraphError, match=words):
         verify(network, graph.part, SIZES)
@@ -390,7 +536,7 @@ def test_values_without_a_softmax_are_refused(api, grouped):
 
 def test_grouped_heads_other_than_planned_are_refused(api, grouped):
     graph = Graph(grouped)
-    network = Network(api.trt, parse(api, graph.source, Messages()).definition)
+    network = Network(api.trt, parse(api, graph.source, Messages()).definition, graph.source.numbers())
     config = graph.variant.config
     more = dataclasses.replace(graph.variant, config=dataclasses.replace(config, num_heads=12))
     with pytest.raises(GraphError, match="layer 0: its output is not taken apart into 12 query heads"):
