@@ -73,7 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """No second call works in `folder` at the same time; files that a killed one left half-written are removed first.
+    """No second call works in `folder` at the same time; what a killed one left half-written is removed first.
 
     Raises UserError.
     """
@@ -90,13 +90,15 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder} is in use: another call is at work there; wait for it, or stop it") from None
-        with _one_line(folder):
-            for left in folder.glob(".*.partial"):
-                left.unlink()
-        yield
+        try:
+            with _one_line(folder):
+                for left in folder.glob(".*.partial"):
+                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # where there is something in it
+                folder.rmdir()
     finally:
-        with contextlib.suppress(OSError):  # where there is something in it
-            folder.rmdir()
         os.close(handle)  # which unlocks it
 
 

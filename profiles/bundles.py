@@ -121,6 +121,7 @@ def weights_of(bundle: Bundle, variant: Variant, backend: str, kind: str) -> dic
         for _, engine in record.engines_of(bundle.path)
         if (engine.variant, engine.part, engine.recipe.backend) == (variant.name, "decoder", backend)
         and engine.recipe.quantize == kind
+        and engine.weight_bytes  # an engine of before says nothing of it
     ]
     return {"dtype": f"{variant.precision}, {kind} weights", "weight_bytes": found[0]} if found else {}
 

@@ -19,17 +19,15 @@ from exporter.errors import EngineError
 from profiles.results import Machine
 
 PACKAGES = (
-    *(
-        "headpool",
-        "torch",
-        "onnx",
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "tensorrt-rtx-cu13",
-        "tensorrt-cu13",
-        "transformers",
-        "numpy",
-    ),
+    "headpool",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt-rtx-cu13",
+    "tensorrt-cu13",
+    "transformers",
+    "numpy",
 )
 CODE = ("exporter", "graphs", "profiles", "runtime", "pyproject.toml", ":(exclude)profiles/results")  # what can change a figure
 ROOT = Path(__file__).resolve().parent.parent

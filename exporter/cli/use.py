@@ -110,7 +110,9 @@ def eval_command(
 
     model = Model.find(path, variant)
     if model.variant is None and (backend, threads, engine_weights) != (options.BACKENDS[0], None, None):
-        raise UserError(f"{path} is a checkpoint, which is scored in eager torch; --backend and --threads are of a bundle")
+        raise UserError(
+            f"{path} is a checkpoint, which is scored in eager torch; --backend, --threads and --engine-weights are of a bundle"
+        )
     compared = Model.find(reference) if reference is not None else None
     check_scoring(model, compared, window)
     ids = model.tokenizer().encode(_read(text) if text else default_text(), special=False)[:limit]
@@ -121,7 +123,7 @@ def eval_command(
         data = {"path": str(path), "nats_per_token": loss.nats_per_token, "tokens": loss.tokens}
         lines = [f"cross-entropy {loss.nats_per_token:.4f} nats a token over {loss.tokens} token{'s' * (loss.tokens > 1)}"]
         if compared is not None:
-            with compared.session(window, backend, threads, engine_weights) as other:
+            with compared.session(window, backend, threads) as other:
                 windows = cut(ids, window, len(ids) // window or 1)
                 same = agreement(session, other, windows, lambda done, n: progress("comparing", done, n))
             data |= {"reference": str(reference), "same_token": same.same_token, "mean_kl": same.mean_kl}

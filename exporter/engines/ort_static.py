@@ -125,10 +125,10 @@ class StaticSession(OrtSession):
         self.check_rewind(length)
         self.lengths[:] = length  # the rows after it are overwritten before they are seen
         self._ahead = 0
-        # Where most are such, S follows the context down, too; not with a few tokens taken back, nor with all of them, as what
-        # comes next is often as long.
         if self._whole:
             return
+        # Where most are such, S follows the context down, too; not with a few tokens taken back, nor with all of them, as what
+        # comes next is often as long.
         if length and self.rows > (rows := next_rows(length, length, self.capacity)) * 5 // 4:
             self._resize(rows)
 

@@ -131,7 +131,7 @@ def _devices(name: str) -> list[Any]:
         except Exception as error:  # the runtime raises classes of its own that have no public base
             raise EngineError(f"{provider.plugin} does not load: {' '.join(str(error).split())[:300]}") from None
         _registered.add(name)
-    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name][:1]  # caches lie on the first
 
 
 _registered: set[str] = set()

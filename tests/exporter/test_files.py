@@ -11,7 +11,7 @@ import pytest
 from exporter.background import Background
 from exporter.checkpoint import scan
 from exporter.errors import UserError
-from exporter.files import new_file, new_folder, refuse_existing
+from exporter.files import alone_in, new_file, new_folder, refuse_existing
 
 
 def test_an_output_that_appears_meanwhile_is_not_written_over(tmp_path: Path) -> None:
@@ -56,3 +56,16 @@ def test_scan_is_the_hash_of_all_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"one")
     (tmp_path / "b").write_bytes(b"two" * 1_000_000)
     assert scan((tmp_path / "a", tmp_path / "b")) == hashlib.sha256(b"one" + b"two" * 1_000_000).hexdigest()
+
+
+def test_what_a_killed_call_left_is_removed_folders_too(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".step-10.partial").mkdir()
+    (tmp_path / "run" / ".step-10.partial" / "weights").write_text("half")
+    (tmp_path / "run" / ".plan.partial").write_text("half")
+    (tmp_path / "run" / "kept").write_text("")
+    with alone_in(tmp_path / "run"):
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
+    with alone_in(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()  # nothing was put into it

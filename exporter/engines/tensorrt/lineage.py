@@ -13,7 +13,7 @@ from exporter.engines.tensorrt.network import Layer, Network, Tensor
 from exporter.engines.tensorrt.quantize import DEQUANTISED
 
 SHAPED = ("SHUFFLE", "UNSQUEEZE", "SQUEEZE")  # layers that change nothing but the shape
-PARTS = ("SLICE", "CONCATENATION")  # of partial rotation, of zeros beside smaller heads
+APART = (0, 2, 1, 3)  # heads before tokens
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,23 @@ def factor(network: Network, given: Tensor | None) -> float:
 
 def lineage(network: Network, given: Tensor | None) -> Lineage:
     """Of `given`; factors are left out (see `factor`)."""
-    layer = maker(network, given)
+    layer = network.producer.get(given.name) if given is not None else None
+    if layer is not None and layer.kind in SHAPED:
+        return (
+            Lineage(None, f"heads and tokens in another order, of {layer.name}")
+            if _mixed(layer)
+            else lineage(network, layer.inputs[0])
+        )
     if layer is None:
         return Lineage(None, f"the input {given.name}" if given is not None else "nothing")
     if layer.kind == "MATRIX_MULTIPLY":
         return Lineage(weight_of(network, layer), "a product of two tensors")
     if layer.kind == "ROTARY_EMBEDDING":
         return _rotated(network, layer)
-    if layer.kind in PARTS:
-        found = {lineage(network, part) for part in layer.inputs[: None if layer.kind == "CONCATENATION" else 1]}
-        return found.pop() if len(found) == 1 else Lineage(None, f"parts of {len(found)} kinds, joined by {layer.name}")
+    if (narrower := padded(layer)) is not None:
+        return lineage(network, narrower)
+    if layer.kind == "CAST" and (normed := _normed(network, maker(network, layer.inputs[0]))) is not None:  # fp32 until then
+        return normed
     if layer.kind == "ELEMENTWISE":
         if (times := scaled(network, layer)) is not None:
             return lineage(network, times[0])
@@ -76,6 +83,25 @@ def lineage(network: Network, given: Tensor | None) -> Lineage:
             if inner is not None:
                 return inner
     return Lineage(None, f"the {layer.kind} layer {layer.name}")
+
+
+def padded(layer: Layer) -> Tensor | None:
+    """What a layer puts zeros beside, for heads of one size (see heads.py)."""
+    whole = layer.inputs[0] if layer.kind == "SLICE" and layer.details["mode"] == "FILL" else None
+    if whole is None or whole.shape[:-1] != layer.outputs[0].shape[:-1] or whole.shape[-1] >= layer.outputs[0].shape[-1]:
+        return None
+    return whole
+
+
+def _mixed(layer: Layer) -> bool:
+    """Whether a layer gives tokens' numbers to other tokens or heads: [B,T,H,D] has to be transposed to [B,H,T,D]."""
+    if layer.kind != "SHUFFLE":
+        return False
+    turns = [turn for turn in layer.details["turns"] if turn != tuple(range(len(turn)))]
+    before, after = (
+        value is not None and len(value.shape) == 4 and value.shape[2] == -1 for value in (layer.inputs[0], layer.outputs[0])
+    )
+    return any(turn != APART for turn in turns) or (after and not before and not turns)
 
 
 def _rotated(network: Network, layer: Layer) -> Lineage:
@@ -96,10 +122,12 @@ def _biased(network: Network, layer: Layer) -> Lineage | None:
     return Lineage(weight) if same else Lineage(None, f"{weight} and {bias.name}")
 
 
-def _normed(network: Network, layer: Layer) -> Lineage | None:
+def _normed(network: Network, layer: Layer | None) -> Lineage | None:
     """RMSNorm of each head: x / √(mean x² + ε), in fp32, times a weight of that name."""
+    if layer is None or layer.kind != "ELEMENTWISE" or layer.details["op"] != "PROD":
+        return None
     x, weight = layer.inputs[:2]
-    if layer.details["op"] != "PROD" or x is None or weight is None:
+    if x is None or weight is None:
         return None
     held = network.behind(weight.name)
     if not any(name.endswith("_norm.weight") for name in held) or held & network.inputs.keys():
@@ -126,5 +154,10 @@ def _gated(network: Network, layer: Layer) -> Lineage | None:
     gate, sigma = silu.inputs[0], maker(network, silu.inputs[1])
     value, its = lineage(network, layer.inputs[0]), lineage(network, gate)
     named = value.weight is not None and its.weight == value.weight.replace(".v_proj.", ".v_gate_proj.") != value.weight
-    same = sigma is not None and sigma.kind == "ACTIVATION" and maker(network, sigma.inputs[0]) is maker(network, gate)
-    return Lineage(value.weight) if named and same else None
+    same = (
+        sigma is not None
+        and sigma.details.get("activation") == "SIGMOID"
+        and maker(network, sigma.inputs[0]) is maker(network, gate)
+    )
+    plain = factor(network, layer.inputs[0]) == factor(network, gate) == 1
+    return Lineage(value.weight) if named and same and plain else None

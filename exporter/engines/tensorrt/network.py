@@ -163,6 +163,14 @@ def _details(trt: Any, kind: str, layer: Any) -> dict[str, Any]:
     if kind == "SLICE":
         layer.__class__ = trt.ISliceLayer
         return {"mode": layer.mode.name}
+    if kind == "SHUFFLE":
+        layer.__class__ = trt.IShuffleLayer
+        given, made = (len(value.shape) for value in (layer.get_input(0), layer.get_output(0)))
+        first, second = layer.first_transpose, layer.second_transpose
+        return {"turns": [tuple(first[axis] for axis in range(given)), tuple(second[axis] for axis in range(made))]}
+    if kind == "ACTIVATION":
+        layer.__class__ = trt.IActivationLayer
+        return {"activation": layer.type.name}
     if kind == "GATHER":
         layer.__class__ = trt.IGatherLayer
         return {"axis": layer.axis}

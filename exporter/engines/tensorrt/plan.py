@@ -97,7 +97,7 @@ def recipe_of(bundle: Bundle, part: Part, api: Api, targets: tuple[str, ...], op
             raise EngineError(one_of("compatible", word, COMPATIBLE))
     if options.compatible and api.rtx:
         raise EngineError("--compatible is of backend tensorrt; a tensorrt-rtx engine runs on the chips that --target names")
-    if variant.dtype != "fp16" and "sm75" in targets:
+    if "sm75" in targets and (variant.dtype == "bf16" or (api.rtx and variant.dtype == "fp32")):
         other = "" if isinstance(variant, Seq2SeqVariant) else ", or export it in fp16"  # which T5 overflows
         lacks = "bf16" if variant.dtype == "bf16" else "products of fp32"
         raise EngineError(f"variant {variant.name} is {variant.dtype}, and sm75 lacks {lacks}; leave sm75 out{other}")

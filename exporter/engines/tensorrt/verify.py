@@ -138,8 +138,11 @@ def check_casts(network: Network, part: Part) -> Iterator[str]:
     for cast in network.of("CAST"):
         given = cast.inputs[0]
         assert given is not None
+        held = network.producer.get(given.name)
         if given.name in caches:
             yield f"cache {given.name} is cast to {cast.details['to']}"
+        elif held is not None and held.kind in ("CONSTANT", "DEQUANTIZE") and _is_matrix(given):
+            yield f"weight {held.name} is cast to {cast.details['to']}"
     for product in network.of("MATRIX_MULTIPLY"):
         weight = product.inputs[1]
         while weight is not None and (layer := maker(network, weight)) is not None and layer.kind == "CAST":

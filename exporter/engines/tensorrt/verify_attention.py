@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from exporter.engines.tensorrt.lineage import factor, lineage, maker, scaled, weight_of
+from exporter.engines.tensorrt.lineage import factor, lineage, maker, padded, scaled, weight_of
 from exporter.engines.tensorrt.network import Layer, Network, Tensor
 from exporter.engines.tensorrt.parts import Attention, Part
 from exporter.engines.tensorrt.verify_mask import mask_flaws
@@ -68,11 +68,8 @@ def source_of(network: Network, given: Tensor | None) -> str:
     if given is None:
         return "nothing"
     layer = network.producer.get(given.name)
-    if layer is not None and layer.kind == "SLICE" and layer.details["mode"] == "FILL":
-        source = layer.inputs[0]
-        assert source is not None
-        wider = source.shape[:3] == given.shape[:3] and source.shape[3] < given.shape[3]
-        return source_of(network, source) if wider else given.name
+    if layer is not None and (narrower := padded(layer)) is not None:
+        return source_of(network, narrower)
     if layer is not None and (times := scaled(network, layer)) is not None:
         return source_of(network, times[0])
     made_by = maker(network, given)

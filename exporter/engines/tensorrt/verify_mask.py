@@ -21,7 +21,7 @@ def mask_flaws(network: Network, mask: Tensor, plan: Attention) -> Iterator[str]
     if missing := [source for source in plan.mask if source not in behind]:
         yield from (f"its mask does not come from {source}" for source in missing)
         return
-    chosen = _chosen(network, mask)
+    chosen = _chosen(network, mask, plan.mask[1] if len(plan.mask) > 1 else None)
     if chosen is None:
         yield "its mask is no choice between rows that are seen and rows that are not"
         return
@@ -36,18 +36,22 @@ def mask_flaws(network: Network, mask: Tensor, plan: Attention) -> Iterator[str]
         yield f"its mask does not let {planned} be seen, and no others"
 
 
-def _chosen(network: Network, mask: Tensor) -> Layer | None:
-    """The SELECT, below what repeats it for each query head of a group and what a bias is added by."""
+def _chosen(network: Network, mask: Tensor, bias: str | None) -> Layer | None:
+    """The SELECT, below what repeats it for each query head of a group and what adds a bias of that weight."""
     layer = maker(network, mask)
     if layer is None or layer.kind == "SELECT":
         return layer
     if layer.kind == "SLICE" and (whole := layer.inputs[0]) is not None:
-        spread = all(before in (after, 1) for before, after in zip(whole.shape, layer.outputs[0].shape, strict=True))
-        return _chosen(network, whole) if spread or layer.details["mode"] == "WRAP" else layer
-    if layer.kind == "ELEMENTWISE" and layer.details["op"] == "SUM":
-        found = [_chosen(network, given) for given in layer.inputs[:2] if given is not None]
-        chosen = [one for one in found if one is not None and one.kind == "SELECT"]
-        return chosen[0] if len(chosen) == 1 else None
+        sizes = zip(whole.shape, layer.outputs[0].shape, strict=False)
+        spread = len(whole.shape) == len(layer.outputs[0].shape) and all(before in (after, 1) for before, after in sizes)
+        return _chosen(network, whole, bias) if spread or layer.details["mode"] == "WRAP" else None
+    if layer.kind == "ELEMENTWISE" and layer.details["op"] == "SUM" and bias is not None:
+        left, right = layer.inputs[:2]
+        for chosen, added in ((left, right), (right, left)):
+            if chosen is None or added is None or bias not in network.behind(added.name, shapes=False):
+                continue
+            if (found := _chosen(network, chosen, None)) is not None:
+                return found
     return None
 
 

@@ -96,6 +96,21 @@ def test_what_a_killed_build_left_is_removed_and_a_second_one_waits_for_none(att
     assert partial_files(attention) == []
 
 
+def test_a_refused_build_leaves_the_first_ones_empty_folder(attention, monkeypatch):
+    """The first is still reading: nothing of it lies there yet."""
+    prepare = stage.prepare
+
+    def meanwhile(*given):
+        with pytest.raises(UserError, match="is in use"):
+            build(attention, OPTIONS)
+        monkeypatch.setattr(stage, "prepare", prepare)
+        return prepare(*given)
+
+    monkeypatch.setattr(stage, "prepare", meanwhile)
+    (built,) = build(attention, OPTIONS)
+    assert built.record.intact(built.folder)
+
+
 class Config:
     """A builder's configuration that takes timing caches as full TensorRT does: `None` of bytes that are none."""
 

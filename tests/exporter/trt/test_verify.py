@@ -273,7 +273,7 @@ def test_what_is_scaled_before_its_rotation_is_refused(api, decoder, tmp_path, p
 
 
 @pytest.mark.parametrize("pattern", ["attention", "grouped"])
-@pytest.mark.parametrize("how", ["sum", "cast", "unrotated", "permuted"])
+@pytest.mark.parametrize("how", ["sum", "cast", "unrotated", "permuted", "exchanged", "untransposed"])
 def test_rows_that_are_not_its_layers_keys_alone_are_refused(api, decoder, tmp_path, pattern, how):
     """Of right names, shapes and weights: values added, precision lost, positions left out, KV heads in another order."""
     graph = Graph(tiny.bundle(tmp_path, decoder, pattern, dtype="fp16"))
@@ -288,10 +288,22 @@ def test_rows_that_are_not_its_layers_keys_alone_are_refused(api, decoder, tmp_p
     elif how == "unrotated":
         key.input[1] = graph.output(key.input[1]).input[0]
         words = "not rotated by its positions"
+    elif how == "exchanged":
+        whole, axis = key.input[1], graph.constant("axis", np.array([1]))
+        ends = [[graph.constant(f"{at}", np.array([at])), graph.constant(f"to {at + 1}", np.array([at + 1]))] for at in (1, 0)]
+        parts = [graph.before(key, "Slice", [whole, *end, axis], f"head {number}") for number, end in enumerate(ends)]
+        key.input[1] = graph.before(key, "Concat", parts, "exchanged", axis=1)
+        words = "made by the CONCATENATION layer exchanged"
+    elif how == "untransposed":  # right for one token
+        key, words = value, "made by heads and tokens in another order"
+        transpose = graph.output(value.input[1])
+        shape = graph.constant("heads before tokens", np.array([2, 2, -1, 16]))
+        value.input[1] = graph.before(value, "Reshape", [transpose.input[0], shape], "untransposed")
     else:
         key.input[1] = graph.before(key, "Gather", [key.input[1], graph.constant("1, 0", np.array([1, 0]))], "order", axis=1)
         words = "made by the GATHER layer order"
-    with pytest.raises(GraphError, match=f"what is written into present.0.key is {words}"):
+    name = "value" if how == "untransposed" else "key"
+    with pytest.raises(GraphError, match=f"what is written into present.0.{name} is {words}"):
         check(api, graph)
 
 
@@ -341,6 +353,36 @@ def test_a_mask_that_hides_what_is_to_be_seen_or_nothing_is_refused(api, decoder
         check(api, graph)
     chosen.input[1], chosen.input[2] = seen, seen
     with pytest.raises(GraphError, match=r"its mask adds 0.0 to rows that are seen and 0.0 to others"):
+        check(api, graph)
+
+
+def test_a_mask_with_a_summand_more_is_refused(api, attention):
+    """A bias is none of a decoder's."""
+    graph = Graph(attention)
+    node = graph.nodes("Attention")[1]
+    more = graph.constant("more", np.full((1, 1, 1, 32), -1e4, np.float16))
+    node.input[3] = graph.before(node, "Add", [node.input[3], more], "mask and more")
+    with pytest.raises(GraphError, match="layer 1: its mask is no choice between rows that are seen and rows that are not"):
+        check(api, graph)
+
+
+def test_a_mask_of_fewer_rows_is_refused(api, attention):
+    graph = Graph(attention)
+    node = graph.nodes("Attention")[1]
+    pads = graph.constant("pads", np.array([0, 0, 0, 0, 0, 0, 0, 1]))
+    longer = graph.before(node, "Pad", [node.input[3], pads], "a row more")
+    bounds = [graph.constant(name, np.array([at])) for name, at in (("from", 1), ("to", 33), ("of axis", 3))]
+    node.input[3] = graph.before(node, "Slice", [longer, *bounds], "a row later")
+    with pytest.raises(GraphError, match="layer 1: its mask"):
+        check(api, graph)
+
+
+def test_a_factor_inside_a_gate_is_refused(api, tmp_path):
+    model = tiny.decoder(dataclasses.replace(tiny.CONFIG, glu_value_dim=8))
+    graph = Graph(tiny.bundle(tmp_path, model, "grouped", dtype="fp16"))
+    product = next(n for n in graph.graph.node if n.op_type == "Mul" and n.name.endswith("layers.0/self_attn/Mul_1"))
+    doubled(graph, product, 0)
+    with pytest.raises(GraphError, match=r"what is written into present.0.value is made by the ELEMENTWISE"):
         check(api, graph)
 
 
