@@ -116,7 +116,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["eval", MODEL, "--variant", "g2"], "model is a checkpoint; --variant names a graph of a bundle"),
     (
         ["eval", MODEL, "--threads", "3"],
-        "{made}/model is a checkpoint, which is scored in eager torch; --backend and --threads are",
+        "{made}/model is a checkpoint, which is scored in eager torch; --backend, --threads and --engine-weights are",
     ),
     (["eval", MODEL, "--backend", "tensorrt"], "is a checkpoint, which is scored in eager torch"),
     (["eval", MODEL + "/config.json"], "config.json is not a checkpoint"),
