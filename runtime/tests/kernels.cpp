@@ -19,7 +19,7 @@ struct Dot {
 
 void test_linear(const Kernels& kernels) {
   for (size_t M = 1; M <= 25; ++M)
-    for (size_t K : {1, 3, 16, 33, 64, 131, 200})
+    for (size_t K : {1, 3, 16, 33, 64, 131, 200, 4101})  // the last: few rows are more than a first-level cache
       for (size_t N : {1, 5, 18}) {
         const bool with_bias = pick(0, 1), with_residual = pick(0, 1);
         const Floats x = normal(M * K), w = normal(N * K), bias = normal(with_bias * N),
@@ -135,7 +135,7 @@ void test_gated(const Kernels& kernels) {
   for (size_t M = 1; M <= FEW_ROWS; ++M)
     for (size_t N : {1, 31, 32, 70})
       for (const Activation kind : ACTIVATIONS) {
-        const size_t K = one_of({1, 7, 32, 65}), n0 = pick(0, N - 1), n1 = pick(n0, N);
+        const size_t K = one_of({1, 7, 32, 65, 4101}), n0 = pick(0, N - 1), n1 = pick(n0, N);
         const float deviation = one_of({1, 20});  // so that gates of hundreds are among them
         const Floats x = normal(M * K, deviation), gate = normal(N * K), up = normal(N * K);
         const Floats gate_bias = normal(pick(0, 1) * N), up_bias = normal(pick(0, 1) * N);
