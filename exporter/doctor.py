@@ -20,7 +20,7 @@ import onnx_ir as ir
 import psutil
 
 from exporter.config import CacheForm, ModelConfig
-from exporter.engines.providers import CUDA, PROVIDERS, TENSORRT, TENSORRT_RTX, require_provider, start
+from exporter.engines.providers import CUDA, PROVIDERS, TENSORRT, TENSORRT_RTX, check_form, require_provider, start
 from exporter.engines.tensorrt.api import load
 from exporter.engines.tensorrt.device import check_device, compute_capability
 from exporter.errors import EngineError
@@ -110,6 +110,7 @@ def check_runs(
 
     It takes milliseconds, and tells what a whole model would after minutes of export. Raises EngineError where none opens.
     """
+    check_form(provider, pattern, cache, "a graph")
     for count in sorted(set(config.kv_heads)):
         static, data = cache == "static", DTYPES[dtype]
         node = standalone(config.num_heads, count, config.head_dim, static, data, value_dim=config.value_dim)

@@ -86,8 +86,15 @@ class Generation:
         self.count = min(max_new_tokens, limit - longest + 1) if capacity is None else max_new_tokens
         self.cut = self.count < max_new_tokens
         started = time.perf_counter()
-        given: dict[str, Any] = {"backend": backend, "threads": threads, "engine_weights": engine_weights}
-        self.session = open_session(bundle, variant, batch=len(prompts.ids), capacity=rows, **given)
+        self.session = open_session(
+            bundle,
+            variant,
+            backend=backend,
+            batch=len(prompts.ids),
+            capacity=rows,
+            threads=threads,
+            engine_weights=engine_weights,
+        )
         self.load = time.perf_counter() - started
         self.new: list[list[int]] = [[] for _ in prompts.ids]
         self.seconds: list[float] = []  # of each token, the first after prefill
@@ -179,8 +186,14 @@ class Model:
     def session(self, capacity: int, backend: str, threads: int | None, engine_weights: str | None = None) -> Session:
         """Of batch 1, with room for `capacity` tokens."""
         if isinstance(self.source, Bundle):
-            given: dict[str, Any] = {"backend": backend, "threads": threads, "engine_weights": engine_weights}
-            return open_session(self.source, self.variant, capacity=capacity, **given)
+            return open_session(
+                self.source,
+                self.variant,
+                backend=backend,
+                capacity=capacity,
+                threads=threads,
+                engine_weights=engine_weights,
+            )
         from exporter.engines.torch_eager import open_torch
 
         return open_torch(self.source, capacity=capacity)

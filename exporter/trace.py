@@ -159,8 +159,8 @@ def _build(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
 
 @contextlib.contextmanager
 def swift() -> Iterator[None]:
-    """A third of a trace's time less: nobody looks for garbage among the objects that it makes by the million, and the parts
-    share what torch.onnx.export reads of torchlib."""
+    """Nobody looks for garbage among the objects that a trace makes by the million, and the parts share what torch.onnx.export
+    reads of torchlib."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -172,8 +172,8 @@ def swift() -> Iterator[None]:
 
 
 def _torchlib_read_once() -> contextlib.AbstractContextManager[object]:
-    """torch.onnx.export reads all of torchlib anew in each call, 0.4 s. That it does so by this method is its own affair:
-    where another torch does not, nothing is shared and nothing is lost."""
+    """torch.onnx.export reads all of torchlib anew in each call. That it does so by this method is its own affair: where
+    another torch does not, nothing is shared and nothing is lost."""
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 

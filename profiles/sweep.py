@@ -19,8 +19,6 @@ from exporter.config import ModelConfig
 from exporter.convert import Converter
 from exporter.doctor import check_runs
 from exporter.engines import BACKENDS
-from exporter.engines.providers import PROVIDERS
-from exporter.engines.tensorrt.parts import PATTERNS as ENGINE_PATTERNS
 from exporter.engines.torch_eager import open_torch
 from exporter.errors import EngineError, UserError, one_of
 from exporter.evaluate import agreement, check_text, cross_entropy, cut, default_text
@@ -86,13 +84,6 @@ def _check_backend(config: ModelConfig, options: SweepOptions) -> None:
     if options.backend not in BACKENDS:
         raise EngineError(one_of("backend", options.backend, BACKENDS))
     backend = BACKENDS[options.backend]
-    provider = PROVIDERS.get(backend.options.get("provider", ""))
-    for pattern in options.export.patterns if provider is not None and provider.compiles else ():
-        if pattern not in ENGINE_PATTERNS or options.export.cache == "concat":
-            raise EngineError(
-                f"{options.backend} takes the patterns {' and '.join(ENGINE_PATTERNS)} with a static cache, not {pattern} with "
-                f"{options.export.cache or 'its own'}; choose with --pattern and --cache"
-            )
     if backend.runtime != "onnxruntime":
         raise EngineError(
             f"sweep builds no engines, and {options.backend} runs nothing else; take the steps one by one: headpool export, "

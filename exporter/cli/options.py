@@ -20,8 +20,12 @@ QUANTIZE = ("int8", "int8-zp", "int8-128", "int8-128-zp", "int4", "int4-zp", "in
 CACHE_DTYPES = ("fp16", "int8")
 FFN_KINDS = ("relu", "gelu", "swish", "glu", "bilinear", "reglu", "geglu", "swiglu")
 BACKENDS = (
-    *("onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"),
-    *("tensorrt", "tensorrt-rtx"),
+    "onnxruntime",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "onnxruntime-tensorrt-rtx",
+    "tensorrt",
+    "tensorrt-rtx",
 )
 
 

@@ -28,7 +28,7 @@ def matched(value: Tensor, gate: Tensor, moments: Tensor) -> tuple[Tensor, Tenso
 
 def _match(value: Tensor, gate: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One group: [m,Dv,e] → [Dv,e], [Dv,e], [m,Dv,Dv]."""
-    from scipy.optimize import linear_sum_assignment  # a third of a second, which only this needs
+    from scipy.optimize import linear_sum_assignment  # slow to import, and only this needs it
 
     m, Dv = value.shape[:2]
     shared, shared_gate = value[0], gate[0]

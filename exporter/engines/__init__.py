@@ -75,9 +75,9 @@ def open_session(
         raise EngineError(f"backend {backend} needs {entry.runtime}, which is not installed: {entry.install}") from None
     given = {**entry.options, **options}
     if engine_weights is not None:
-        if "tensorrt" not in entry.module:
+        if entry.runtime == "onnxruntime":
             raise EngineError(
                 f"--engine-weights {engine_weights} is of the backends tensorrt and tensorrt-rtx, not of {backend}"
             )
-        given["quantize"] = engine_weights
+        given["engine_weights"] = engine_weights
     return module.open_session(bundle, variant, batch=batch, capacity=capacity, threads=threads, profile_to=profile_to, **given)

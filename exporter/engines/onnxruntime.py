@@ -17,8 +17,7 @@ from exporter.engines.operators import operator_library
 from exporter.engines.ort_concat import ConcatSession
 from exporter.engines.ort_seq2seq import OrtSeq2SeqSession
 from exporter.engines.ort_static import StaticSession
-from exporter.engines.providers import CPU, PROVIDERS, compiling_options, fixed, require_provider, start
-from exporter.engines.tensorrt.parts import PATTERNS
+from exporter.engines.providers import CPU, PROVIDERS, check_form, compiling_options, fixed, require_provider, start
 from exporter.errors import EngineError, one_of
 
 TYPES = {  # as sessions call those of their inputs and outputs
@@ -84,14 +83,10 @@ def _sizes(variant: Variant, provider: str, batch: int, capacity: int) -> dict[s
     """The dimensions that a provider which compiles engines has to know; none for others. Raises EngineError."""
     if not PROVIDERS[provider].compiles:
         return {}
-    backend = PROVIDERS[provider].backend
     if isinstance(variant, Seq2SeqVariant):
+        backend = PROVIDERS[provider].backend
         raise EngineError(f"{backend} runs decoders; an encoder-decoder runs on onnxruntime-cuda, tensorrt and tensorrt-rtx")
-    if variant.pattern not in PATTERNS or variant.cache != "static":
-        raise EngineError(
-            f"variant {variant.name} ({variant.pattern}, {variant.cache} cache) does not run on {backend}, which takes the "
-            f"patterns {' and '.join(PATTERNS)} with a static cache: headpool export … --pattern attention"
-        )
+    check_form(provider, variant.pattern, variant.cache, f"variant {variant.name}")
     return {"batch": batch, "capacity": capacity}
 
 

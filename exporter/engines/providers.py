@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.config import CacheForm
 from exporter.contract import Binding
+from exporter.engines.tensorrt.parts import ENGINE_PATTERNS, is_engine_form
 from exporter.errors import EngineError
 
 CPU = "CPUExecutionProvider"
@@ -23,14 +25,14 @@ INSTALL_CUDA = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'onnxr
 class Provider:
     """`backend` is headpool's word for it. `options` is the prefix of the provider's own options where it compiles engines,
     which hold for one batch and one capacity; `plugin` the module that brings it where ONNX Runtime is built without it;
-    `library` the module that brings what it links, of version 10."""
+    `links` the module that brings what it links, of version 10."""
 
     backend: str
     device: str
     install: str
     options: str = ""
     plugin: str = ""
-    library: str = ""
+    links: str = ""
 
     @property
     def compiles(self) -> bool:
@@ -41,7 +43,7 @@ PROVIDERS = {
     CPU: Provider("onnxruntime", "cpu", "pip install onnxruntime"),
     CUDA: Provider("onnxruntime-cuda", "cuda", INSTALL_CUDA),
     # Its library wants that of TensorRT 10, which headpool build's backend tensorrt, of 11, is not.
-    TENSORRT: Provider("onnxruntime-tensorrt", "cuda", f"{INSTALL_CUDA} 'tensorrt-cu13>=10.15,<11'", "trt", library="tensorrt"),
+    TENSORRT: Provider("onnxruntime-tensorrt", "cuda", f"{INSTALL_CUDA} 'tensorrt-cu13>=10.15,<11'", "trt", links="tensorrt"),
     TENSORRT_RTX: Provider(
         "onnxruntime-tensorrt-rtx",
         "cuda",
@@ -62,8 +64,18 @@ def require_provider(name: str) -> None:
             raise EngineError(f"{here} finds no GPU for {name}; it needs an NVIDIA GPU of the Ampere generation or later")
     elif name not in (available := onnxruntime.get_available_providers()):
         raise EngineError(f"{here} has no {name} (it has {', '.join(available)}): {provider.install}")
-    if provider.library:
+    if provider.links:
         _link(provider)
+
+
+def check_form(name: str, pattern: str, cache: CacheForm, what: str) -> None:
+    """Refuse a form of graph, of `what`, that a provider which compiles engines does not take. Raises EngineError."""
+    provider = PROVIDERS[name]
+    if provider.compiles and not is_engine_form(pattern, cache):
+        raise EngineError(
+            f"{what} ({pattern}, {cache} cache) does not run on {provider.backend}, which takes the patterns "
+            f"{' and '.join(ENGINE_PATTERNS)} with a static cache: headpool export … --pattern attention"
+        )
 
 
 def start(graph: str | bytes | Path, options: Any, name: str, own: dict[str, str] | None = None) -> Any:
@@ -103,15 +115,14 @@ def compiling_options(
 
 
 def _link(provider: Provider) -> None:
-    """Load the library that the provider links: the loader would not look for it in a Python package. Raises EngineError."""
+    """Load what the provider links: the loader would not look for it in a Python package. Raises EngineError."""
+    need = f"backend {provider.backend} needs {provider.links} 10"
     try:
-        version = importlib.import_module(provider.library).__version__
+        version = importlib.import_module(provider.links).__version__
     except (ImportError, AttributeError) as error:
-        raise EngineError(
-            f"backend {provider.backend} needs {provider.library} 10, not here ({error}): {provider.install}"
-        ) from None
+        raise EngineError(f"{need}, not here ({error}): {provider.install}") from None
     if version.partition(".")[0] != "10":
-        raise EngineError(f"backend {provider.backend} needs {provider.library} 10, here is {version}: {provider.install}")
+        raise EngineError(f"{need}, here is {version}: {provider.install}")
 
 
 def _devices(name: str) -> list[Any]:

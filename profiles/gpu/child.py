@@ -10,16 +10,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from profiles.gpu import steps
 from profiles.gpu.place import Place
-from profiles.gpu.steps import STEPS, Step
+from profiles.gpu.steps import BACKENDS, STEPS, Step
 from profiles.machine import fingerprint, versions
 
 
 def check(place: Place) -> dict[str, Any]:
     """The machine, its software, and which backends cannot run here: {"missing": {backend: reason}}."""
     missing: dict[str, str] = {}
-    for backend in steps.BACKENDS:
+    for backend in BACKENDS:
         try:
             _need(backend, place.device)
         except Exception as error:  # the reason is the answer
@@ -30,7 +29,7 @@ def check(place: Place) -> dict[str, Any]:
 def _need(backend: str, device: str) -> None:
     """Raises with the reason why `backend` cannot run on `device`."""
     from exporter.doctor import check_provider
-    from exporter.engines import BACKENDS
+    from exporter.engines import BACKENDS as SESSIONS
     from exporter.engines.tensorrt.api import load
     from exporter.engines.tensorrt.device import missing
     from profiles.gpu.latency import backend_name
@@ -42,7 +41,7 @@ def _need(backend: str, device: str) -> None:
     if (why := missing()) is not None:
         raise RuntimeError(f"no GPU: {why}")
     if backend.startswith("onnxruntime"):
-        check_provider(BACKENDS[backend_name(backend, device)].options["provider"])
+        check_provider(SESSIONS[backend_name(backend, device)].options["provider"])
     elif backend != "torch":
         load(backend)
 

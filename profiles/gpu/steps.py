@@ -70,7 +70,8 @@ ALWAYS = ("check", "report")  # the first and the last, whatever is chosen
 def chosen(words: tuple[str, ...]) -> tuple[Step, ...]:
     """The steps whose name has each part of one of `words` ("latency.layers", "onnxruntime"); all without words.
 
-    What a step needs comes along: the export of its model. Raises ValueError for a word that fits none.
+    What a step needs comes along: the export of its model, the latency that it breaks down. Raises ValueError for a word that
+    fits none.
     """
     if not words:
         return STEPS
@@ -80,4 +81,5 @@ def chosen(words: tuple[str, ...]) -> tuple[Step, ...]:
         if not fitting:
             raise ValueError(f"step {word!r} is not one of {', '.join(step.name for step in STEPS)}, or a part of one")
         names |= {step.name for step in fitting} | {f"export.{step.model}" for step in fitting if step.model}
+        names |= {step.name.replace("breakdown", "latency") for step in fitting}
     return tuple(step for step in STEPS if step.name in names)

@@ -101,7 +101,7 @@ class Suite:
                 return "nothing that would run its graphs can run here"
         if step.backend not in ("", "torch") and export.get("status") in ("failed", "skipped"):
             return f"{export['step']} was {export['status']}"
-        if step.kind == "breakdown" and not (self.out / f"{step.model}-{step.backend}.json").is_file():
+        if step.kind == "breakdown" and self.found(step.name.replace("breakdown", "latency")).get("status") != "done":
             return "its latency was not measured"
         if step.kind == "report" and not any(self.out.glob("*-*.json")):
             return "there are no results"

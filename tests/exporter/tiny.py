@@ -29,6 +29,18 @@ CONFIG = ModelConfig(
     rope=RopeConfig(theta=100.0),
 )
 
+# Another, as a checkpoint's config.json.
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
+
 
 def decoder(config: ModelConfig = CONFIG) -> Decoder:
     generator = torch.Generator().manual_seed(5)

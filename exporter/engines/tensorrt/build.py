@@ -56,20 +56,22 @@ def build(bundle: Bundle, options: BuildOptions, progress: Progress | None = Non
     try:
         with alone_in(folder):
             for index, (part, recipe) in enumerate(plans):
-                name = _stem(part, recipe)
-                there = {item.file: item for item in record.read(folder)}
-                old = there.get(f"{name}.engine")
-                fresh = old is None or old.recipe != recipe or not old.intact(folder)
-                if fresh:
-                    new = _build_one(bundle, part, recipe, api, folder, partial(_share, report, f"building {part.label}"))
-                    there[new.file] = new
-                    record.write(folder, tuple(there[file] for file in sorted(there)))
-                built.append(Built(folder, there[f"{name}.engine"], fresh))
+                built.append(_keep_or_build(bundle, part, recipe, api, folder, report))
                 report("engines", index + 1, len(plans))
     finally:
-        with contextlib.suppress(OSError):  # where there are any, or a log
+        with contextlib.suppress(OSError):  # where there are engines, or a log
             folder.parent.rmdir()
     return built
+
+
+def _keep_or_build(bundle: Bundle, part: Part, recipe: Recipe, api: Api, folder: Path, report: Progress) -> Built:
+    file, there = f"{_stem(part, recipe)}.engine", {item.file: item for item in record.read(folder)}
+    old = there.get(file)
+    if old is not None and old.recipe == recipe and old.intact(folder):
+        return Built(folder, old, fresh=False)
+    there[file] = _build_one(bundle, part, recipe, api, folder, partial(_share, report, f"building {part.label}"))
+    record.write(folder, tuple(there[name] for name in sorted(there)))
+    return Built(folder, there[file], fresh=True)
 
 
 def _share(report: Progress, what: str, thousandths: int) -> None:

@@ -31,6 +31,12 @@ def maker(network: Network, given: Tensor | None) -> Layer | None:
     return maker(network, layer.inputs[0]) if layer is not None and layer.kind in SHAPED else layer
 
 
+def uncast(network: Network, given: Tensor | None) -> Layer | None:
+    """The layer that makes `given`, whatever reshaped or cast it on the way."""
+    layer = maker(network, given)
+    return uncast(network, layer.inputs[0]) if layer is not None and layer.kind == "CAST" else layer
+
+
 def weight_of(network: Network, layer: Layer) -> str | None:
     """The weight that a linear layer multiplies by, dequantised or as it is."""
     other = layer.inputs[1] if layer.kind == "MATRIX_MULTIPLY" else None
@@ -60,14 +66,12 @@ def factor(network: Network, given: Tensor | None) -> float:
 def lineage(network: Network, given: Tensor | None) -> Lineage:
     """Of `given`; factors are left out (see `factor`)."""
     layer = network.producer.get(given.name) if given is not None else None
-    if layer is not None and layer.kind in SHAPED:
-        return (
-            Lineage(None, f"heads and tokens in another order, of {layer.name}")
-            if _mixed(layer)
-            else lineage(network, layer.inputs[0])
-        )
     if layer is None:
         return Lineage(None, f"the input {given.name}" if given is not None else "nothing")
+    if _mixed(layer):
+        return Lineage(None, f"heads and tokens in another order, of {layer.name}")
+    if layer.kind in SHAPED:
+        return lineage(network, layer.inputs[0])
     if layer.kind == "MATRIX_MULTIPLY":
         return Lineage(weight_of(network, layer), "a product of two tensors")
     if layer.kind == "ROTARY_EMBEDDING":
@@ -132,18 +136,12 @@ def _normed(network: Network, layer: Layer | None) -> Lineage | None:
     held = network.behind(weight.name)
     if not any(name.endswith("_norm.weight") for name in held) or held & network.inputs.keys():
         return None
-    divided = _uncast(network, x)
+    divided = uncast(network, x)
     if divided is None or divided.kind != "ELEMENTWISE" or divided.details["op"] != "DIV":
         return None
     given = divided.inputs[0]
-    while given is not None and (before := network.producer.get(given.name)) is not None and before.kind == "CAST":
-        given = before.inputs[0]
-    return lineage(network, given)
-
-
-def _uncast(network: Network, given: Tensor) -> Layer | None:
-    layer = maker(network, given)
-    return maker(network, layer.inputs[0]) if layer is not None and layer.kind == "CAST" else layer
+    wide = network.producer.get(given.name) if given is not None else None
+    return lineage(network, wide.inputs[0] if wide is not None and wide.kind == "CAST" else given)
 
 
 def _gated(network: Network, layer: Layer) -> Lineage | None:
@@ -154,10 +152,8 @@ def _gated(network: Network, layer: Layer) -> Lineage | None:
     gate, sigma = silu.inputs[0], maker(network, silu.inputs[1])
     value, its = lineage(network, layer.inputs[0]), lineage(network, gate)
     named = value.weight is not None and its.weight == value.weight.replace(".v_proj.", ".v_gate_proj.") != value.weight
-    same = (
-        sigma is not None
-        and sigma.details.get("activation") == "SIGMOID"
-        and maker(network, sigma.inputs[0]) is maker(network, gate)
-    )
+    if sigma is None or sigma.details.get("activation") != "SIGMOID":
+        return None
+    same = maker(network, sigma.inputs[0]) is maker(network, gate)
     plain = factor(network, layer.inputs[0]) == factor(network, gate) == 1
     return Lineage(value.weight) if named and same and plain else None

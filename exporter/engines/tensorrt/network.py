@@ -74,7 +74,7 @@ class Layer:
 class Network:
     """The layers of an INetworkDefinition, and who makes and who takes each tensor.
 
-    `numbers` are constants by name whose values TensorRT's Python does not tell, as those in bf16 (see weights.py).
+    `numbers` are the graph's constants of one number by name (see weights.py): TensorRT's Python tells none of bf16.
     """
 
     def __init__(self, trt: Any, definition: Any, numbers: Mapping[str, float]) -> None:
@@ -157,7 +157,7 @@ def _details(trt: Any, kind: str, layer: Any) -> dict[str, Any]:
     if kind == "ELEMENTWISE":
         layer.__class__ = trt.IElementWiseLayer
         return {"op": layer.op.name}
-    if kind == "CONSTANT" and (out := layer.get_output(0)).dtype in (trt.float32, trt.float16) and math.prod(out.shape) == 1:
+    if kind == "CONSTANT" and math.prod(layer.get_output(0).shape) == 1 and layer.get_output(0).dtype == trt.float32:
         layer.__class__ = trt.IConstantLayer
         return {"value": float(layer.weights.reshape(-1)[0])}
     if kind == "SLICE":

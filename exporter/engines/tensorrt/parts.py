@@ -12,18 +12,24 @@ from typing import Literal
 
 from exporter import contract, contract_seq2seq
 from exporter.bundle import Seq2SeqVariant, Variant
+from exporter.config import CacheForm
 from exporter.contract import Binding
 
 Name = Literal["decoder", "encoder"]
-PATTERNS = ("attention", "grouped")
+ENGINE_PATTERNS = ("attention", "grouped")
+
+
+def is_engine_form(pattern: str, cache: CacheForm) -> bool:
+    """Whether TensorRT takes graphs of that form."""
+    return pattern in ENGINE_PATTERNS and cache == "static"
 
 
 def unfit(variant: Variant) -> str | None:
     """Why `variant` cannot become an engine; None where it can."""
-    if variant.pattern not in PATTERNS or variant.cache != "static":
+    if not is_engine_form(variant.pattern, variant.cache):
         return (
             f"{variant.name} ({variant.pattern}, {variant.cache} cache) cannot become an engine; TensorRT takes the patterns "
-            f"{' and '.join(PATTERNS)} with a static cache: headpool export … --pattern attention"
+            f"{' and '.join(ENGINE_PATTERNS)} with a static cache: headpool export … --pattern attention"
         )
     size = max(variant.config.head_dim, variant.config.value_dim)
     if variant.pattern == "attention" and (size % 8 or not 16 <= size <= 256):

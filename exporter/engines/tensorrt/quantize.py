@@ -101,9 +101,7 @@ def _dequantize(source: Source, tensor: onnx.TensorProto, kind: str, dtype: str)
     element, numpy_dtype = ELEMENTS[dtype]
     if tensor.data_type != element or len(shape) != 2:
         raise GraphError(f"{source.path.name}: weight {name} is no {dtype} matrix; only those are quantised")
-    block = next((block for block in BLOCKS if shape[1] % block == 0), None)
-    if block is None:
-        raise GraphError(f"weight {name} has {shape[1]} columns, which is no multiple of 16; it cannot be quantised in blocks")
+    block = next(block for block in BLOCKS if shape[1] % block == 0)  # check_quantize has seen to it
     if name in source.arrays:
         values = source.arrays.pop(name).view(numpy_dtype)
         del source.places[name]

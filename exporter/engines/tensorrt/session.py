@@ -35,15 +35,15 @@ def open_session(
     threads: int | None = None,
     profile_to: str | Path | None = None,
     backend: str = "tensorrt-rtx",
-    quantize: str | None = None,
+    engine_weights: str | None = None,
 ) -> Session:
-    """`capacity` is at most the engine's; `quantize` None prefers plain weights. `threads` are of no use here.
+    """`capacity` is at most the engine's; `engine_weights` None prefers plain ones. `threads` are of no use here.
 
     With `profile_to`, `close()` writes the times of the engine's layers (of an encoder-decoder the decoder's) in each decode
     step; decoding then does without its CUDA graph. Raises EngineError.
     """
     api = load(backend)
-    wanted = record.Wanted(backend, api.version, batch, capacity, quantize)
+    wanted = record.Wanted(backend, api.version, batch, capacity, engine_weights)
     record.choose(bundle, variant, wanted)  # what is not there needs no GPU to know
     check_device()
     device = compute_capability()

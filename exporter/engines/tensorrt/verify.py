@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from exporter import contract
-from exporter.engines.tensorrt.lineage import factor, lineage, maker, weight_of
+from exporter.engines.tensorrt.lineage import factor, lineage, maker, uncast, weight_of
 from exporter.engines.tensorrt.network import Layer, Network, Tensor
 from exporter.engines.tensorrt.parts import Part, shape
 from exporter.engines.tensorrt.verify_attention import check_fused, check_grouped
@@ -144,12 +144,9 @@ def check_casts(network: Network, part: Part) -> Iterator[str]:
         elif held is not None and held.kind in ("CONSTANT", "DEQUANTIZE") and _is_matrix(given):
             yield f"weight {held.name} is cast to {cast.details['to']}"
     for product in network.of("MATRIX_MULTIPLY"):
-        weight = product.inputs[1]
-        while weight is not None and (layer := maker(network, weight)) is not None and layer.kind == "CAST":
-            weight = layer.inputs[0]
-            held = maker(network, weight)
-            if held is not None and held.kind in ("CONSTANT", "DEQUANTIZE"):
-                yield f"weight {held.name} is cast to {layer.details['to']}"
+        last, held = maker(network, product.inputs[1]), uncast(network, product.inputs[1])
+        if last is not held and held is not None and held.kind in ("CONSTANT", "DEQUANTIZE"):
+            yield f"weight {held.name} is cast on its way to {product.name}"
         kinds = {given.dtype for given in product.inputs if given is not None}
         if kinds != {dtype}:
             yield f"{product.name} multiplies {' by '.join(sorted(kinds))}, planned {dtype}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from exporter.engines.tensorrt.lineage import SHAPED, maker
+from exporter.engines.tensorrt.lineage import SHAPED, maker, uncast
 from exporter.engines.tensorrt.network import Layer, Network, Tensor
 from exporter.engines.tensorrt.parts import Attention
 
@@ -92,9 +92,7 @@ def _input(network: Network, given: Tensor | None) -> str | None:
 
 def written_rows(network: Network, rows: Tensor | None) -> bool:
     """Whether `rows` are the first position of each sequence's new tokens."""
-    layer = maker(network, rows)
-    while layer is not None and layer.kind == "CAST":
-        layer = maker(network, layer.inputs[0])
+    layer = uncast(network, rows)
     if layer is None or layer.kind != "GATHER" or layer.inputs[1] is None:
         return False
     first = layer.details["axis"] == 1 and network.scalar(layer.inputs[1].name) == 0

@@ -188,6 +188,10 @@ EARLY: list[tuple[list[str], str]] = [
         "sweep builds no engines, and tensorrt-rtx runs nothing else; take the steps one by one: headpool export, "
         "headpool build --backend tensorrt-rtx, headpool profile --backend tensorrt-rtx",
     ),
+    (
+        ["sweep", MODEL, "out", "--contexts", "4", "--backend", "onnxruntime-tensorrt", "--pattern", "gqa"],
+        "a graph (gqa, static cache) does not run on onnxruntime-tensorrt, which takes the patterns attention and grouped ",
+    ),
     (["sweep", MODEL, MODEL + "/out"], "{made}/model/out is inside {made}/model, which is only read; choose a place outside"),
     (
         ["profile", BUNDLE, "--contexts", "8", "--out", BUNDLE + "/x.json"],

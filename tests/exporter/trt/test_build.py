@@ -1,13 +1,10 @@
-"""Engines built on a machine without a GPU: what is written, kept, taken up again, refused, and left behind by a failure."""
+"""Engines built on a machine without a GPU: what is written, kept, taken up again, and left behind by a failure."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -15,8 +12,6 @@ import pytest
 import tiny
 
 from exporter.bundle import Bundle
-from exporter.cli import _run
-from exporter.engines import open_session
 from exporter.engines.tensorrt import build as stage
 from exporter.engines.tensorrt import compile as compiling
 from exporter.engines.tensorrt import plan as planning
@@ -246,102 +241,12 @@ def test_builds_outside_the_main_thread(attention):
     assert results[0][0].record.intact(results[0][0].folder)
 
 
-REFUSALS = [
-    ({"capacity": 401}, "capacity 401 is not a whole number from 1 to 400, the model's context"),
-    ({"prefill": 33}, "prefill 33 is not a whole number from 1 to 32, the capacity"),
-    ({"batch": 0}, "batch 0 is not a whole number from 1 to 65536"),
-    ({"optimisation": 6}, "optimisation level 6 is not a whole number from 0 to 5"),
-    ({"workspace": 0}, "workspace 0 MiB is not a whole number from 1"),
-    ({"targets": ("sm90",)}, "target 'sm90' is not one of sm75, sm80, sm86, sm89, sm120, sm121, here"),
-    ({"targets": ("sm89", "sm89")}, "targets sm89, sm89: name each once, and here alone"),
-    ({"targets": ("here", "sm89")}, "targets here, sm89: name each once, and here alone"),
-    ({"targets": ("here",)}, "TensorRT engines run on an NVIDIA GPU: "),
-    ({"backend": "tensorrt"}, "backend tensorrt needs tensorrt, which is not installed: pip install"),
-    ({"backend": "openvino"}, "backend 'openvino' is not one of tensorrt, tensorrt-rtx"),
-    ({"compatible": ("version",)}, "--compatible is of backend tensorrt"),
-    (
-        {"strip": True},
-        "builds an engine without weights on the GPU it is for; leave --strip out, or build there with --target here",
-    ),
-    ({"quantize": "fp8"}, "sm86 lacks fp8, which starts with sm89; leave out of --target"),
-    ({"variants": ("x",)}, "variant 'x' is not one of v"),
-]
-
-
-@pytest.mark.usefixtures("bare")
-@pytest.mark.parametrize(("changes", "words"), REFUSALS, ids=[str(changes) for changes, _ in REFUSALS])
-def test_what_cannot_be_is_refused_before_anything_is_built(attention, changes, words):
-    with pytest.raises((EngineError, BundleError)) as caught:
-        build(attention, dataclasses.replace(OPTIONS, **changes))
-    assert words in str(caught.value)
-    assert not (attention.path / "engines").exists()
-
-
-def test_a_gpu_that_the_library_does_not_name_is_left_to_its_builder(attention, monkeypatch):
-    """sm90 has no name in TensorRT for RTX; where it is the GPU here, the builder is asked for "the current one"."""
-    monkeypatch.setattr("exporter.engines.tensorrt.device.compute_capability", lambda: "sm90")
-    with pytest.raises(EngineError, match=r"did not build|takes no profile"):
-        build(attention, dataclasses.replace(OPTIONS, targets=("here",)))
-    assert not list(attention.path.rglob("*.engine"))
-
-
-def test_bf16_is_refused_for_a_chip_without_it(decoder, tmp_path):
-    bundle = tiny.bundle(tmp_path, decoder, "attention", dtype="bf16")
-    with pytest.raises(EngineError, match=r"variant v is bf16, and sm75 lacks bf16; leave sm75 out, or export it in fp16"):
-        build(bundle, dataclasses.replace(OPTIONS, targets=("sm75", "sm89")))
-
-
-def test_fp32_is_refused_for_a_chip_without_its_products(decoder, tmp_path):
-    with pytest.raises(EngineError, match=r"variant v is fp32, and sm75 lacks products of fp32; leave sm75 out, or export"):
-        build(tiny.bundle(tmp_path, decoder, "grouped"), dataclasses.replace(OPTIONS, targets=("sm75", "sm89")))
-    assert not (tmp_path / "engines").exists()
-
-
-def test_what_cannot_become_an_engine_costs_the_others_nothing(attention, decoder):
-    """Without --variant; by name it is refused."""
-    other = tiny.bundle(attention.path, decoder, "gqa", dtype="fp16").variants[0]
-    both = Bundle(attention.path, (dataclasses.replace(other, name="w"), *attention.variants))
-    assert [item.record.variant for item in build(both, OPTIONS)] == ["v"]
-    with pytest.raises(BundleError, match=r"variant w \(gqa, static cache\) cannot become an engine"):
-        build(both, dataclasses.replace(OPTIONS, variants=("v", "w")))
-    with pytest.raises(EngineError, match=r"variant w \(gqa, static cache\) cannot become an engine"):
-        open_session(both, "w", backend="tensorrt-rtx")
-
-
 def test_what_fails_before_the_builder_leaves_nothing(attention):
     path = attention.path / attention.variants[0].graph
     path.write_bytes(b"not a graph")
     with pytest.raises(BundleError, match=r"is not an ONNX graph: .*; export the bundle again$"):
         build(attention, OPTIONS)
     assert not (attention.path / "engines").exists()
-
-
-def test_inspect_tells_what_a_look_at_a_plan_tells(exported, capsys):
-    (built,) = build(Bundle.open(exported), BuildOptions(targets=("sm80",), variants=("g4.attention",)))
-    path = built.folder / built.record.file
-    for change, words in (
-        (lambda: path.write_bytes(path.read_bytes()[:-1]), "bytes were built; it is damaged; build it again"),
-        (path.unlink, "is missing, engine.json names it; build it again"),
-    ):
-        assert _run(["inspect", str(exported)]) == 0
-        assert words not in capsys.readouterr().out
-        change()
-        assert _run(["inspect", str(exported)]) == 0
-        assert words.replace("bytes were", f"{built.record.bytes} were") in capsys.readouterr().out
-
-
-def test_heads_that_no_kernel_takes_are_refused(tmp_path, attention):
-    variant = attention.variants[0]
-    small = dataclasses.replace(variant, config=dataclasses.replace(variant.config, head_dim=12))
-    with pytest.raises(BundleError, match=r"heads of 12 channels; .*--pattern grouped"):
-        build(Bundle(attention.path, (small,)), OPTIONS)
-
-
-@pytest.mark.parametrize(("pattern", "cache"), [("gqa", "static"), ("attention", "concat"), ("repeat", "concat")])
-def test_a_bundle_without_a_static_cache_graph_is_refused(decoder, tmp_path, pattern, cache):
-    bundle = tiny.bundle(tmp_path, decoder, pattern, cache=cache)
-    with pytest.raises(BundleError, match=rf"v \({pattern}, {cache} cache\) cannot become an engine; .*--pattern attention"):
-        build(bundle, OPTIONS)
 
 
 def test_a_damaged_engine_json_is_refused(attention):
@@ -351,78 +256,7 @@ def test_a_damaged_engine_json_is_refused(attention):
         build(attention, OPTIONS)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A bundle of three graphs with its weights in files, made by the command line."""
-    folder = tmp_path_factory.mktemp("cli")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    arguments = ["export", str(folder / "config.json"), str(folder / "bundle"), "--groups", "4,1", "--dtype", "fp16"]
-    assert _run([*arguments, "--pattern", "attention,grouped,gqa"]) == 0
-    return folder / "bundle"
-
-
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-}
-
-
-def test_the_command_builds_every_graph_that_fits(exported, capsys):
-    assert _run(["build", str(exported), "--target", "sm89,sm120", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    names = [f"model.{group}.{pattern}.engine" for group in ("g4", "g1") for pattern in ("attention", "grouped")]
-    assert [engine["file"] for engine in report["engines"]] == names
-    assert [engine["network"]["heads"] for engine in report["engines"]] == ["4:4", "4:4", "4:1", "4:1"]
-    assert all(engine["recipe"]["capacity"] == 128 for engine in report["engines"])
-    assert _run(["build", str(exported), "--target", "sm120,sm89"]) == 0
-    assert capsys.readouterr().out.count("unchanged") == 4
-    assert _run(["inspect", str(exported)]) == 0
-    out = capsys.readouterr().out
-    assert "engines/tensorrt-rtx-sm89-sm120/model.g1.attention.engine" in out
-    assert "verified as it was built: 2 fused attention layers, 4 caches in place, heads 4:1" in out
-
-
-def test_damaged_weights_are_refused(exported, tmp_path):
-    bundle = Bundle.open(exported)
-    broken = tmp_path / "bundle"
-    broken.mkdir()
-    for path in exported.iterdir():
-        if path.is_file():
-            (broken / path.name).write_bytes(path.read_bytes())
-    shared = broken / bundle.variants[0].weights[-1]
-    shared.write_bytes(shared.read_bytes()[:-1000])
-    with pytest.raises(BundleError, match=r"ends inside weight .*; it is damaged, export the bundle again"):
-        build(Bundle.open(broken), dataclasses.replace(OPTIONS, batch=1))
-
-
 def test_a_graph_that_is_no_onnx_is_refused(attention):
     (attention.path / attention.variants[0].graph).write_bytes(b"not protobuf")
     with pytest.raises(BundleError, match=r"is not an ONNX graph"):
         build(attention, OPTIONS)
-
-
-def test_a_mistake_is_one_line_and_exit_code_2(exported):
-    command = [sys.executable, "-m", "exporter", "build", str(exported), "--variant", "g4.gqa"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert "g4.gqa (gqa, static cache) cannot become an engine" in line
-
-
-def test_building_imports_neither_torch_nor_transformers(exported):
-    """Their memory would count on top of the builder's."""
-    code = (
-        "import sys; from exporter.cli import _run; "
-        f"assert _run(['build', {str(exported)!r}, '--target', 'sm86', '--variant', 'g4.attention']) == 0; "
-        "assert not {'torch', 'transformers', 'onnxruntime'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

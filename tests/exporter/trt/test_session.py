@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import onnx
 import pytest
+import tiny
 import torch
 
 from exporter.bundle import Bundle
@@ -25,16 +26,6 @@ from exporter.engines.tensorrt.record import EngineRecord, Wanted, choose
 from exporter.errors import EngineError
 from exporter.export import ExportOptions, export
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-}
 OPTIONS = BuildOptions(targets=("sm86", "sm89"), batch=2, capacity=32, prefill=8)
 
 
@@ -126,7 +117,7 @@ class Refit:
 @pytest.fixture
 def exported(tmp_path) -> Bundle:
     """Its weights lie in files, as export writes them."""
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(tiny.LLAMA))
     return export(
         open_source(tmp_path / "config.json"), tmp_path / "b", ExportOptions((2,), patterns=("attention",), dtype="fp16")
     )
