@@ -8,10 +8,12 @@ kernel for pages of 2 MB, and sessions share them. Where the kernel has none to 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import mmap
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-PAGE = 2 << 20
+PAGE, LINE = 2 << 20, 64  # bytes: of a huge page, of what a processor reads at a time
 DTYPES = {
     kind: onnx.helper.tensor_dtype_to_np_dtype(kind)
     for name, kind in onnx.TensorProto.DataType.items()
@@ -45,6 +47,19 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % PAGE
     return whole[start : start + count].view(dtype).reshape(shape)
+
+
+def zeros_together(shapes: Sequence[tuple[int, ...]], dtype: Any) -> list[np.ndarray]:
+    """`zeros` of each shape; those too small for a page of their own lie side by side on pages that they share."""
+    item = np.dtype(dtype).itemsize
+    sizes = [math.prod(shape) * item for shape in shapes]
+    places = [-(-size // LINE) * LINE if size < PAGE else 0 for size in sizes]
+    shared = zeros((sum(places),), np.uint8)
+    starts = itertools.accumulate(places, initial=0)
+    return [
+        shared[start : start + size].view(dtype).reshape(shape) if size < PAGE else zeros(shape, dtype)
+        for shape, size, start in zip(shapes, sizes, starts, strict=False)
+    ]
 
 
 class _File:

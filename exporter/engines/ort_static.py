@@ -39,15 +39,15 @@ def next_rows(need: int, rows: int, capacity: int, ahead: int = 0) -> int:
 
 
 class Buffer:
-    """Zeroed memory on the host or on a device, bound by address.
+    """Zeros, on the host or brought to a device, bound by address.
 
     Zeros matter: a masked cache row is multiplied by probability 0, and 0 times the NaN that fresh memory may hold is NaN.
     On the host they cost no memory until a row is written.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, device: str) -> None:
-        self.shape, self.element, self.device = shape, ELEMENT_TYPES[dtype], device
-        self.host: np.ndarray | None = huge_pages.zeros(shape, STORAGE[dtype])
+    def __init__(self, zeros: np.ndarray, dtype: str, device: str) -> None:
+        self.shape, self.element, self.device = zeros.shape, ELEMENT_TYPES[dtype], device
+        self.host: np.ndarray | None = zeros
         self.value: Any = None
         if device != "cpu":
             self.value, self.host = onnxruntime.OrtValue.ortvalue_from_numpy(self.host, device, 0), None
@@ -95,11 +95,11 @@ def resized(
     Raises EngineError where memory is short; then `old` is as it was.
     """
     caches = {binding.name: binding for binding in variant.inputs() if binding.role == "cache"}
-    new: dict[Names, Buffer] = {}
+    (dtype,) = {caches[past].dtype for past, _ in names}
+    shapes = [(batch, int(caches[past].shape[1]), rows, int(caches[past].shape[3])) for past, _ in names]
     try:
-        for past, present in names:
-            _, heads, _, width = caches[past].shape
-            new[past, present] = Buffer((batch, int(heads), rows, int(width)), caches[past].dtype, device)
+        memory = huge_pages.zeros_together(shapes, STORAGE[dtype])
+        new = {name: Buffer(zeros, dtype, device) for name, zeros in zip(names, memory, strict=True)}
     except MemoryError:
         size = batch * rows * variant.kv_bytes_per_token
         raise EngineError(f"no memory for a cache of {size / 1e6:.0f} MB; lower --capacity or --batch") from None

@@ -4,8 +4,9 @@ The attention of a layer is one node, `headpool::FusedAttention`:
 
 Inputs   query [B,T,H·D] or [B·T,H·D], key, value, past_key [B,G,S,D], past_value [B,G,S,Dv], position_ids int64 [B,T] as the
          canonical node has them, but before RoPE; cos, sin [B,T,rotary/2] (optional); bias [B or 1,H or 1,T or 1,S]
-         (optional). Of query, key and value only the order of the elements counts: with QK-norm they come as [B·T·H,D].
-         Without key, value and position_ids all rows of the cache are read, but for those that bias keeps out.
+         (optional); attention_mask int64 [B,S] (optional). Of query, key and value only the order of the elements counts:
+         with QK-norm they come as [B·T·H,D]. Without key, value and position_ids all rows of the cache are read, but for
+         those where attention_mask is 0.
 Outputs  output [B,T,H·Dv], or [B·T,H·Dv] where query has two dimensions, and where rows are written present_key and
          present_value.
 
@@ -31,7 +32,6 @@ from graphs.canonical import GroupedAttention
 from graphs.chain import chain_linears
 from graphs.emit import Emitter
 from graphs.linear import fuse_linears
-from graphs.patterns import common
 
 STORED = {"fp16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}  # graphs/caches.py
 WORDS = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}  # as --dtype has them
@@ -47,14 +47,14 @@ def check(node: GroupedAttention) -> str | None:
 
 def rewrite(node: GroupedAttention, emit: Emitter) -> tuple[ir.Value, ir.Value, ir.Value]:
     if node.reads_only:
-        output = _attention(node, emit, node.query, [None, None], [None, None], common.mask(emit, node), outputs=1)
+        output = _attention(node, emit, node.query, [None, None], [None, None], outputs=1)
         return output, node.past_key, node.past_value
     query, angles = _before_rotation(node.query)
     key, key_angles = _before_rotation(node.key)
     if angles != key_angles:  # not both rotated, and by the same angles: the operator does both or none
         query, key, angles = node.query, node.key, [None, None]
     new = [_before_reshape(key), _before_reshape(node.value)]
-    return _attention(node, emit, query, new, angles, node.bias, outputs=3)
+    return _attention(node, emit, query, new, angles, outputs=3)
 
 
 def _attention(
@@ -63,10 +63,9 @@ def _attention(
     query: ir.Value,
     new: Sequence[ir.Value | None],
     angles: Sequence[ir.Value | None],
-    bias: ir.Value | None,
     outputs: int,
 ) -> Any:
-    inputs = [query, *new, node.past_key, node.past_value, node.position_ids, *angles, bias]
+    inputs = [query, *new, node.past_key, node.past_value, node.position_ids, *angles, node.bias, node.attention_mask]
     return emit.op(
         "FusedAttention",
         "FusedAttention",

@@ -20,6 +20,7 @@ void rotate(float* to, const float* from, const float* cos, const float* sin, si
 namespace {
 
 constexpr float NOTHING = -__builtin_inff();
+constexpr float HIDDEN = -0x1p126f;  // finite, a quarter of the lowest: queries that see nothing give finite values
 constexpr size_t PANELS = 4;  // at most at a time, as in_fours has them
 
 // output[m] += Σ scores[m][i] · values[i], COUNT rows of panels of W and COLUMNS vectors of channels at a time
@@ -204,9 +205,11 @@ class TileWork {
 
   // Cache rows s … s + count − 1.
   void block(size_t s, size_t count, const char* keys, const char* values) {
-    float value_scales[SPAN], bias[SPAN] = {};
+    float value_scales[SPAN], bias[SPAN] = {};  // bias: of all query rows
     read_scales<Kind>(values, count, a_.Dv, value_scales);
     if (a_.bias && one_bias_) copy(bias, bias_of(0) + s, count);
+    if (a_.kept)
+      for (size_t i = 0; i < count; ++i) bias[i] += a_.kept[tile_.b * a_.S + s + i] ? 0 : HIDDEN;
     scores_of_.read(keys, count, ahead_);
     in_panels<WIDEST>(M_, [&]<size_t W, size_t COUNT>(size_t m) {
       scores_of_.template score<W, COUNT>(m, scores_, ahead_);
@@ -223,9 +226,9 @@ class TileWork {
     constexpr size_t C = LANES / W;
     const size_t rows = M_ - m < W ? M_ - m : W;
     const auto row = [&](size_t w) { return m + (w < rows ? w : 0); };
-    if (a_.bias && one_bias_)
+    if (a_.kept || (a_.bias && one_bias_))
       for (size_t j = 0; j < SPAN; j += C) store(scores + j * W, load(scores + j * W) + repeat<C>(bias + j));
-    else if (a_.bias)
+    if (a_.bias && !one_bias_)
       add_bias<W>(scores, count, [&](size_t w) { return bias_of(row(w)) + s; });
     int32_t seen[LANES];
     for (size_t w = 0; w < W; ++w) {

@@ -1,6 +1,7 @@
 // FusedAttention: RoPE, cache update in place and grouped-query attention. graphs/patterns/fused.py says what its inputs,
 // outputs and attributes are.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -49,18 +50,19 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     const Ort::KernelContext context(raw);
     const auto query = context.GetInput(0), key = context.GetInput(1), value = context.GetInput(2);
     const auto past_key = context.GetInput(3), past_value = context.GetInput(4), positions = context.GetInput(5);
-    const auto cos = context.GetInput(6), sin = context.GetInput(7), bias = context.GetInput(8);
+    const auto cos = context.GetInput(6), sin = context.GetInput(7), bias = context.GetInput(8), mask = context.GetInput(9);
     const Shape k_shape(past_key), v_shape(past_value), q_shape(query);
     expect(k_shape.rank() == 4 && v_shape.rank() == 4, "headpool::FusedAttention: a cache has a wrong rank");
     expect(k_shape.back() > 0 && v_shape.back() > 0,
            "headpool::FusedAttention: the shapes of its inputs contradict each other");
     const bool writes = key != nullptr;  // else it only reads the cache, all of it
-    expect(writes == (value != nullptr) && writes == (positions != nullptr) && (!writes || Shape(positions).rank() == 2),
+    const Shape tokens = positions ? Shape(positions) : Shape();
+    expect(writes == (value != nullptr) && writes == (positions != nullptr) && (!writes || tokens.rank() == 2),
            "headpool::FusedAttention: key, value and position_ids [B,T] belong together");
     Attention a{};
     a.query = floats(query);
     a.B = k_shape[0], a.S = k_shape[2], a.H = H, a.G = G, a.D = channels(k_shape), a.Dv = channels(v_shape);
-    a.T = writes ? Shape(positions).back() : q_shape.elements() / std::max<size_t>(1, a.B * H * a.D);
+    a.T = writes ? tokens.back() : q_shape.elements() / std::max<size_t>(1, a.B * H * a.D);
     a.cache = cache_type(k_shape);
     expect(a.D <= MOST_CHANNELS, "headpool::FusedAttention: a head has more than 65536 channels");
     a.scale = scale;
@@ -78,12 +80,16 @@ struct AttentionKernel : Kernel<AttentionKernel> {
                v_shape[2] == k_shape[2] && q_shape.elements() == rows * H * a.D,
            "headpool::FusedAttention: the shapes of its inputs contradict each other");
     if (bias) read_bias(bias, a);
-    const auto tokens = static_cast<int64_t>(rows), width = static_cast<int64_t>(H * a.Dv);
-    const int64_t flat[] = {tokens, width}, deep[] = {k_shape[0], static_cast<int64_t>(a.T), width};
+    if (mask) {
+      expect(Shape(mask).is({k_shape[0], k_shape[2]}), "headpool::FusedAttention: attention_mask must be [B,S]");
+      a.kept = mask.GetTensorData<int64_t>();
+    }
+    const auto count = static_cast<int64_t>(rows), width = static_cast<int64_t>(H * a.Dv);
+    const int64_t flat[] = {count, width}, deep[] = {k_shape[0], static_cast<int64_t>(a.T), width};
     auto output = q_shape.rank() == 2 ? context.GetOutput(0, flat, 2) : context.GetOutput(0, deep, 3);
     a.output = output.GetTensorMutableData<float>();
     if (writes) {
-      write(context, a, {key, value, past_key, past_value, positions});
+      write(context, a, {key, value, past_key, past_value, positions, k_shape, v_shape, tokens});
     } else {
       a.keys = static_cast<const char*>(past_key.GetTensorRawData());
       a.values = static_cast<const char*>(past_value.GetTensorRawData());
@@ -96,6 +102,7 @@ struct AttentionKernel : Kernel<AttentionKernel> {
  private:
   struct New {
     const Ort::ConstValue &key, &value, &past_key, &past_value, &positions;
+    const Shape &k_shape, &v_shape, &tokens;  // of the caches and of positions: looking one up costs half a microsecond
   };
 
   // [B or 1,H or 1,T or 1,S]
@@ -113,7 +120,7 @@ struct AttentionKernel : Kernel<AttentionKernel> {
 
   // The new rows into the cache.
   static void write(const Ort::KernelContext& context, Attention& a, const New& given) {
-    const Shape k_shape(given.past_key), v_shape(given.past_value), tokens(given.positions);
+    const Shape &k_shape = given.k_shape, &v_shape = given.v_shape, &tokens = given.tokens;
     expect(tokens.rank() == 2 && static_cast<size_t>(tokens[0]) == a.B &&
                Shape(given.key).elements() == a.B * a.T * a.G * a.D && Shape(given.value).elements() == a.B * a.T * a.G * a.Dv,
            "headpool::FusedAttention: the shapes of its inputs contradict each other");
@@ -179,7 +186,7 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     kernels().attend(a, tile, buffer(memory, kernels().scratch_floats(a, tile)));
   }
 
-  // One token a sequence: where the groups are few, the cache rows are split too and the parts merged.
+  // One token a sequence: where the groups are few, the cache rows are split too and the parts merged by who ends the last.
   static void decode(const Ort::KernelContext& context, const Attention& a) {
     const size_t groups = a.B * a.G, R = a.H / a.G;
     const size_t longest = 1 + std::max<int64_t>(0, *std::max_element(a.positions, a.positions + a.B));
@@ -188,7 +195,9 @@ struct AttentionKernel : Kernel<AttentionKernel> {
     for (const auto& [tasks, rows] : {FEW, MANY}) wanted = std::max(wanted, std::min(divide_up(tasks, groups), longest / rows));
     const size_t step = divide_up(divide_up(longest, wanted), 16) * 16, splits = divide_up(longest, step);
     thread_local std::vector<float> memory;  // maximum, sum and output of each row of each task; from the start for any length
+    thread_local std::vector<size_t> open;   // tasks of each group
     float* const parts = buffer(memory, most > 1 ? groups * most * R * (2 + a.Dv) : 0);
+    size_t* const left = buffer(open, most > 1 ? groups : 0);
     if (splits == 1) {
       parallel(context, groups, [&](size_t task) {
         const size_t b = task / a.G;
@@ -196,15 +205,17 @@ struct AttentionKernel : Kernel<AttentionKernel> {
       });
       return;
     }
+    std::fill_n(left, groups, splits);
     const size_t rows = groups * splits * R;
     float *maximum = parts, *sum = maximum + rows, *partial = sum + rows;
     parallel(context, groups * splits, [&](size_t task) {
       const size_t b = task / splits / a.G, used = a.positions[b] + 1;
       const size_t s0 = std::min(used, task % splits * step), s1 = std::min(used, s0 + step), row = task * R;
       attend(a, {b, task / splits % a.G, 0, 1, s0, s1, maximum + row, sum + row, partial + row * a.Dv});
-    });
-    for (size_t group = 0; group < groups; ++group)
+      const size_t group = task / splits;
+      if (std::atomic_ref(left[group]).fetch_sub(1, std::memory_order_acq_rel) > 1) return;
       for (size_t r = 0; r < R; ++r) merge(a, group, r, splits, R, maximum, sum, partial);
+    });
   }
 
   static void merge(const Attention& a, size_t group, size_t r, size_t splits, size_t R, const float* maximum, const float* sum,
@@ -230,9 +241,10 @@ struct AttentionKernel : Kernel<AttentionKernel> {
 template <ONNXTensorElementDataType CACHE>
 struct AttentionOp : Operator<AttentionOp<CACHE>, AttentionKernel> {
   const char* GetName() const { return "FusedAttention"; }
-  size_t GetInputTypeCount() const { return 9; }
+  size_t GetInputTypeCount() const { return 10; }
   ONNXTensorElementDataType GetInputType(size_t i) const {
-    return i == 3 || i == 4 ? CACHE : i == 5 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    if (i == 3 || i == 4) return CACHE;
+    return i == 5 || i == 9 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
     return i == 0 || i == 3 || i == 4 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;

@@ -19,7 +19,7 @@ constexpr size_t UNIT_BYTES = 64 << 10;    // of weights, the least that a threa
 constexpr size_t AHEAD_BYTES = 256 << 10;  // of weights that a thread asks for while it waits
 constexpr size_t PIECE = 64 << 10;         // elements that a thread takes on where there are many rows
 constexpr size_t LINE = 64;
-constexpr int64_t NONE = -1, FORMAT = -2;
+constexpr int64_t NONE = -1, FORMAT = -2, HEAD = -3;
 
 // ONNX Runtime's own Gemm(transB=1): for many rows of x, where arithmetic bounds and not memory.
 class Gemm {
@@ -192,6 +192,7 @@ class ChainKernel : public Kernel<ChainKernel> {
     values.assign(widths_.size(), nullptr);
     const Shape first(context.GetInput(stages_.front().x));
     expect(first.rank() == 2, "headpool::LinearChain: x must have two dimensions");
+    if (tokens_ != NONE) return head(context, raw, values, first);
     const size_t M = first[0];
     for (size_t i = 0; i < inputs_; ++i) {
       if (!widths_[i]) continue;
@@ -203,11 +204,36 @@ class ChainKernel : public Kernel<ChainKernel> {
       values[i] = const_cast<float*>(floats(value));
     }
     for (size_t i = 0; i < outputs_.size(); ++i) values[outputs_[i]] = output(context, i, M).GetTensorMutableData<float>();
-    if (!M) return;
-    M > FEW_ROWS ? many_rows(context, raw, M) : few_rows(context, values, M);
+    run(context, raw, values, M);
   }
 
  private:
+  void run(const Ort::KernelContext& context, OrtKernelContext* raw, std::vector<float*>& values, size_t M) {
+    if (!M) return;
+    M > FEW_ROWS ? many_rows(context, raw, values, M) : few_rows(context, values, M);
+  }
+
+  void head(const Ort::KernelContext& context, OrtKernelContext* raw, std::vector<float*>& values, const Shape& found) {
+    const Stage& stage = stages_.front();
+    const auto x = context.GetInput(stage.x);
+    const Shape tokens(context.GetInput(tokens_));
+    expect(found.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && found[1] == static_cast<int64_t>(stage.K),
+           "headpool::LinearChain: an input does not fit the weights");
+    expect(tokens.rank() == 2 && tokens[0] * tokens[1] == found[0] && (!last_ || tokens[1] > 0 || !tokens[0]),
+           "headpool::LinearChain: x does not fit the tokens");
+    const size_t B = tokens[0], T = tokens[1], N = stage.layers.front().N;
+    const int64_t sizes[] = {tokens[0], last_ ? 1 : tokens[1], static_cast<int64_t>(N)};
+    values[outputs_.front()] = context.GetOutput(0, sizes, 3).GetTensorMutableData<float>();
+    values[stage.x] = const_cast<float*>(floats(x));
+    if (last_ && T > 1) {
+      thread_local std::vector<float> memory;
+      float* const rows = buffer(memory, B * stage.K);
+      for (size_t b = 0; b < B; ++b) std::copy_n(values[stage.x] + ((b + 1) * T - 1) * stage.K, stage.K, rows + b * stage.K);
+      values[stage.x] = rows;
+    }
+    run(context, raw, values, last_ ? B : B * T);
+  }
+
   // The same at every call of a step.
   Ort::UnownedValue output(const Ort::KernelContext& context, size_t i, size_t M) const {
     const int64_t sizes[] = {static_cast<int64_t>(M), static_cast<int64_t>(widths_[outputs_[i]])};
@@ -218,7 +244,7 @@ class ChainKernel : public Kernel<ChainKernel> {
     const auto numbers = info.GetAttributes<int64_t>("stages");
     const auto epsilons = info.GetAttributes<float>("epsilons"), offsets = info.GetAttributes<float>("offsets");
     widths_.assign(inputs_, 0);
-    expect(!numbers.empty() && numbers[0] == FORMAT,
+    expect(!numbers.empty() && (numbers[0] == FORMAT || numbers[0] == HEAD),
            "headpool::LinearChain: the graph was exported by another version of headpool; export it again");
     size_t at = 1;
     const auto next = [&](int64_t least, size_t end) {
@@ -226,6 +252,10 @@ class ChainKernel : public Kernel<ChainKernel> {
              "headpool::LinearChain: `stages` is cut short or holds a number out of range");
       return numbers[at++];
     };
+    if (numbers[0] == HEAD) {
+      tokens_ = next(0, inputs_);
+      last_ = next(0, 2) == 1;
+    }
     while (at < numbers.size()) {
       Stage stage{};
       const size_t known = widths_.size();
@@ -268,6 +298,9 @@ class ChainKernel : public Kernel<ChainKernel> {
       stages_.push_back(std::move(stage));
     }
     expect(!stages_.empty() && stages_.front().x < inputs_, "headpool::LinearChain: `stages` is empty");
+    expect(tokens_ == NONE || (stages_.size() == 1 && widths_.size() == inputs_ + 1 && stages_.front().residual == NONE &&
+                               !widths_[tokens_]),
+           "headpool::LinearChain: a head is one stage with one output");
   }
 
   // The graph's own weights, so that they can be looked up once.
@@ -322,12 +355,18 @@ class ChainKernel : public Kernel<ChainKernel> {
     if (relay.workers() > threads_) threads_ = relay.workers();
   }
 
-  void many_rows(const Ort::KernelContext& context, OrtKernelContext* raw, size_t M) {
+  void many_rows(const Ort::KernelContext& context, OrtKernelContext* raw, const std::vector<float*>& given, size_t M) {
     std::vector<const OrtValue*> values(widths_.size());
-    for (size_t i = 0; i < inputs_; ++i) values[i] = context.GetInput(i);
-    for (size_t i = 0; i < outputs_.size(); ++i) values[outputs_[i]] = output(context, i, M);
     std::vector<Ort::Value> own;
     Ort::AllocatorWithDefaultOptions allocator;
+    const auto host = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+    for (size_t i = 0; i < values.size(); ++i) {
+      const int64_t dimensions[] = {static_cast<int64_t>(M), static_cast<int64_t>(widths_[i])};
+      if (given[i])
+        own.push_back(Ort::Value::CreateTensor<float>(host, given[i], M * widths_[i], dimensions, 2)), values[i] = own.back();
+      else if (i < inputs_)
+        values[i] = context.GetInput(i);
+    }
     const auto create = [&](size_t width) {
       const int64_t dimensions[] = {static_cast<int64_t>(M), static_cast<int64_t>(width)};
       own.push_back(Ort::Value::CreateTensor<float>(allocator, dimensions, 2));
@@ -386,6 +425,8 @@ class ChainKernel : public Kernel<ChainKernel> {
   }
 
   size_t inputs_;
+  int64_t tokens_ = NONE;        // of a head: the input that has the shape [B,T]
+  bool last_ = false;            // and whether it is of each sequence's last token
   std::vector<size_t> widths_;   // of the values; 0 for weights
   std::vector<size_t> outputs_;  // values
   std::vector<Stage> stages_;

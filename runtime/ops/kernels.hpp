@@ -93,6 +93,7 @@ struct Attention {
   const float *cos, *sin;    // [B,T,rotary/2], or null
   const float* bias;         // added to the scores, or null: of row s, head h, token t and sequence b it is at
   size_t bias_steps[3];      // b · [0] + h · [1] + t · [2] + s
+  const int64_t* kept;       // [B,S]: 0 where no query sees the cache row; or null
   float* output;             // [B,T,H,Dv]
   size_t B, T, S, H, G, D, Dv, rotary;
   float scale;

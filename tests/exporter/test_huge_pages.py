@@ -31,6 +31,22 @@ def test_zeros(shape: tuple[int, ...], dtype: type) -> None:
     assert (array == 7).all()
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.float16, np.float32])
+def test_small_ones_lie_together_and_apart(dtype: type) -> None:
+    """In one piece of memory, each from the beginning of a cache line on; a large one has pages of its own."""
+    shapes = [(2, 3, 7), (0, 3), (1, 5), (1, 4, 700, 64), (3, 1 << 20)]
+    arrays = huge_pages.zeros_together(shapes, dtype)
+    assert [(array.shape, array.dtype) for array in arrays] == [(shape, dtype) for shape in shapes]
+    assert not any(array.any() for array in arrays)
+    for number, array in enumerate(arrays):
+        array[...] = number + 1
+    assert all((array == number + 1).all() for number, array in enumerate(arrays))
+    first, _, *others, large = arrays
+    assert all(array.base is first.base and (array.ctypes.data - first.ctypes.data) % huge_pages.LINE == 0 for array in others)
+    assert large.base is not first.base
+    assert large.ctypes.data % huge_pages.PAGE == 0
+
+
 def held(path: Path) -> list[object]:
     return [file for (name, *_), file in huge_pages._files.items() if name == path.resolve()]
 
