@@ -20,6 +20,8 @@ from unittest import mock
 
 import onnx_ir as ir
 import torch
+from onnxscript import opset18
+from onnxscript.function_libs.torch_lib.ops.core import aten_view
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -141,7 +143,7 @@ def trace_part(build: Callable[[], nn.Module], dtype: str, inputs: Sequence[Spec
             dynamo=True,
             opset_version=OPSET,
             optimize=False,
-            custom_translation_table=onnx_translation(),
+            custom_translation_table={**onnx_translation(), **_without_decomposing()},
             verbose=False,
         )
     assert onnx_program is not None
@@ -159,12 +161,12 @@ def _build(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
 
 @contextlib.contextmanager
 def swift() -> Iterator[None]:
-    """Nobody looks for garbage among the objects that a trace makes by the million, and the parts share what torch.onnx.export
-    reads of torchlib."""
+    """Nobody looks for garbage among the objects that a trace makes by the million; the parts share what torch.onnx.export
+    reads of torchlib; and what torchlib has functions for is not traced again to be decomposed."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with _torchlib_read_once():
+        with _torchlib_read_once(), _decomposed_where_needed():
             yield
     finally:
         if collecting:
@@ -193,6 +195,42 @@ def _shared(read: Callable[..., Any]) -> Callable[..., Any]:
         return registry
 
     return from_torchlib
+
+
+def _decomposed_where_needed() -> contextlib.AbstractContextManager[object]:
+    """torch.onnx.export traces each part once more, to decompose what has no function in torchlib, also where all has one:
+    a third of the time it takes. As above, this is its own affair."""
+    try:
+        from torch.onnx._internal.exporter import _fx_passes
+
+        return mock.patch.object(_fx_passes, "decompose_with_registry", _sparing(_fx_passes.decompose_with_registry))
+    except (ImportError, AttributeError):
+        return contextlib.nullcontext()
+
+
+def _sparing(decompose: Callable[..., Any]) -> Callable[..., Any]:
+    """`decompose`, left out where all operators of a program have a function, are ONNX's own or only assert something."""
+
+    def decompose_with_registry(program: Any, registry: Any) -> Any:
+        targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+        rest = [target for target in targets if not registry.is_registered(target)]
+        return (
+            program
+            if all(str(target).startswith(("onnx.", "aten._assert")) for target in rest)
+            else decompose(program, registry)
+        )
+
+    return decompose_with_registry
+
+
+def _without_decomposing() -> dict[Any, Any]:
+    """Operators of our models that decomposing makes others of: aten.to, for which torchlib has no function, and reshape, whose
+    function copies a dimension of the input where one is 0."""
+
+    def to(x: Any, dtype: Any, *_: Any, **__: Any) -> Any:
+        return opset18.Identity(x) if x.dtype == dtype else opset18.Cast(x, to=dtype)
+
+    return {torch.ops.aten.to.dtype: to, torch.ops.aten.reshape.default: aten_view}
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from exporter.errors import EngineError
 from exporter.files import replacing
 from exporter.memory import give_memory_back
 
-RELEASE_EVERY = 0.02  # seconds
+RELEASE_EVERY = 0.005  # seconds
 
 
 def profiles_of(part: Part, recipe: Recipe) -> tuple[Profile, ...]:
