@@ -129,7 +129,8 @@ def nice_axis(label: str, values: Sequence[float], zero: bool = True, count: int
     """
     low, high = (0.0 if zero else min(values)), max(values)
     if high <= low:
-        low, high = (0.0, high or 1.0) if zero else (low - 0.5, high + 0.5)
+        margin = max(0.5, 1e-6 * abs(low))  # a large number and a half is the number itself
+        low, high = (0.0, high or 1.0) if zero else (low - margin, high + margin)
     raw = (high - low) / count
     if binary:
         step = 2.0 ** max(0, math.ceil(math.log2(raw) - 1e-9))

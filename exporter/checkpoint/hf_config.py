@@ -87,6 +87,8 @@ class Reader:
         family, hf = self.family, self.hf
         if family.seq2seq:
             return read_t5(self, generation)
+        if hf.get("is_encoder_decoder"):
+            raise UserError(f"is_encoder_decoder is set, and model_type {hf['model_type']!r} has no encoder")
         layers, heads, hidden = (self.size(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
         if hf.get("head_dim") is None and hidden % heads:
             raise UserError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim")

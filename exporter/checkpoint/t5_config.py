@@ -8,6 +8,7 @@ weights tell whether the head is tied (`settle_head`).
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ def read_t5(reader: Reader, generation: Mapping[str, Any]) -> Seq2SeqConfig:
     layers = reader.size("num_layers")
     decoder_layers = layers if hf.get("num_decoder_layers") is None else reader.size("num_decoder_layers")
     ffn, gelu_tanh = _activation(hf.get("feed_forward_proj"))
+    _refuse_other_activation(hf, hf["feed_forward_proj"])
     tied = reader.flag("tie_word_embeddings")
     scaled = reader.flag(SCALES) if SCALES in hf else tied and hf["model_type"] == "t5"
     named = (generation.get(START), hf.get(START), hf.get("pad_token_id"))  # as transformers looks for it
@@ -90,6 +92,15 @@ def _activation(name: Any) -> tuple[str, bool]:
     kind, gelu_tanh = choices[name]
     assert kind is not None
     return kind, gelu_tanh
+
+
+def _refuse_other_activation(hf: Mapping[str, Any], name: str) -> None:
+    """transformers writes what feed_forward_proj means under keys of their own, too, and computes what those say."""
+    gated = name.startswith("gated-")
+    plain = "gelu_new" if name == "gated-gelu" else name.removeprefix("gated-")
+    for key, meant in (("dense_act_fn", plain), ("is_gated_act", gated)):
+        if hf.get(key, meant) not in (meant, None):
+            raise UserError(f"{key} {json.dumps(hf[key])} is not what feed_forward_proj {name!r} means, {json.dumps(meant)}")
 
 
 def _refuse_other_models(hf: Mapping[str, Any]) -> None:

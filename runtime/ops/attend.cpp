@@ -21,7 +21,7 @@ namespace {
 
 constexpr float NOTHING = -__builtin_inff();
 constexpr float HIDDEN = -0x1p126f;  // finite, a quarter of the lowest: queries that see nothing give finite values
-constexpr size_t PANELS = 4;  // at most at a time, as in_fours has them
+constexpr size_t PANELS = 4;         // at most at a time, as in_fours has them
 
 // output[m] += Σ scores[m][i] · values[i], COUNT rows of panels of W and COLUMNS vectors of channels at a time
 template <class Kind, size_t W, size_t COUNT, size_t COLUMNS>
@@ -228,8 +228,7 @@ class TileWork {
     const auto row = [&](size_t w) { return m + (w < rows ? w : 0); };
     if (a_.kept || (a_.bias && one_bias_))
       for (size_t j = 0; j < SPAN; j += C) store(scores + j * W, load(scores + j * W) + repeat<C>(bias + j));
-    if (a_.bias && !one_bias_)
-      add_bias<W>(scores, count, [&](size_t w) { return bias_of(row(w)) + s; });
+    if (a_.bias && !one_bias_) add_bias<W>(scores, count, [&](size_t w) { return bias_of(row(w)) + s; });
     int32_t seen[LANES];
     for (size_t w = 0; w < W; ++w) {
       const int64_t sees = a_.positions[token_of(row(w))] + 1 - static_cast<int64_t>(s);

@@ -298,8 +298,8 @@ class ChainKernel : public Kernel<ChainKernel> {
       stages_.push_back(std::move(stage));
     }
     expect(!stages_.empty() && stages_.front().x < inputs_, "headpool::LinearChain: `stages` is empty");
-    expect(tokens_ == NONE || (stages_.size() == 1 && widths_.size() == inputs_ + 1 && stages_.front().residual == NONE &&
-                               !widths_[tokens_]),
+    expect(tokens_ == NONE ||
+               (stages_.size() == 1 && widths_.size() == inputs_ + 1 && stages_.front().residual == NONE && !widths_[tokens_]),
            "headpool::LinearChain: a head is one stage with one output");
   }
 

@@ -97,6 +97,14 @@ def padded(layer: Layer) -> Tensor | None:
     return whole
 
 
+def unmixed(network: Network, given: Tensor | None) -> bool:
+    """Whether nothing that `maker` passes over gives tokens' numbers to other tokens or heads."""
+    layer = network.producer.get(given.name) if given is not None else None
+    if layer is None or layer.kind not in SHAPED:
+        return True
+    return not _mixed(layer) and unmixed(network, layer.inputs[0])
+
+
 def _mixed(layer: Layer) -> bool:
     """Whether a layer gives tokens' numbers to other tokens or heads: [B,T,H,D] has to be transposed to [B,H,T,D]."""
     if layer.kind != "SHUFFLE":

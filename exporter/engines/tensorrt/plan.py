@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ COMPATIBLE = ("version", "hardware")
 PORTABLE = ("sm80", "sm86", "sm89", "sm120")  # what one tensorrt_rtx engine runs on where nothing is asked for
 CAPACITY = 4096  # cache rows where nothing is asked for and the model's context is longer
 PREFILL = 512
+FUSED_ROW_BYTES = 49_000  # a row of scores, in the variant's dtype: no fused kernel of tensorrt_rtx 1.7 takes 49,080
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def recipe_of(bundle: Bundle, part: Part, api: Api, targets: tuple[str, ...], op
         if not 1 <= value <= most:
             whose = {"batch": "", "capacity": ", the model's context", "prefill": whose_longest}[what]
             raise EngineError(f"{what} {value} is not a whole number from 1 to {most}{whose}")
+    _check_rows(part, {"capacity": capacity, "prefill": prefill})
     if options.optimisation is not None and not 0 <= options.optimisation <= 5:
         raise EngineError(f"optimisation level {options.optimisation} is not a whole number from 0 to 5")
     if options.workspace is not None and options.workspace < 1:
@@ -119,6 +122,19 @@ def recipe_of(bundle: Bundle, part: Part, api: Api, targets: tuple[str, ...], op
         quantize=options.quantize,
         code_sha256=_code(),
     )
+
+
+def _check_rows(part: Part, sizes: Mapping[str, int]) -> None:
+    """Raises EngineError where attention that must be fused is over more rows than there are kernels for."""
+    dtype = part.variant.dtype
+    most = FUSED_ROW_BYTES // (4 if dtype == "fp32" else 2)
+    read = {"capacity": part.name == "decoder", "prefill": part.grows == "encoder"}  # cross-attention's: of the input
+    for what in (what for what, is_read in read.items() if is_read and sizes[what] > most):
+        if part.variant.pattern == "attention" and not all(attention.decomposable for attention in part.attention):
+            raise EngineError(
+                f"{what} {sizes[what]}: TensorRT has no fused kernel for attention over more than {most} rows in {dtype}; "
+                f"lower --{what}, or export --pattern grouped"
+            )
 
 
 @cache

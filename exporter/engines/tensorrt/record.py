@@ -178,6 +178,8 @@ def choose(bundle: Bundle, variant: Variant, wanted: Wanted, device: str | None 
     Of several, one with plain weights, and then the smallest capacity. Raises EngineError that says what is there instead.
     """
     name, w = variant.name, wanted
+    weights = "" if w.quantize is None else f" --quantize {w.quantize}"
+    sizes = "" if w.batch == 1 else f" --batch {w.batch}"
     command = f"headpool build {bundle.path} --backend {w.backend} --variant {name}"
     there = [(f, r) for f, r in engines_of(bundle.path) if r.recipe.backend == w.backend and r.variant == name]
     fitting = [(f, r) for f, r in there if r.part == "decoder"]
@@ -201,12 +203,12 @@ def choose(bundle: Bundle, variant: Variant, wanted: Wanted, device: str | None 
             f"for …, this GPU is {device}; {command} --target {HERE}",
         )
     if w.quantize is not None:
-        refusal = f"with weights …, not {w.quantize}; {command} --quantize {w.quantize}"
+        refusal = f"with weights …, not {w.quantize}; {command}{weights}{sizes}"
         narrow(lambda r: r.quantize == w.quantize, lambda r: r.quantize or "as exported", refusal)
-    narrow(lambda r: r.batch == w.batch, lambda r: r.batch, f"for batch …, this run has {w.batch}; {command} --batch {w.batch}")
-    refusal = (
-        f"for … tokens a sequence, this run wants {w.capacity}; take less --capacity, or {command} --capacity {w.capacity}"
-    )
+    refusal = f"for batch …, this run has {w.batch}; {command}{weights} --batch {w.batch}"
+    narrow(lambda r: r.batch == w.batch, lambda r: r.batch, refusal)
+    more = f"{command}{weights}{sizes} --capacity {w.capacity}"
+    refusal = f"for … tokens a sequence, this run wants {w.capacity}; take less --capacity, or {more}"
     narrow(lambda r: r.capacity >= w.capacity, lambda r: r.capacity, refusal)
     return min(fitting, key=lambda item: (item[1].recipe.quantize is not None, item[1].recipe.capacity))
 
@@ -229,7 +231,12 @@ def encoder_of(bundle: Bundle, folder: Path, decoder: EngineRecord) -> EngineRec
 
 
 def describe(bundle: Path) -> list[dict[str, Any]]:
-    """What `headpool inspect` says of a bundle's engines."""
+    """What `headpool inspect` says of a bundle's engines. Raises BundleError."""
+    for folder, record in engines_of(bundle):
+        if not record.profiles or not {"fused_attention", "cache_updates", "heads"} <= record.network.keys():
+            raise BundleError(
+                f"{folder / MANIFEST} does not say how {record.file} was verified; remove the folder and build again"
+            )
     return [
         {"folder": folder.name, "flaw": record.flaw(folder), **dataclasses.asdict(record)}
         for folder, record in engines_of(bundle)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from exporter import contract
-from exporter.engines.tensorrt.lineage import factor, lineage, maker, uncast, weight_of
+from exporter.engines.tensorrt.lineage import factor, lineage, maker, uncast, unmixed, weight_of
 from exporter.engines.tensorrt.network import Layer, Network, Tensor
 from exporter.engines.tensorrt.parts import Part, shape
 from exporter.engines.tensorrt.verify_attention import check_fused, check_grouped
@@ -121,6 +121,8 @@ def check_made(network: Network, part: Part) -> Iterator[str]:
         product = maker(network, network.outputs.get(name))
         if product is None or (source := weight_of(network, product)) != weight:
             yield f"{name} is made by {source if product is not None else 'nothing'}, planned {weight}"
+        elif not unmixed(network, network.outputs.get(name)):
+            yield f"{name} has heads and tokens in another order"
         elif not _normed_last(network, product):
             yield f"{name} does not come from the encoder's last norm"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from exporter.engines.tensorrt.lineage import factor, lineage, maker, padded, scaled, weight_of
+from exporter.engines.tensorrt.lineage import factor, lineage, maker, padded, scaled, unmixed, weight_of
 from exporter.engines.tensorrt.network import Layer, Network, Tensor
 from exporter.engines.tensorrt.parts import Attention, Part
 from exporter.engines.tensorrt.verify_mask import mask_flaws
@@ -72,6 +72,8 @@ def source_of(network: Network, given: Tensor | None) -> str:
         return source_of(network, narrower)
     if layer is not None and (times := scaled(network, layer)) is not None:
         return source_of(network, times[0])
+    if not unmixed(network, given):
+        return f"{given.name}, heads and tokens in another order,"
     made_by = maker(network, given)
     weight = weight_of(network, made_by) if made_by is not None else None
     return given.name if weight is None else weight

@@ -27,7 +27,7 @@ def mask_flaws(network: Network, mask: Tensor, plan: Attention) -> Iterator[str]
         return
     condition, seen, unseen = chosen.inputs[:3]
     values = [network.scalar(given.name) if given is not None else None for given in (seen, unseen)]
-    if values[0] != 0 or values[1] is None or values[1] > UNSEEN:
+    if values[0] != 0 or values[1] is None or not values[1] <= UNSEEN:
         yield f"its mask adds {values[0]} to rows that are seen and {values[1]} to others, planned 0 and at most {UNSEEN:g}"
     source = plan.mask[0]
     fits = _up_to_position(network, condition) if source == "position_ids" else _as_told(network, condition, source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,19 +55,28 @@ def open_source(bundle: Bundle, part: Part, batch: int, capacity: int) -> Source
         raise BundleError(
             f"{path} is not an ONNX graph: {' '.join(str(error).split())[:200]}; export the bundle again"
         ) from None
+    if not model.graph.node:
+        raise BundleError(f"{path} has no nodes; it is damaged, export the bundle again")
     fix_shapes(model, part.sizes(batch, capacity))
     source = Source(model, path)
     for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         place = {entry.key: entry.value for entry in tensor.external_data}
-        name, offset, length = place["location"], int(place.get("offset", 0)), int(place["length"])
+        try:
+            name, offset, length = place["location"], int(place.get("offset", 0)), int(place["length"])
+        except (KeyError, ValueError):
+            name, offset, length = "", 0, 0
+        if not name or offset < 0 or length < 1:
+            raise BundleError(f"{path} does not say where weight {tensor.name} lies; it is damaged, export the bundle again")
         if name not in part.variant.weights:
             raise BundleError(
                 f"{path}: weight {tensor.name} lies in {name}, which is not a file of variant {part.variant.name}"
             )
         if name not in source.maps:
             with open(bundle.path / name, "rb") as file:
+                if not os.fstat(file.fileno()).st_size:
+                    raise BundleError(f"{bundle.path / name} is empty; it is damaged, export the bundle again")
                 source.maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if offset + length > len(source.maps[name]):
             raise BundleError(f"{bundle.path / name} ends inside weight {tensor.name}; it is damaged, export the bundle again")

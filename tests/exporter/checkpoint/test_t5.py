@@ -25,6 +25,9 @@ T5_SMALL = {"model_type": "t5", "d_model": 512, "d_ff": 2048, "num_layers": 6, "
     [
         ({"feed_forward_proj": "gated-quick_gelu"}, "feed_forward_proj 'gated-quick_gelu' .*gated-gelu"),
         ({"feed_forward_proj": None}, "feed_forward_proj None"),
+        ({"dense_act_fn": "mish"}, 'dense_act_fn "mish" is not what feed_forward_proj \'relu\' means, "relu"'),
+        ({"feed_forward_proj": "gated-gelu", "dense_act_fn": "relu"}, 'dense_act_fn "relu" .* means, "gelu_new"'),
+        ({"feed_forward_proj": "gated-gelu", "is_gated_act": False}, "is_gated_act false is not .* means, true"),
         ({"position_embedding_type": "alibi"}, "position_embedding_type 'alibi' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling .* is not supported"),
         ({"encoder_attention_type": "local"}, "encoder_attention_type 'local' is not supported"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import threading
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import tiny
 
 from exporter.bundle import Bundle
+from exporter.checkpoint import open_source
 from exporter.engines.tensorrt import build as stage
 from exporter.engines.tensorrt import compile as compiling
 from exporter.engines.tensorrt import plan as planning
@@ -19,6 +22,7 @@ from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.build import build
 from exporter.engines.tensorrt.plan import BuildOptions
 from exporter.errors import BundleError, EngineError, GraphError, UserError
+from exporter.export import ExportOptions, export
 
 OPTIONS = BuildOptions(targets=("sm86", "sm89"), batch=2, capacity=32, prefill=8)
 FOLDER = "tensorrt-rtx-sm86-sm89"
@@ -254,6 +258,51 @@ def test_a_damaged_engine_json_is_refused(attention):
     (built.folder / "engine.json").write_text('{"schema": 1, "engines": [{}]}')
     with pytest.raises(BundleError, match=r"engine.json cannot be read: engines\[0\] lacks variant"):
         build(attention, OPTIONS)
+
+
+@pytest.mark.parametrize(("at", "value"), [("profiles", []), ("network", {}), ("network", {"heads": "6:2"})])
+def test_an_engine_json_that_lacks_what_is_said_of_it_is_refused(attention, at, value):
+    (built,) = build(attention, OPTIONS)
+    path = built.folder / "engine.json"
+    told = json.loads(path.read_text())
+    told["engines"][0][at] = value
+    path.write_text(json.dumps(told))
+    with pytest.raises(BundleError, match=r"engine.json does not say how .* was verified; remove the folder and build again"):
+        record.describe(attention.path)
+
+
+def test_what_only_the_nodes_tell_stops_a_build(attention, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise GraphError("nonpad_kv_seqlen")
+
+    monkeypatch.setattr(stage, "check_nodes", refuse)
+    with pytest.raises(GraphError, match="nonpad_kv_seqlen"):
+        build(attention, OPTIONS)
+
+
+DAMAGES = ["no location", "no length", "a length in words", "an offset below 0", "an empty file", "an empty graph"]
+
+
+@pytest.mark.parametrize("change", DAMAGES)
+def test_weights_that_lie_nowhere_are_refused(change, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.LLAMA))
+    bundle = export(open_source(tmp_path / "config.json"), tmp_path / "b", ExportOptions(patterns=("attention",), dtype="fp16"))
+    graph = bundle.path / bundle.variants[0].graph
+    model = onnx.load(graph, load_external_data=False)
+    place = next(tensor.external_data for tensor in model.graph.initializer if tensor.external_data)
+    entries = {entry.key: entry for entry in place}
+    if change.startswith("no "):
+        place.remove(entries[change.removeprefix("no ")])
+    elif change == "a length in words":
+        entries["length"].value = "many"
+    elif change == "an offset below 0":
+        entries["offset"].value = "-8"
+    elif change == "an empty file":
+        (bundle.path / entries["location"].value).write_bytes(b"")
+    graph.write_bytes(b"" if change == "an empty graph" else model.SerializeToString())
+    words = r"(does not say where weight .* lies|is empty|has no nodes); it is damaged, export the bundle again$"
+    with pytest.raises(BundleError, match=words):
+        build(bundle, OPTIONS)
 
 
 def test_a_graph_that_is_no_onnx_is_refused(attention):

@@ -9,7 +9,9 @@ import tiny
 
 from exporter.bundle import Bundle
 from exporter.engines import open_session
+from exporter.engines.tensorrt import plan as planning
 from exporter.engines.tensorrt.build import build
+from exporter.engines.tensorrt.parts import parts_of
 from exporter.engines.tensorrt.plan import BuildOptions
 from exporter.errors import BundleError, EngineError
 
@@ -58,6 +60,32 @@ def test_bf16_is_refused_for_a_chip_without_it(decoder, tmp_path):
     bundle = tiny.bundle(tmp_path, decoder, "attention", dtype="bf16")
     with pytest.raises(EngineError, match=r"variant v is bf16, and sm75 lacks bf16; leave sm75 out, or export it in fp16"):
         build(bundle, dataclasses.replace(OPTIONS, targets=("sm75", "sm89")))
+
+
+@pytest.mark.parametrize(("pattern", "dtype"), [("attention", "fp32"), ("grouped", "fp16")])
+def test_what_need_not_be_fused_has_any_number_of_rows(decoder, tmp_path, pattern, dtype):
+    (part,) = parts_of(tiny.bundle(tmp_path, decoder, pattern, dtype=dtype).variants[0])
+    planning._check_rows(part, {"capacity": 2**20, "prefill": 2**20})
+
+
+def test_more_rows_than_a_fused_kernel_takes_are_refused(attention):
+    """TensorRT itself says so after it has begun, in two lines that name no number."""
+    (part,) = parts_of(attention.variants[0])
+    planning._check_rows(part, {"capacity": 24_500, "prefill": 24_500})
+    with pytest.raises(
+        EngineError, match=r"capacity 24501: TensorRT has no fused kernel .* more than 24500 rows in fp16; lower"
+    ):
+        planning._check_rows(part, {"capacity": 24_501, "prefill": 1})
+
+
+def test_an_input_longer_than_a_fused_kernel_takes_is_refused(pair):
+    """A T5's, in fp32: the encoder's attention may be taken apart there, cross-attention may not."""
+    encoder, decoder = parts_of(pair.variant("g2.attention"))
+    planning._check_rows(encoder, {"capacity": 2**20, "prefill": 2**20})
+    planning._check_rows(decoder, {"capacity": 12_250, "prefill": 12_250})
+    for sizes in ({"capacity": 12_251, "prefill": 1}, {"capacity": 1, "prefill": 12_251}):
+        with pytest.raises(EngineError, match=r"12251: TensorRT has no fused kernel .* more than 12250 rows in fp32; lower --"):
+            planning._check_rows(decoder, sizes)
 
 
 def test_fp32_is_refused_for_a_chip_without_its_products(decoder, tmp_path):

@@ -191,6 +191,34 @@ def test_cross_caches_made_by_other_weights_are_refused(api, bundle):
         check(api, graph)
 
 
+@pytest.mark.parametrize("of", ["key", "value"])
+def test_heads_and_tokens_of_what_the_encoder_makes_in_another_order_are_refused(api, bundle, of):
+    """Reshaped to [B,H,E,D] instead of transposed: the shapes are the same."""
+    graph = Graph(bundle, ENCODER)
+    mixed_up(graph, graph.output(graph.nodes("Attention")[0].input[1 if of == "key" else 2]))
+    words = {
+        "key": "layer 0 has 0 fused attention layers over encoder.layers.0.self_attn.k",
+        "value": "heads and tokens in another",
+    }
+    with pytest.raises(GraphError, match=words[of]):
+        check(api, graph)
+    graph = Graph(bundle, ENCODER)
+    mixed_up(graph, graph.output(f"present.0.encoder.{of}"))
+    with pytest.raises(GraphError, match=rf"present.0.encoder.{of} has heads and tokens in another order"):
+        check(api, graph)
+
+
+def mixed_up(graph: Graph, transpose: onnx.NodeProto) -> None:
+    """The heads that it takes before the tokens are reshaped to the same shape."""
+    assert transpose.op_type == "Transpose"
+    shape = graph.before(transpose, "Shape", [transpose.input[0]], f"{transpose.name} shape")
+    order = graph.constant(f"{transpose.name} order", np.array([0, 2, 1, 3]))
+    target = graph.before(transpose, "Gather", [shape, order], f"{transpose.name} target")
+    transpose.op_type = "Reshape"
+    transpose.input.append(target)
+    del transpose.attribute[:]
+
+
 def test_cross_caches_of_an_inner_layer_are_refused(api, bundle):
     """Made of what the encoder's last layer reads, not of what comes out."""
     graph = Graph(bundle, ENCODER)

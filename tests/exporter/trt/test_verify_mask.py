@@ -83,6 +83,9 @@ def test_a_mask_that_hides_what_is_to_be_seen_or_nothing_is_refused(api, decoder
     chosen.input[1], chosen.input[2] = seen, seen
     with pytest.raises(GraphError, match=r"its mask adds 0.0 to rows that are seen and 0.0 to others"):
         check(api, graph)
+    chosen.input[2] = graph.constant("nan", np.array(np.nan, np.float16))
+    with pytest.raises(GraphError, match=r"its mask adds 0.0 to rows that are seen and nan to others"):
+        check(api, graph)
 
 
 def test_a_mask_with_a_summand_more_is_refused(api, attention):
