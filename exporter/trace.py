@@ -213,12 +213,9 @@ def _sparing(decompose: Callable[..., Any]) -> Callable[..., Any]:
 
     def decompose_with_registry(program: Any, registry: Any) -> Any:
         targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
-        rest = [target for target in targets if not registry.is_registered(target)]
-        return (
-            program
-            if all(str(target).startswith(("onnx.", "aten._assert")) for target in rest)
-            else decompose(program, registry)
-        )
+        rest = [str(target) for target in targets if not registry.is_registered(target)]
+        done = all(name.startswith(("onnx.", "aten._assert")) for name in rest)
+        return program if done else decompose(program, registry)
 
     return decompose_with_registry
 

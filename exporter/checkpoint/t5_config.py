@@ -37,8 +37,7 @@ def read_t5(reader: Reader, generation: Mapping[str, Any]) -> Seq2SeqConfig:
     heads, hidden = reader.size("num_heads"), reader.size("d_model")
     layers = reader.size("num_layers")
     decoder_layers = layers if hf.get("num_decoder_layers") is None else reader.size("num_decoder_layers")
-    ffn, gelu_tanh = _activation(hf.get("feed_forward_proj"))
-    _refuse_other_activation(hf, hf["feed_forward_proj"])
+    ffn, gelu_tanh = _activation(hf)
     tied = reader.flag("tie_word_embeddings")
     scaled = reader.flag(SCALES) if SCALES in hf else tied and hf["model_type"] == "t5"
     named = (generation.get(START), hf.get(START), hf.get("pad_token_id"))  # as transformers looks for it
@@ -82,25 +81,23 @@ def settle_head(config: Seq2SeqConfig, hf: Mapping[str, Any], has_own_head: bool
     return dataclasses.replace(config, tied=not has_own_head) if SCALES in hf or config.family == "mt5" else config
 
 
-def _activation(name: Any) -> tuple[str, bool]:
-    """`relu`, `gated-gelu` and the like; gated-gelu means the tanh approximation, gelu_new, as transformers reads it."""
-    choices = {plain: (kinds[0], kinds[2]) for plain, kinds in ACTIVATIONS.items() if kinds[0]}
-    choices |= {f"gated-{plain}": (kinds[1], kinds[2]) for plain, kinds in ACTIVATIONS.items() if kinds[1]}
-    choices["gated-gelu"] = ("geglu", True)
+def _activation(hf: Mapping[str, Any]) -> tuple[str, bool]:
+    """Of feed_forward_proj: `relu`, `gated-gelu` and the like; gated-gelu means the tanh approximation, gelu_new, as
+    transformers reads it. What that means it writes under keys of their own, too, and computes what those say."""
+    name = hf.get("feed_forward_proj")
+    choices = {plain: (plain, False) for plain, kinds in ACTIVATIONS.items() if kinds[0]}
+    choices |= {f"gated-{plain}": (plain, True) for plain, kinds in ACTIVATIONS.items() if kinds[1]}
+    choices["gated-gelu"] = ("gelu_new", True)
     if not isinstance(name, str) or name not in choices:
         raise UserError(one_of("feed_forward_proj", name, choices))
-    kind, gelu_tanh = choices[name]
+    plain, gated = choices[name]
+    for key, meant in (("dense_act_fn", plain), ("is_gated_act", gated)):
+        if hf.get(key) not in (None, meant):
+            raise UserError(f"{key} {json.dumps(hf[key])} is not what feed_forward_proj {name!r} means, {json.dumps(meant)}")
+    kind, glu, gelu_tanh = ACTIVATIONS[plain]
+    kind = glu if gated else kind
     assert kind is not None
     return kind, gelu_tanh
-
-
-def _refuse_other_activation(hf: Mapping[str, Any], name: str) -> None:
-    """transformers writes what feed_forward_proj means under keys of their own, too, and computes what those say."""
-    gated = name.startswith("gated-")
-    plain = "gelu_new" if name == "gated-gelu" else name.removeprefix("gated-")
-    for key, meant in (("dense_act_fn", plain), ("is_gated_act", gated)):
-        if hf.get(key, meant) not in (meant, None):
-            raise UserError(f"{key} {json.dumps(hf[key])} is not what feed_forward_proj {name!r} means, {json.dumps(meant)}")
 
 
 def _refuse_other_models(hf: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx.external_data_helper import ExternalDataInfo
 
 PAGE, LINE = 2 << 20, 64  # bytes: of a huge page, of what a processor reads at a time
 DTYPES = {
@@ -100,15 +101,15 @@ def initializers(graph: Path) -> tuple[dict[str, Any], list[_File]]:
     for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        name, start, dtype = place.get("location", ""), int(place.get("offset", 0)), DTYPES.get(tensor.data_type)
+        place = ExternalDataInfo(tensor)
+        name, start, dtype = place.location, int(place.offset or 0), DTYPES.get(tensor.data_type)
         if dtype is None:
             raise ValueError(f"{tensor.name} has type {tensor.data_type}, which is none of weights; export the bundle again")
-        length = int(place.get("length", math.prod(tensor.dims) * dtype.itemsize))
+        length = math.prod(tensor.dims) * dtype.itemsize if place.length is None else int(place.length)
         if name not in files:
             files[name] = read(graph.parent / name)
         data = files[name].bytes[start : start + length]
-        if start < 0 or len(data) < length:
+        if len(data) < length:
             place_of = f"bytes {start:,} to {start + length:,} of {name}, which has {len(files[name].bytes):,}"
             raise ValueError(f"{tensor.name} is said to be {place_of}: one of the two was cut short; export the bundle again")
         data = data.view(dtype).reshape(tuple(tensor.dims))

@@ -102,7 +102,7 @@ struct AttentionKernel : Kernel<AttentionKernel> {
  private:
   struct New {
     const Ort::ConstValue &key, &value, &past_key, &past_value, &positions;
-    const Shape &k_shape, &v_shape, &tokens;  // of the caches and of positions: looking one up costs half a microsecond
+    const Shape &k_shape, &v_shape, &tokens;  // of the caches and of positions
   };
 
   // [B or 1,H or 1,T or 1,S]

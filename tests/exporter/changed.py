@@ -13,6 +13,7 @@ from exporter.engines.tensorrt.api import Api, Messages
 from exporter.engines.tensorrt.decompose import allow_decomposing
 from exporter.engines.tensorrt.network import Network, parse
 from exporter.engines.tensorrt.parts import Part, parts_of
+from exporter.engines.tensorrt.record import Verified
 from exporter.engines.tensorrt.verify import check_nodes, verify
 from exporter.engines.tensorrt.weights import open_source
 
@@ -48,7 +49,7 @@ class Graph:
         return next(node for node in self.graph.node if name in node.output)
 
 
-def check(api: Api, graph: Graph) -> dict[str, Any]:
+def check(api: Api, graph: Graph) -> Verified:
     parsed = parse(api, graph.source, Messages())
     network = Network(api.trt, parsed.definition, graph.source.numbers())
     facts = verify(network, graph.part, {**SIZES, **graph.part.known})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 import numpy as np
 import onnx
@@ -84,6 +85,34 @@ def ort_session(graph: onnx.ModelProto, own_operators: bool = False, threads: in
     if own_operators:
         options.register_custom_ops_library(operators())
     return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def refusals(
+    proto: onnx.ModelProto, node: onnx.NodeProto, names: tuple[str, ...], feeds: dict[str, np.ndarray], tries: int
+) -> int:
+    """How many of so many random changes of the node's lists of numbers headpool's library refuses; it runs the others.
+
+    `names` are drawn from: one that stands there more often is changed more often.
+    """
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    whole = {name: list(attributes[name].ints) for name in names}
+    rng, refused = random.Random(0), 0
+    for _ in range(tries):
+        changed = {name: list(values) for name, values in whole.items()}
+        part = changed[rng.choice(names)]
+        if rng.random() < 0.2:
+            del part[rng.randrange(len(part)) :]
+        else:
+            part[rng.randrange(len(part))] = rng.choice([-(2**62), -3, -2, -1, 0, 1, 2, 3, 5, 8, 12, 17, 2**31, 2**62])
+        for name, values in changed.items():
+            attributes[name].CopyFrom(onnx.helper.make_attribute(name, values, attr_type=onnx.AttributeProto.INTS))
+        try:
+            ort_session(proto, own_operators=True).run(None, feeds)
+        except Exception as error:  # ONNX Runtime has many
+            if f"{node.domain}::{node.op_type}" not in str(error):
+                raise
+            refused += 1
+    return refused
 
 
 def operators() -> str:

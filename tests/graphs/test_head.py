@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import harness
 import numpy as np
 import onnx
@@ -106,22 +104,9 @@ def test_records_out_of_range_are_refused(nodes):
     chain_linears(model)
     proto = ir.to_proto(model)
     node = proto.graph.node[-1]
-    (attribute,) = [attribute for attribute in node.attribute if attribute.name == "stages"]
-    stages = list(attribute.ints)
-    assert stages[0] == HEAD
+    assert next(attribute.ints[0] for attribute in node.attribute if attribute.name == "stages") == HEAD
     feeds = tokens((2, 3)) | {"x": np.ones((6, K), np.float32)}
-    rng, refused = random.Random(0), 0
-    for _ in range(150):
-        changed = list(stages)
-        changed[rng.randrange(len(changed))] = rng.choice([-(2**62), -3, -2, -1, 0, 1, 2, 3, 5, 2**31, 2**62])
-        attribute.CopyFrom(onnx.helper.make_attribute("stages", changed, attr_type=onnx.AttributeProto.INTS))
-        try:
-            harness.ort_session(proto, own_operators=True).run(None, feeds)
-        except Exception as error:
-            if "headpool::LinearChain" not in str(error):
-                raise
-            refused += 1
-    assert refused > 75
+    assert 75 < harness.refusals(proto, node, ("stages",), feeds, 150) < 150
 
 
 @pytest.mark.parametrize(("shape", "rows"), [((2, 3), 5), ((6,), 6), ((2, 3, 1), 6), ((3, 3), 6)])

@@ -15,9 +15,10 @@ from exporter.bundle import Bundle, Variant
 from exporter.engines.tensorrt import record
 from exporter.engines.tensorrt.build import _bindings
 from exporter.engines.tensorrt.parts import parts_of
-from exporter.engines.tensorrt.record import EngineRecord, Profile, Recipe
+from exporter.engines.tensorrt.record import EngineRecord, Profile, Recipe, Verified
 
 VERSION, CHIP = "1.2.3.4", "sm89"  # what the fake says it is
+NETWORK = Verified(0, 0, 0, 0, 0, "1:1", ())  # of no interest to a session
 
 
 def add(
@@ -49,7 +50,7 @@ def add(
     name = f"model.{variant.name}.{len(there)}"
     profiles = (Profile("prefill", 1, prefill, prefill), Profile("decode", 1, 1, 1))
     bindings = _bindings(parts_of(variant)[0], made)
-    engine = EngineRecord(variant.name, f"{name}.engine", f"{name}.log", 0, "", 0.0, made, profiles, bindings, {})
+    engine = EngineRecord(variant.name, f"{name}.engine", f"{name}.log", 0, "", 0.0, made, profiles, bindings, NETWORK)
     plan = f"{batch} {capacity} {prefill} {bundle.graph_path(variant).resolve()}\n"
     record.write(folder, (*there, set_plan(folder, engine, plan)))
     return folder

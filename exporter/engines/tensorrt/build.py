@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from exporter.bundle import Bundle
 from exporter.engines.tensorrt import record
@@ -21,7 +20,7 @@ from exporter.engines.tensorrt.network import Network, Parsed, parse
 from exporter.engines.tensorrt.parts import Part, parts_of, shape
 from exporter.engines.tensorrt.plan import BuildOptions, default_capacity, recipe_of, targets_of, variants_of
 from exporter.engines.tensorrt.quantize import quantize_weights
-from exporter.engines.tensorrt.record import EngineBinding, EngineRecord, Recipe
+from exporter.engines.tensorrt.record import EngineBinding, EngineRecord, Recipe, Verified
 from exporter.engines.tensorrt.verify import check_nodes, verify
 from exporter.engines.tensorrt.weights import Source, open_source
 from exporter.errors import UserError
@@ -125,7 +124,7 @@ def _build_one(
     )
 
 
-def prepare(bundle: Bundle, part: Part, recipe: Recipe, api: Api, messages: Messages) -> tuple[Source, Parsed, dict[str, Any]]:
+def prepare(bundle: Bundle, part: Part, recipe: Recipe, api: Api, messages: Messages) -> tuple[Source, Parsed, Verified]:
     """Read the graph and its weights, parse it, and verify the network. The source must live until the engine is built."""
     source, quantised = source_of(bundle, part, recipe)
     parsed = parse(api, source, messages)

@@ -98,11 +98,13 @@ def padded(layer: Layer) -> Tensor | None:
 
 
 def unmixed(network: Network, given: Tensor | None) -> bool:
-    """Whether nothing that `maker` passes over gives tokens' numbers to other tokens or heads."""
+    """Whether nothing between `given` and the layer that makes it gives tokens' numbers to other tokens or heads."""
     layer = network.producer.get(given.name) if given is not None else None
-    if layer is None or layer.kind not in SHAPED:
+    if layer is None:
         return True
-    return not _mixed(layer) and unmixed(network, layer.inputs[0])
+    if layer.kind in SHAPED or scaled(network, layer) is not None or padded(layer) is not None:
+        return not _mixed(layer) and unmixed(network, layer.inputs[0])
+    return True
 
 
 def _mixed(layer: Layer) -> bool:

@@ -20,7 +20,7 @@ COMPATIBLE = ("version", "hardware")
 PORTABLE = ("sm80", "sm86", "sm89", "sm120")  # what one tensorrt_rtx engine runs on where nothing is asked for
 CAPACITY = 4096  # cache rows where nothing is asked for and the model's context is longer
 PREFILL = 512
-FUSED_ROW_BYTES = 49_000  # a row of scores, in the variant's dtype: no fused kernel of tensorrt_rtx 1.7 takes 49,080
+FUSED_BYTES = 48 << 10  # of a query and its scores: more has no fused kernel (measured by profiles/benchmarks/fused_rows.py)
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,14 @@ def recipe_of(bundle: Bundle, part: Part, api: Api, targets: tuple[str, ...], op
     )
 
 
+def fused_rows(variant: Variant) -> int:
+    """The most rows that attention has a fused kernel for."""
+    return FUSED_BYTES // (4 if variant.dtype == "fp32" else 2) - variant.config.head_dim
+
+
 def _check_rows(part: Part, sizes: Mapping[str, int]) -> None:
     """Raises EngineError where attention that must be fused is over more rows than there are kernels for."""
-    dtype = part.variant.dtype
-    most = FUSED_ROW_BYTES // (4 if dtype == "fp32" else 2)
+    dtype, most = part.variant.dtype, fused_rows(part.variant)
     read = {"capacity": part.name == "decoder", "prefill": part.grows == "encoder"}  # cross-attention's: of the input
     for what in (what for what, is_read in read.items() if is_read and sizes[what] > most):
         if part.variant.pattern == "attention" and not all(attention.decomposable for attention in part.attention):

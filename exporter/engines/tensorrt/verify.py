@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from exporter import contract
 from exporter.engines.tensorrt.lineage import factor, lineage, maker, uncast, unmixed, weight_of
 from exporter.engines.tensorrt.network import Layer, Network, Tensor
 from exporter.engines.tensorrt.parts import Part, shape
+from exporter.engines.tensorrt.record import Verified
 from exporter.engines.tensorrt.verify_attention import check_fused, check_grouped
 from exporter.engines.tensorrt.verify_mask import written_rows
 from exporter.engines.tensorrt.weights import Source
@@ -23,7 +23,7 @@ from exporter.errors import GraphError
 CHANGES = ("is_causal", "softcap", "qk_matmul_output_mode")  # attributes of Attention that are 0 in all of headpool's graphs
 
 
-def verify(network: Network, part: Part, sizes: Mapping[str, int], quantised: int = 0) -> dict[str, Any]:
+def verify(network: Network, part: Part, sizes: Mapping[str, int], quantised: int = 0) -> Verified:
     """Facts about the network, for engine.json; `quantised` is how many weights are dequantised in it.
 
     Raises GraphError naming the first deviation and how many there are.
@@ -45,19 +45,18 @@ def verify(network: Network, part: Part, sizes: Mapping[str, int], quantised: in
     return facts(network, part)
 
 
-def facts(network: Network, part: Part) -> dict[str, Any]:
+def facts(network: Network, part: Part) -> Verified:
     heads = [f"{part.variant.config.num_heads}:{attention.kv_heads}" for attention in part.attention]
     found = [layer.details for layer in network.of("ATTENTION_INPUT")]
-    return {
-        "layers": len(network.layers),
-        "fused_attention": sum(not details["decomposable"] for details in found),
-        "decomposable_attention": sum(details["decomposable"] for details in found),
-        "cache_updates": len(network.of("KV_CACHE_UPDATE")),
-        "dequantised_weights": len(network.of("DEQUANTIZE")),
-        "heads": heads[0] if len(set(heads)) == 1 else heads,
-        "causal": sorted({details["causal"] for details in found}),
-        "unused_inputs": 0,
-    }
+    return Verified(
+        layers=len(network.layers),
+        fused_attention=sum(not details["decomposable"] for details in found),
+        decomposable_attention=sum(details["decomposable"] for details in found),
+        cache_updates=len(network.of("KV_CACHE_UPDATE")),
+        dequantised_weights=len(network.of("DEQUANTIZE")),
+        heads=heads[0] if len(set(heads)) == 1 else tuple(heads),
+        causal=tuple(sorted({details["causal"] for details in found})),
+    )
 
 
 def check_bindings(network: Network, part: Part, sizes: Mapping[str, int]) -> Iterator[str]:
@@ -121,7 +120,7 @@ def check_made(network: Network, part: Part) -> Iterator[str]:
         product = maker(network, network.outputs.get(name))
         if product is None or (source := weight_of(network, product)) != weight:
             yield f"{name} is made by {source if product is not None else 'nothing'}, planned {weight}"
-        elif not unmixed(network, network.outputs.get(name)):
+        elif not unmixed(network, network.outputs[name]):
             yield f"{name} has heads and tokens in another order"
         elif not _normed_last(network, product):
             yield f"{name} does not come from the encoder's last norm"

@@ -52,6 +52,11 @@ def _fused(network: Network, attention: Layer, plan: Attention, heads: int) -> I
     scale = factor(network, query) * factor(network, key)
     if not math.isclose(scale, plan.scale, rel_tol=1e-4):
         yield f"its scores are scaled by {scale:.6g}, planned {plan.scale:.6g}"
+    yield from (
+        f"its {what} have heads and tokens in another order"
+        for what, read in (("keys", key), ("values", value))
+        if not unmixed(network, read)
+    )
     if (source := source_of(network, value)) != plan.value:
         yield f"its attention reads the values {source}, planned {plan.value}"
     elif (times := factor(network, value)) != 1:
@@ -72,8 +77,6 @@ def source_of(network: Network, given: Tensor | None) -> str:
         return source_of(network, narrower)
     if layer is not None and (times := scaled(network, layer)) is not None:
         return source_of(network, times[0])
-    if not unmixed(network, given):
-        return f"{given.name}, heads and tokens in another order,"
     made_by = maker(network, given)
     weight = weight_of(network, made_by) if made_by is not None else None
     return given.name if weight is None else weight

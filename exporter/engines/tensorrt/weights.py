@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import numpy_helper
+from onnx.external_data_helper import ExternalDataInfo
 
 from exporter.bundle import Bundle
 from exporter.engines.tensorrt.parts import Part
@@ -62,12 +63,12 @@ def open_source(bundle: Bundle, part: Part, batch: int, capacity: int) -> Source
     for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        place = {entry.key: entry.value for entry in tensor.external_data}
         try:
-            name, offset, length = place["location"], int(place.get("offset", 0)), int(place["length"])
-        except (KeyError, ValueError):
-            name, offset, length = "", 0, 0
-        if not name or offset < 0 or length < 1:
+            place = ExternalDataInfo(tensor)  # raises ValueError for what is no place
+            name, offset, length = place.location, int(place.offset or 0), int(place.length or 0)
+        except ValueError:
+            name, length = "", 0
+        if not name or not length:
             raise BundleError(f"{path} does not say where weight {tensor.name} lies; it is damaged, export the bundle again")
         if name not in part.variant.weights:
             raise BundleError(

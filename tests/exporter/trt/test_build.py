@@ -52,7 +52,7 @@ def test_an_engine_is_built_and_recorded(attention):
     assert by_name["input_ids"].shape == (2, -1)
     assert by_name["past_key_values.1.value"].shape == (2, 3, 32, 16)
     assert by_name["present.1.value"].alias == "past_key_values.1.value"
-    assert engine.network["cache_updates"] == 4
+    assert engine.network.cache_updates == 4
     assert engine.seconds > 0
     assert "[info]" in (folder / engine.log).read_text()
     parts = [done for what, done, _ in seen if what == "building v"]
@@ -68,8 +68,8 @@ def test_every_dtype_and_pattern_builds(decoder, tmp_path, pattern, dtype):
     (built,) = build(tiny.bundle(tmp_path, decoder, pattern, dtype=dtype), OPTIONS)
     assert built.record.intact(built.folder)
     network, fused = built.record.network, pattern == "attention"
-    assert network["decomposable_attention"] == (2 if fused and dtype == "fp32" else 0)
-    assert network["fused_attention"] == (2 if fused and dtype != "fp32" else 0)
+    assert network.decomposable_attention == (2 if fused and dtype == "fp32" else 0)
+    assert network.fused_attention == (2 if fused and dtype != "fp32" else 0)
 
 
 @pytest.mark.parametrize("targets", [("sm75",), ("sm80",), ("sm121",), ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")])

@@ -34,8 +34,8 @@ def test_engines_have_the_small_cache(tmp_path, pattern, value_dim, fused):
             assert by_name[f"{name}.key"].shape == (1, kv_heads, CAPACITY, 16)
             assert by_name[f"{name}.value"].shape == (1, kv_heads, CAPACITY, value_dim)
         assert by_name[f"present.{layer}.value"].alias == f"past_key_values.{layer}.value"
-    assert built.record.network["fused_attention"] == fused
-    assert built.record.network["cache_updates"] == 4
+    assert built.record.network.fused_attention == fused
+    assert built.record.network.cache_updates == 4
 
 
 @pytest.mark.parametrize("value_dim", [8, 24])

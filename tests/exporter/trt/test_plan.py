@@ -71,20 +71,20 @@ def test_what_need_not_be_fused_has_any_number_of_rows(decoder, tmp_path, patter
 def test_more_rows_than_a_fused_kernel_takes_are_refused(attention):
     """TensorRT itself says so after it has begun, in two lines that name no number."""
     (part,) = parts_of(attention.variants[0])
-    planning._check_rows(part, {"capacity": 24_500, "prefill": 24_500})
+    planning._check_rows(part, {"capacity": 24_560, "prefill": 24_560})
     with pytest.raises(
-        EngineError, match=r"capacity 24501: TensorRT has no fused kernel .* more than 24500 rows in fp16; lower"
+        EngineError, match=r"capacity 24561: TensorRT has no fused kernel .* more than 24560 rows in fp16; lower"
     ):
-        planning._check_rows(part, {"capacity": 24_501, "prefill": 1})
+        planning._check_rows(part, {"capacity": 24_561, "prefill": 1})
 
 
 def test_an_input_longer_than_a_fused_kernel_takes_is_refused(pair):
     """A T5's, in fp32: the encoder's attention may be taken apart there, cross-attention may not."""
     encoder, decoder = parts_of(pair.variant("g2.attention"))
     planning._check_rows(encoder, {"capacity": 2**20, "prefill": 2**20})
-    planning._check_rows(decoder, {"capacity": 12_250, "prefill": 12_250})
-    for sizes in ({"capacity": 12_251, "prefill": 1}, {"capacity": 1, "prefill": 12_251}):
-        with pytest.raises(EngineError, match=r"12251: TensorRT has no fused kernel .* more than 12250 rows in fp32; lower --"):
+    planning._check_rows(decoder, {"capacity": 12_272, "prefill": 12_272})
+    for sizes in ({"capacity": 12_273, "prefill": 1}, {"capacity": 1, "prefill": 12_273}):
+        with pytest.raises(EngineError, match=r"12273: TensorRT has no fused kernel .* more than 12272 rows in fp32; lower --"):
             planning._check_rows(decoder, sizes)
 
 

@@ -68,7 +68,7 @@ def test_small_weights_are_as_exact_as_large_ones(kind, levels):
 def test_the_oldest_chips_of_each_kind_build(decoder, tmp_path, kind, target):
     bundle = tiny.bundle(tmp_path, decoder, "attention", dtype="fp16")
     (built,) = build(bundle, BuildOptions(targets=(target,), capacity=32, prefill=8, quantize=kind))
-    assert built.record.network["dequantised_weights"] == 2 * 7
+    assert built.record.network.dequantised_weights == 2 * 7
 
 
 def test_fp8_keeps_the_relative_error_of_three_bits():
@@ -85,7 +85,7 @@ def test_an_engine_with_quantised_weights(decoder, tmp_path, kind, dtype):
     options = BuildOptions(targets=("sm89", "sm120"), capacity=32, prefill=8, quantize=kind)
     (built,) = build(bundle, options)
     assert built.record.file == f"attention.static.{dtype}.last.s32.{kind}.engine"
-    assert built.record.network["dequantised_weights"] == 14  # 7 linear layers in each of 2; not the head
+    assert built.record.network.dequantised_weights == 14  # 7 linear layers in each of 2; not the head
     assert built.record.recipe.quantize == kind
 
 

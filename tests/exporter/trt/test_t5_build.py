@@ -74,15 +74,15 @@ def test_quantised_engines(half):
     options = BuildOptions(targets=("sm89",), capacity=32, prefill=24, quantize="int8")
     encoder, decoder = (built.record for built in build(Bundle.open(half), options))
     assert encoder.file == "encoder.s32.int8.engine"
-    assert encoder.network["dequantised_weights"] == 2 * (4 + 2) + 2 * 2  # and what makes the decoder's cross caches
-    assert decoder.network["dequantised_weights"] == 2 * (4 + 2 + 2)
+    assert encoder.network.dequantised_weights == 2 * (4 + 2) + 2 * 2  # and what makes the decoder's cross caches
+    assert decoder.network.dequantised_weights == 2 * (4 + 2 + 2)
 
 
 def test_fp32_is_built_and_says_what_is_not_fused(pair, capsys):
     options = dataclasses.replace(OPTIONS, variants=("g2.attention",))
     encoder, decoder = (built.record for built in build(pair, options))
-    assert (encoder.network["fused_attention"], encoder.network["decomposable_attention"]) == (0, 2)
-    assert (decoder.network["fused_attention"], decoder.network["decomposable_attention"]) == (6, 0)
+    assert (encoder.network.fused_attention, encoder.network.decomposable_attention) == (0, 2)
+    assert (decoder.network.fused_attention, decoder.network.decomposable_attention) == (6, 0)
     assert _run(["inspect", str(pair.path)]) == 0
     assert (
         "verified as it was built: 2 attention layers that TensorRT may take apart (no fused kernel in fp32)"
