@@ -101,7 +101,10 @@ def initializers(graph: Path) -> tuple[dict[str, Any], list[_File]]:
     for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        place = ExternalDataInfo(tensor)
+        try:
+            place = ExternalDataInfo(tensor)
+        except ValueError as error:  # no numbers, or one below 0
+            raise ValueError(f"{error}; export the bundle again") from None
         name, start, dtype = place.location, int(place.offset or 0), DTYPES.get(tensor.data_type)
         if dtype is None:
             raise ValueError(f"{tensor.name} has type {tensor.data_type}, which is none of weights; export the bundle again")

@@ -260,14 +260,20 @@ def test_a_damaged_engine_json_is_refused(attention):
         build(attention, OPTIONS)
 
 
-@pytest.mark.parametrize(("at", "value"), [("profiles", []), ("network", {}), ("network", {"heads": "6:2"})])
-def test_an_engine_json_that_lacks_what_is_said_of_it_is_refused(attention, at, value):
+@pytest.mark.parametrize(
+    ("at", "value", "words"),
+    [
+        ("profiles", [], "'attention.static.fp16.last.b2.s32.engine' has no profiles"),
+        ("network", {"heads": "6:2"}, r"engines\[0\].network lacks layers, fused_attention"),
+    ],
+)
+def test_an_engine_json_that_lacks_what_is_said_of_it_is_refused(attention, at, value, words):
     (built,) = build(attention, OPTIONS)
     path = built.folder / "engine.json"
     told = json.loads(path.read_text())
     told["engines"][0][at] = value
     path.write_text(json.dumps(told))
-    with pytest.raises(BundleError, match=r"engine.json does not say how .* was verified; remove the folder and build again"):
+    with pytest.raises(BundleError, match=f"engine.json cannot be read: {words}.*; remove the folder and build again"):
         record.describe(attention.path)
 
 

@@ -49,7 +49,7 @@ def test_the_decoder_is_as_planned(api, bundle, grouped):
     facts = check(api, Graph(bundle, DECODER))
     assert (facts.fused_attention, facts.decomposable_attention, facts.cache_updates) == (6, 0, 6)
     assert facts.heads == "6:2"
-    assert facts.causal == ["NONE"]
+    assert facts.causal == ("NONE",)
     assert check(api, Graph(grouped, DECODER)).cache_updates == 6
 
 

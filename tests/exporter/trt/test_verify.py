@@ -32,7 +32,7 @@ def test_what_headpool_exports_is_as_planned(api, decoder, tmp_path, pattern, dt
     kinds = (0, 0) if pattern == "grouped" else (0, 2) if dtype == "fp32" else (2, 0)
     assert (facts.fused_attention, facts.decomposable_attention) == kinds
     assert facts.cache_updates == 4
-    assert facts.heads == ["6:2", "6:3"]
+    assert facts.heads == ("6:2", "6:3")
 
 
 def test_upper_left_causality_is_refused(api, attention):
